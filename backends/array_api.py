@@ -1,0 +1,173 @@
+"""Any array-API library: eager loop, products given by the user, finite differences where none is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat
+
+from implicitdiff.arrays import Array, any_true
+from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
+from implicitdiff.errors import BackendError
+from implicitdiff.ravel import reject_dtype
+from implicitdiff.vectors import ArraySpace
+
+__all__ = ["ArrayAPIBackend"]
+
+
+class ArrayAPIBackend:
+    """Backend of a namespace that follows the array API standard.
+
+    Parameters
+    ----------
+    xp : module
+        The array namespace.
+    """
+
+    name = "array_api"
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+        self.name = xp.__name__.rpartition(".")[2]
+        self._supported = (xp.float32, xp.float64)
+
+    # -- arrays at the border ------------------------------------------------------------------------
+    def as_leaf(self, leaf: Any, where: str) -> Array:
+        if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
+            return self.xp.asarray(leaf, dtype=self.xp.float64)
+        if isinstance(leaf, (bool, int, complex)) and not hasattr(leaf, "dtype"):
+            raise reject_dtype(type(leaf).__name__, where)
+        if not self.is_array(leaf):
+            raise BackendError(f"{where} is {type(leaf).__name__}; expected an array of {self.name}.")
+        if leaf.dtype not in self._supported:
+            raise reject_dtype(leaf.dtype, where)
+        return leaf
+
+    def is_array(self, x: Any) -> bool:
+        """Whether it is an array of this framework."""
+        return array_api_compat.is_array_api_obj(x) and hasattr(x, "shape")
+
+    def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
+        if isinstance(x, (int, float)) and not hasattr(x, "dtype"):
+            return self.xp.asarray(x, dtype=dtype, device=device)
+        return x if self.is_array(x) else None
+
+    def common_dtype(self, dtypes: Sequence[Any]) -> Any:
+        return self.xp.result_type(*dtypes) if dtypes else self.xp.float64
+
+    def common_device(self, arrays: Sequence[Array], name: str) -> Any:
+        devices = list(dict.fromkeys(self.device(a) for a in arrays))
+        if len(devices) > 1:
+            raise BackendError(f"{name} lies on several devices: {', '.join(map(str, devices))}. Move it to one.")
+        return devices[0] if devices else None
+
+    def device(self, x: Array) -> Any:
+        return array_api_compat.device(x)
+
+    def number(self, x: Array) -> Any:
+        return x
+
+    def guard(self, x: Array) -> Array:
+        return x
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return self.xp.reshape(x, shape)
+
+    def concat(self, parts: Sequence[Array]) -> Array:
+        return self.xp.concat(list(parts), axis=-1)
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        return self.xp.astype(x, dtype, copy=False)
+
+    # -- derivatives ---------------------------------------------------------------------------------
+    def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        return Differences(self, function, y, theta)
+
+    def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        return GradientDifferences(self, function, y, theta)
+
+    def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        return scalar_gradients(self, function, y, theta)
+
+    # -- loops and linear algebra ----------------------------------------------------------------------
+    def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
+        def many(x: Array) -> Array:
+            if len(x.shape) == len(items) + 1:
+                return product(x)
+            return self.xp.stack([product(x[i, ...]) for i in range(x.shape[0])])
+
+        return many
+
+    def while_loop(self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
+        while cond(state):
+            state = body(state)
+        return state
+
+    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        return ArraySpace(self.xp, shape, dtype, device)
+
+    def widen(self, x: Array) -> Array:
+        return self.xp.astype(x, self.xp.float64, copy=False)
+
+    def lu_factor(self, matrix: Array) -> Any:
+        # The standard has no LU. The inverse, computed once, serves every right-hand side; the step of
+        # refinement that follows each solve makes up for its larger residual.
+        xp = self.xp
+        if matrix.ndim == 2:
+            return self._inverse(matrix)
+        items = [self._inverse(matrix[i, ...]) for i in range(matrix.shape[0])]
+        return xp.stack(items) if items else matrix
+
+    def _inverse(self, matrix: Array) -> Array:
+        try:
+            return self.xp.linalg.inv(matrix)
+        except Exception as error:  # each library has its own type for a singular matrix
+            if "ingular" not in str(error):
+                raise
+            return self.xp.full_like(matrix, float("nan"))
+
+    def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
+        inverse = self.xp.matrix_transpose(factor) if transposed else factor
+        return inverse @ b
+
+    def cho_factor(self, matrix: Array) -> Array:
+        if matrix.ndim == 2:
+            return self._cholesky(matrix)
+        items = [self._cholesky(matrix[i, ...]) for i in range(matrix.shape[0])]
+        return self.xp.stack(items) if items else matrix
+
+    def _cholesky(self, matrix: Array) -> Array:
+        nan = self.xp.full_like(matrix, float("nan"))
+        try:
+            factor = self.xp.linalg.cholesky(matrix)
+        except Exception as error:  # likewise
+            if "definite" not in str(error):
+                raise
+            return nan
+        return factor if not any_true(self.xp, ~self.xp.isfinite(factor)) else nan
+
+    def cho_solve(self, factor: Array, b: Array) -> Array:
+        half = triangular_solve(self.xp, factor, b)
+        return triangular_solve(self.xp, self.xp.matrix_transpose(factor), half, lower=False)
+
+
+def triangular_solve(xp: Any, factor: Array, b: Array, *, lower: bool = True) -> Array:
+    """Forward or back substitution, one row at a time over all items and columns.
+
+    Parameters
+    ----------
+    factor : array, shape (*items, n, n)
+        A triangular matrix.
+    b : array, shape (*items, n, k)
+    """
+    n = factor.shape[-1]
+    x = xp.zeros_like(b)
+    for i in range(n) if lower else range(n - 1, -1, -1):
+        known = slice(0, i) if lower else slice(i + 1, n)
+        row = factor[..., i, known]
+        rest = b[..., i, :]
+        if row.shape[-1]:
+            rest = rest - (row[..., None, :] @ x[..., known, :])[..., 0, :]
+        x[..., i, :] = rest / factor[..., i, i][..., None]
+    return x

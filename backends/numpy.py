@@ -1,0 +1,336 @@
+"""NumPy: LAPACK through SciPy, in-place vector work, exact derivatives of functions written with autograd."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+import scipy.linalg
+from scipy.linalg import blas, lapack
+
+from implicitdiff.arrays import Array
+from implicitdiff.backends.array_api import ArrayAPIBackend, triangular_solve
+from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
+from implicitdiff.errors import InputError, UnknownNameError
+from implicitdiff.vectors import ArraySpace
+
+__all__ = ["NumpyBackend", "NumpySpace"]
+
+_AXPY = {np.dtype(np.float64): blas.daxpy, np.dtype(np.float32): blas.saxpy}
+_MODES = ("auto", "autograd", "complex_step", "finite_differences")
+
+
+class NumpySpace(ArraySpace):
+    """One vector of shape (n,), worked on in place; scalars are NumPy scalars, so nothing is masked."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        super().__init__(xp, shape, dtype, "cpu")
+        self._axpy = _AXPY[np.dtype(dtype)]
+        self._type = np.dtype(dtype).type
+
+    def inner(self, x: Array, y: Array) -> Array:
+        return np.dot(x, y)
+
+    def norm(self, x: Array) -> Array:
+        return np.sqrt(np.dot(x, x))
+
+    def largest(self, x: Array) -> Array:
+        return self._type(max(x.max(), -x.min()))
+
+    def axpy(self, a: Any, x: Array, y: Array) -> Array:
+        return self._axpy(x, y, a=a)
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        return np.subtract(x, y, out=x)
+
+    def scale(self, a: Any, x: Array) -> Array:
+        return np.multiply(x, a, out=x)
+
+    def copy(self, x: Array) -> Array:
+        return np.array(x, dtype=self.dtype, order="C")
+
+    def select(self, mask: Array, x: Array, y: Array) -> Array:
+        return x if mask else y
+
+    def where(self, mask: Array, a: Any, b: Any) -> Array:
+        return a if mask else b
+
+    def scalar(self, value: float) -> Array:
+        return self._type(value)
+
+    def counter(self, value: int = 0) -> Array:
+        return value
+
+    def any(self, mask: Array) -> Array:
+        return mask
+
+    def sqrt(self, a: Array) -> Array:
+        return np.sqrt(a) if a > 0 else self._type(0) * a
+
+    def isfinite(self, a: Array) -> Array:
+        return math.isfinite(a)
+
+    def maximum(self, a: Array, b: Array) -> Array:
+        return b if b > a or b != b else a
+
+
+class NumpyBatchSpace(ArraySpace):
+    """Many vectors, shape (..., n), worked on in place."""
+
+    def axpy(self, a: Any, x: Array, y: Array) -> Array:
+        y += a[..., None] * x
+        return y
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        return np.subtract(x, y, out=x)
+
+    def scale(self, a: Any, x: Array) -> Array:
+        return np.multiply(x, a[..., None], out=x)
+
+
+class NumpyBackend(ArrayAPIBackend):
+    """Backend for NumPy arrays.
+
+    Parameters
+    ----------
+    autodiff : {"auto", "autograd", "complex_step", "finite_differences"}, default "auto"
+        Where derivatives come from that the user did not give. ``"auto"`` takes autograd for functions
+        written with it, else the complex step for functions that accept complex numbers (checked against a
+        finite difference), else central finite differences.
+    """
+
+    name = "numpy"
+
+    def __init__(self, autodiff: str = "auto") -> None:
+        super().__init__(xp)
+        if autodiff not in _MODES:
+            raise UnknownNameError(f"autodiff = {autodiff!r}: expected one of {', '.join(_MODES)}.")
+        self.name = "numpy"
+        self.autodiff = autodiff
+
+    # -- arrays at the border ------------------------------------------------------------------------
+    def is_array(self, x: Any) -> bool:
+        return isinstance(x, (np.ndarray, np.generic)) and x.dtype != object
+
+    def as_leaf(self, leaf: Any, where: str) -> Array:
+        return np.asarray(super().as_leaf(leaf, where))
+
+    def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
+        if type(x).__module__.startswith("autograd"):
+            return x  # a value being traced
+        if isinstance(x, complex) and not hasattr(x, "dtype"):
+            return np.asarray(x)
+        found = super().as_array(x, device, dtype)
+        if found is None or found.dtype.kind in "fc":
+            return found
+        return found.astype(dtype)
+
+    def device(self, x: Array) -> Any:
+        return "cpu"
+
+    def number(self, x: Array) -> Any:
+        return x[()]
+
+    def guard(self, x: Array) -> Array:
+        # A callback that works in place on its argument would silently spoil the iteration.
+        if type(x) is np.ndarray:
+            x = x.view()
+            x.flags.writeable = False
+        return x
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return x.reshape(shape)
+
+    def concat(self, parts: Any) -> Array:
+        if any(type(p).__module__.startswith("autograd") for p in parts):
+            from implicitdiff.backends import tape
+
+            return tape.concatenate(parts)
+        return np.concatenate(parts, axis=-1)
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        return x.astype(dtype) if x.dtype != dtype else x
+
+    # -- derivatives ---------------------------------------------------------------------------------
+    def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        if self._tape():
+            from implicitdiff.backends import tape
+
+            found = tape.differentiate(self, function, y, theta)
+            if found is not None:
+                return found
+        if self._may_be_complex(function, y, theta):
+            return Differences(self, function, y, theta, along=complex_step, kind="complex step")
+        return Differences(self, function, y, theta)
+
+    def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        if self._tape():
+            from implicitdiff.backends import tape
+
+            found = tape.differentiate_gradient(self, function, y, theta)
+            if found is not None:
+                return found
+        if self._may_be_complex(function, y, theta):
+            return GradientDifferences(
+                self, function, y, theta, inner=complex_step, kind="finite differences"
+            )
+        return GradientDifferences(self, function, y, theta)
+
+    def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        if self._tape():
+            from implicitdiff.backends import tape
+
+            found = tape.gradients(function, y, theta)
+            if found is not None:
+                return found
+        if self._may_be_complex(function, y, theta):
+            return scalar_gradients(self, function, y, theta, along=complex_step, kind="complex step")
+        return scalar_gradients(self, function, y, theta)
+
+    def _tape(self) -> bool:
+        if self.autodiff == "autograd" and "autograd" not in sys.modules:
+            raise InputError('autodiff = "autograd", and autograd was not imported: write the function with it.')
+        return self.autodiff in {"auto", "autograd"} and "autograd" in sys.modules
+
+    def _may_be_complex(self, function: Callable[..., Array], y: Array, theta: Array) -> bool:
+        if self.autodiff == "complex_step":
+            return True
+        if self.autodiff != "auto":
+            return False
+        return is_analytic(function, self.widen(y), self.widen(theta))
+
+    # -- loops and linear algebra ----------------------------------------------------------------------
+    def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
+        def many(x: Array) -> Array:
+            if x.ndim == len(items) + 1:
+                return product(x)
+            first = product(x[0])
+            out = np.empty((x.shape[0], *first.shape), dtype=first.dtype)
+            out[0] = first
+            for i in range(1, x.shape[0]):
+                out[i] = product(x[i])
+            return out
+
+        return many
+
+    def while_loop(self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
+        with np.errstate(all="ignore"):  # a NaN or an overflow is found in the scalars and told
+            while cond(state):
+                state = body(state)
+        return state
+
+    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        if len(shape) == 1:
+            return NumpySpace(shape, dtype)
+        return NumpyBatchSpace(xp, shape, dtype, "cpu")
+
+    def widen(self, x: Array) -> Array:
+        return x.astype(np.float64, copy=False)
+
+    def lu_factor(self, matrix: Array) -> Any:
+        if matrix.ndim == 2:
+            return lapack.dgetrf(matrix)[:2]
+        pairs = [lapack.dgetrf(m)[:2] for m in matrix]
+        lu = np.stack([p[0] for p in pairs]) if pairs else matrix
+        rows = _permutations(np.stack([p[1] for p in pairs])) if pairs else matrix
+        return lu, rows
+
+    def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
+        lu, pivots = factor
+        if lu.ndim == 2:
+            return lapack.dgetrs(lu, pivots, b, trans=int(transposed))[0]
+        return _batched_lu_solve(lu, pivots, b, transposed)
+
+    def cho_factor(self, matrix: Array) -> Array:
+        if matrix.ndim == 2:
+            return self._cholesky(matrix)
+        try:
+            return np.linalg.cholesky(matrix)
+        except np.linalg.LinAlgError:  # some item: find out which
+            return np.stack([self._cholesky(m) for m in matrix])
+
+    def _cholesky(self, matrix: Array) -> Array:
+        factor, info = lapack.dpotrf(matrix, lower=1, clean=1)
+        return factor if info == 0 else np.full_like(matrix, np.nan)
+
+    def cho_solve(self, factor: Array, b: Array) -> Array:
+        if factor.ndim == 2:
+            return lapack.dpotrs(factor, b, lower=1)[0]
+        with np.errstate(all="ignore"):
+            half = triangular_solve(np, factor, b)
+            return triangular_solve(np, np.matrix_transpose(factor), half, lower=False)
+
+
+def complex_step(xp: Any, function: Callable[[Array], Array], x: Array, v: Array, power: float) -> Array:
+    """Derivative of an analytic function at x along v as Im f(x + i h v) / h: no cancellation, h may be tiny.
+
+    References
+    ----------
+    W. Squire, G. Trapp, "Using complex variables to estimate derivatives of real functions", SIAM Rev. 40 (1998)
+    110-112. DOI 10.1137/S003614459631241X
+    """
+    size = np.max(np.abs(v), axis=-1, keepdims=True, initial=0.0)
+    h = 1e-30 / np.where(size > 0, size, 1.0)
+    out = np.imag(function(x + 1j * h * v))
+    return out / (h if out.ndim == x.ndim else h[..., 0])
+
+
+def is_analytic(function: Callable[..., Array], y: Array, theta: Array) -> bool:
+    """Whether the complex step gives what a central difference gives, in one direction of y and one of θ.
+
+    Anything but agreement (an exception, a warning about a discarded imaginary part, another number) says no.
+    """
+    from implicitdiff.arrays import probe_vector
+    from implicitdiff.backends.differences import directional
+
+    import warnings
+
+    for which, x in enumerate((y, theta)):
+        if x.shape[-1] == 0:
+            continue
+        v = np.broadcast_to(probe_vector(xp, x.shape[-1], x.dtype, None), x.shape)
+
+        def along(z: Array, which: int = which) -> Array:
+            return function(z, theta) if which == 0 else function(y, z)
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                a = complex_step(np, along, x, v, 0.0)
+        except Exception:
+            return False
+        b = directional(xp, along, x, v, 1 / 3)
+        size = max(np.max(np.abs(b), initial=0.0), 1e-8 * np.max(np.abs(along(x)), initial=0.0))
+        if not np.all(np.abs(a - b) <= 1e-5 * size):
+            return False
+    return True
+
+
+def _permutations(pivots: Array) -> Array:
+    """Row orders from LAPACK's sequences of swaps, over the batch at once."""
+    batch, n = pivots.shape
+    rows = np.tile(np.arange(n), (batch, 1))
+    all_items = np.arange(batch)
+    for i in range(n):
+        j = pivots[:, i]
+        rows[all_items, i], rows[all_items, j] = rows[all_items, j], rows[all_items, i].copy()
+    return rows
+
+
+def _batched_lu_solve(lu: Array, rows: Array, b: Array, transposed: bool) -> Array:
+    n = lu.shape[-1]
+    unit_lower = np.tril(lu, -1) + np.eye(n)
+    upper = np.triu(lu)
+    with np.errstate(all="ignore"):
+        if not transposed:
+            permuted = np.take_along_axis(b, rows[..., None], axis=-2)
+            return triangular_solve(np, upper, triangular_solve(np, unit_lower, permuted), lower=False)
+        half = triangular_solve(np, np.matrix_transpose(upper), b)
+        permuted = triangular_solve(np, np.matrix_transpose(unit_lower), half, lower=False)
+        out = np.empty_like(permuted)
+        np.put_along_axis(out, rows[..., None], permuted, axis=-2)
+        return out

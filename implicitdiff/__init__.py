@@ -1,0 +1,91 @@
+"""Derivatives of a solution, in one call.
+
+Whoever solved F(y, θ) = 0 for y, in whatever framework, with whatever solver: `implicit_grad`, `implicit_vjp`,
+`implicit_jvp` and `implicit_jacobian` give its derivative with respect to θ by one linear solve, `linearize` keeps the
+factorisation, `implicit_function` wraps the solver, and a `Report` tells how far to trust the result.
+"""
+
+from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
+from implicitdiff.conditions import Condition, FixedPoint, Root, Stationary
+from implicitdiff.decorator import implicit_function
+from implicitdiff.errors import (
+    BackendError,
+    CallbackError,
+    DerivativeError,
+    DTypeError,
+    ImplicitDiffError,
+    ImplicitDiffWarning,
+    InputError,
+    NonFiniteError,
+    NonFiniteProductError,
+    NotASolutionWarning,
+    NotConvergedError,
+    NotPositiveDefiniteError,
+    NotSymmetricError,
+    ShapeError,
+    SingularError,
+    SolveError,
+    SolveWarning,
+    UnknownNameError,
+)
+from implicitdiff.linearization import Linearization
+from implicitdiff.report import Counts, Report, Status
+from implicitdiff.solve import linear_solve
+from implicitdiff.solvers import (
+    CG,
+    GMRES,
+    LU,
+    MINRES,
+    Auto,
+    Cholesky,
+    Solver,
+    register_solver,
+    solver_names,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "LU",
+    "MINRES",
+    "Auto",
+    "BackendError",
+    "CallbackError",
+    "Cholesky",
+    "Condition",
+    "Counts",
+    "DTypeError",
+    "DerivativeError",
+    "FixedPoint",
+    "ImplicitDiffError",
+    "ImplicitDiffWarning",
+    "InputError",
+    "Linearization",
+    "NonFiniteError",
+    "NonFiniteProductError",
+    "NotASolutionWarning",
+    "NotConvergedError",
+    "NotPositiveDefiniteError",
+    "NotSymmetricError",
+    "Report",
+    "Root",
+    "ShapeError",
+    "SingularError",
+    "SolveError",
+    "SolveWarning",
+    "Solver",
+    "Stationary",
+    "Status",
+    "UnknownNameError",
+    "implicit_function",
+    "implicit_grad",
+    "implicit_jacobian",
+    "implicit_jvp",
+    "implicit_vjp",
+    "linear_solve",
+    "linearize",
+    "register_solver",
+    "solver_names",
+]

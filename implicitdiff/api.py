@@ -1,0 +1,238 @@
+"""The public functions: each a few lines over a `Linearization`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from implicitdiff.arrays import Array
+from implicitdiff.linearization import Linearization
+
+__all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize"]
+
+
+def linearize(
+    condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+    on_failure: str = "raise", backend: Any = None, batched: bool = False,
+) -> Linearization:  # fmt: skip
+    """Linearise a condition at a solution: factor once, then ``.vjp(v)``, ``.jvp(t)``, ``.jacobian()``, ``.report``.
+
+    Parameters
+    ----------
+    condition : Condition or callable
+        A bare callable is the inner objective: ``Stationary(f)``.
+    y, theta : pytree of float32 or float64 arrays
+        The solution and the parameters. They are copied where they could be changed in place afterwards.
+    args : tuple
+        Data handed to every function of the condition after y and theta; not differentiated.
+    solver : str or Solver
+        ``"auto"``, ``"lu"``, ``"cholesky"``, ``"cg"``, ``"minres"``, ``"gmres"``, a registered name, or an instance.
+    on_failure : {"raise", "warn", "nan", "ignore"}
+        What a failed solve does.
+    backend : str or Backend, optional
+        Default: read off the arrays.
+    batched : bool
+        Whether y, theta and the vectors carry a leading axis of independent problems.
+
+    Returns
+    -------
+    Linearization
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from implicitdiff import Root, linearize
+    >>> lin = linearize(Root(lambda y, t: y**3 - t), np.array([2.0]), np.array([8.0]))
+    >>> np.round(lin.jvp(np.array([12.0])), 6), np.round(lin.jacobian(), 6)
+    (array([1.]), array([[0.083333]]))
+    """
+    lin = Linearization(
+        condition, _own(y), _own(theta), args=args, solver=solver, on_failure=on_failure, backend=backend,
+        batched=batched,
+    )  # fmt: skip
+    return lin
+
+
+def _own(tree: Any) -> Any:
+    from implicitdiff.pytree import map_leaves
+
+    return map_leaves(lambda leaf: leaf.copy() if type(leaf).__module__ == "numpy" else leaf, tree)
+
+
+def implicit_vjp(
+    condition: Any, y: Any, theta: Any, cotangent: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
+    x0: Array | None = None,
+) -> Any:  # fmt: skip
+    """Pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v.
+
+    Parameters
+    ----------
+    condition, y, theta, args, solver, on_failure, backend, batched
+        See `linearize`.
+    cotangent : pytree, like y
+        v, the gradient of a loss with respect to y.
+    return_report : bool
+        Return ``(value, Report)``.
+    x0 : array, shape (n,), optional
+        Warm start for the raveled adjoint (``report.solution`` of an earlier call).
+
+    Returns
+    -------
+    pytree, like theta
+
+    Raises
+    ------
+    SolveError, InputError, DTypeError, BackendError, CallbackError, DerivativeError
+        See `implicitdiff.errors`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from implicitdiff import implicit_vjp
+    >>> theta = np.array([1.0, 2.0])
+    >>> g = implicit_vjp(lambda y, t: ((y - t**2) ** 2).sum(), theta**2, theta, np.ones(2))
+    >>> np.round(g, 6)
+    array([2., 4.])
+    """
+    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
+    return _with_report(lin, lin.vjp(cotangent, x0=x0), return_report)
+
+
+def implicit_jvp(
+    condition: Any, y: Any, theta: Any, tangent: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
+    x0: Array | None = None,
+) -> Any:  # fmt: skip
+    """Derivative of y along a tangent of theta: w with A w = −B θ̇.
+
+    Parameters
+    ----------
+    condition, y, theta, args, solver, on_failure, backend, batched
+        See `linearize`.
+    tangent : pytree, like theta
+        θ̇.
+    return_report : bool
+        Return ``(value, Report)``.
+    x0 : array, shape (n,), optional
+        Warm start for the raveled w.
+
+    Returns
+    -------
+    pytree, like y
+
+    Raises
+    ------
+    SolveError, InputError, DTypeError, BackendError, CallbackError, DerivativeError
+        See `implicitdiff.errors`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from implicitdiff import FixedPoint, implicit_jvp
+    >>> dy = implicit_jvp(FixedPoint(lambda y, t: 0.5 * y + t), np.array([2.0]), np.array([1.0]), np.array([1.0]))
+    >>> np.round(dy, 6)
+    array([2.])
+    """
+    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
+    return _with_report(lin, lin.jvp(tangent, x0=x0), return_report)
+
+
+def implicit_jacobian(
+    condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
+) -> Any:  # fmt: skip
+    """Dense dy/dθ; all columns solved together, forward for m <= n and in reverse otherwise.
+
+    Parameters
+    ----------
+    condition, y, theta, args, solver, on_failure, backend, batched
+        See `linearize`.
+    return_report : bool
+        Return ``(value, Report)``.
+
+    Returns
+    -------
+    array, shape y.shape + theta.shape
+        For pytrees the structure of y with, at each leaf, the structure of theta; with ``batched=True`` behind the
+        leading axis.
+
+    Raises
+    ------
+    SolveError, InputError, DTypeError, BackendError, CallbackError, DerivativeError
+        See `implicitdiff.errors`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from implicitdiff import Stationary, implicit_jacobian
+    >>> ridge = Stationary(grad=lambda w, lam, X, t: X.T @ (X @ w - t) + lam * w)
+    >>> X, t = np.eye(2), np.array([3.0, 6.0])
+    >>> np.round(implicit_jacobian(ridge, t / 3, np.array([2.0, 2.0]), args=(X, t)), 6)
+    array([[-0.333333,  0.      ],
+           [ 0.      , -0.666667]])
+    """
+    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
+    return _with_report(lin, lin.jacobian(), return_report)
+
+
+def implicit_grad(
+    condition: Any, outer: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
+    x0: Array | None = None,
+) -> Any:  # fmt: skip
+    """Total gradient of an outer loss through a solution: dL/dθ = ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
+
+    Parameters
+    ----------
+    condition, y, theta, args, solver, on_failure, backend, batched
+        See `linearize`.
+    outer : callable or pytree
+        The loss ``L(y, theta) -> scalar`` (one scalar per item with ``batched=True``), or the cotangent ∂L/∂y itself,
+        structured like y.
+    return_report : bool
+        Return ``(value, Report)``.
+    x0 : array, shape (n,), optional
+        Warm start for the raveled adjoint (``report.solution`` of an earlier call).
+
+    Returns
+    -------
+    pytree, like theta
+
+    Raises
+    ------
+    SolveError, InputError, DTypeError, BackendError, CallbackError, DerivativeError
+        See `implicitdiff.errors`.
+
+    Examples
+    --------
+    The solution of min over w of (w − θ²)² is θ², so 2 w has the gradient 4 θ:
+
+    >>> import numpy as np
+    >>> from implicitdiff import implicit_grad
+    >>> theta = np.array(3.0)
+    >>> g = implicit_grad(lambda w, t: (w - t**2) ** 2, lambda w, t: 2 * w, theta**2, theta)
+    >>> round(float(g), 6)
+    12.0
+    """
+    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
+    if not callable(outer):
+        return _with_report(lin, lin.vjp(outer, x0=x0), return_report)
+    value, kind = lin.gradient(outer, x0)
+    if lin.report is not None:
+        lin.report = replace(lin.report, derivatives={**lin.report.derivatives, "outer": kind})
+    return _with_report(lin, value, return_report)
+
+
+def _at(
+    condition: Any, y: Any, theta: Any, args: tuple[Any, ...], solver: Any, on_failure: str, backend: Any,
+    batched: bool,
+) -> Linearization:  # fmt: skip
+    return Linearization(
+        condition, y, theta, args=args, solver=solver, on_failure=on_failure, backend=backend, batched=batched
+    )
+
+
+def _with_report(lin: Linearization, value: Any, return_report: bool) -> Any:
+    return (value, lin.report) if return_report else value
+

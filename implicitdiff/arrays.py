@@ -1,0 +1,71 @@
+"""Small helpers over an array namespace: norms that cannot overflow, probes, finiteness."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+__all__ = ["Array", "all_finite_items", "any_true", "item_norm", "item_numbers", "probe_vector", "to_python"]
+
+Array = Any
+"""An array of whatever framework is at work."""
+
+
+def item_norm(xp: Any, x: Array) -> Array:
+    """2-norm over the last axis, scaled first so that neither 1e-200 nor 1e200 is lost.
+
+    Parameters
+    ----------
+    xp : module
+        Array namespace.
+    x : array, shape (..., n)
+        Vectors; n >= 1.
+
+    Returns
+    -------
+    array, shape (...)
+    """
+    largest = xp.max(xp.abs(x), axis=-1)
+    usable = xp.isfinite(largest) & (largest > 0)
+    scale = xp.where(usable, largest, xp.ones_like(largest))
+    scaled = x / scale[..., None]
+    return scale * xp.sqrt(xp.vecdot(scaled, scaled, axis=-1))
+
+
+def all_finite_items(xp: Any, x: Array) -> Array:
+    """Whether every entry of the last axis is finite, per item."""
+    return xp.all(xp.isfinite(x), axis=-1)
+
+
+def any_true(xp: Any, mask: Array) -> bool:
+    """Whether any entry is true, as a Python bool (a synchronisation on an accelerator)."""
+    return bool(xp.any(mask))
+
+
+def probe_vector(xp: Any, n: int, dtype: Any, device: Any) -> Array:
+    """Return a fixed vector without structure, shape (n,), entries of order one.
+
+    A quasi-random sequence needs no generator, hence no seed and no state to touch, and is made on
+    the device itself.
+    """
+    index = xp.arange(1, n + 1, dtype=dtype, device=device)
+    return xp.cos(index * math.sqrt(2.0)) + 0.5 * xp.cos(index * index * math.sqrt(3.0) + 1.0)
+
+
+def item_numbers(xp: Any, mask: Array, limit: int = 8) -> list[int]:
+    """Return the numbers of the first true items of a one-dimensional mask."""
+    return [int(i) for i in xp.nonzero(xp.reshape(mask, (-1,)))[0][:limit]]
+
+
+def to_python(x: Array) -> Any:
+    """A 0-d array as the Python number it holds; anything else unchanged."""
+    return x.item() if hasattr(x, "item") and getattr(x, "shape", None) == () else _number(x)
+
+
+def _number(x: Array) -> Any:
+    if getattr(x, "shape", None) == ():
+        for kind, convert in (("bool", bool), ("int", int)):
+            if kind in str(x.dtype):
+                return convert(x)
+        return float(x)
+    return x

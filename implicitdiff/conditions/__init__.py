@@ -1,0 +1,22 @@
+"""Conditions F(y, θ) = 0 that a solution satisfies, made of plain functions."""
+
+from typing import Any
+
+from implicitdiff.conditions.base import Condition
+from implicitdiff.conditions.fixed_point import FixedPoint
+from implicitdiff.conditions.root import Root
+from implicitdiff.conditions.stationary import Stationary
+from implicitdiff.errors import InputError
+
+__all__ = ["Condition", "FixedPoint", "Root", "Stationary", "as_condition"]
+
+
+def as_condition(condition: Any) -> Condition:
+    """Return the condition itself; a bare callable is the objective of `Stationary`."""
+    if isinstance(condition, Condition):
+        return condition
+    if callable(condition) and not isinstance(condition, type):
+        return Stationary(condition)
+    raise InputError(
+        f"condition is {condition!r}; expected Stationary(f), Root(F), FixedPoint(T), or the objective f itself."
+    )

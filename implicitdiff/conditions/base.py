@@ -1,0 +1,188 @@
+"""From a user's functions to the four maps A, Aᵀ, B, Bᵀ.
+
+Every condition rests on one vector function G(y, θ): ∇_y f, F itself, or T. What the user gave of its derivatives is
+used; what is missing is derived by the backend. The signs of the condition come last: F = G, or F = y − T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array
+from implicitdiff.conditions.point import Point
+from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
+from implicitdiff.operator import LinearMap, Operator, matrix_map
+
+__all__ = ["Condition", "Given", "Maps", "check_callables", "maps_from"]
+
+ASSEMBLY_LIMIT = 1024
+"""Up to this order a missing product is assembled from its exact transpose rather than differenced."""
+
+
+class Maps(NamedTuple):
+    """F and its derivatives at a point.
+
+    ``residual`` is None where the condition gives no way to evaluate F; ``at`` evaluates F at the same y and
+    another θ.
+    """
+
+    residual: Callable[[], Array] | None
+    at: Callable[[Array], Array] | None
+    A: Operator
+    B: LinearMap
+
+
+class Condition:
+    """A condition F(y, θ) = 0; subclasses say how F and its derivatives come from the user's functions."""
+
+    def maps(self, point: Point) -> Maps:
+        """F, A = ∂F/∂y and B = ∂F/∂θ at a point."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave of ∂G/∂y and ∂G/∂θ, with the names under which it was given."""
+
+    forward: tuple[str, Callable[..., Any] | None] = ("jvp", None)
+    adjoint: tuple[str, Callable[..., Any] | None] = ("vjp", None)
+    matrix: tuple[str, Callable[..., Any] | None] = ("jacobian", None)
+    mixed_jvp: Callable[..., Any] | None = None
+    mixed_vjp: Callable[..., Any] | None = None
+
+
+def check_callables(**functions: Any) -> None:
+    """Raise where an argument is neither a function nor None."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InputError(f"{name} is {type(function).__name__}; expected a callable.")
+
+
+class _Builder:
+    """Chooses each product: given, or derived where it is missing."""
+
+    def __init__(
+        self, point: Point, given: Given, derive: Callable[[], Any] | None, symmetric: bool, what: str
+    ) -> None:
+        self.point, self.given, self._derive = point, given, derive
+        self.symmetric, self.what = symmetric, what
+
+    @cached_property
+    def derived(self) -> Any:
+        """The backend's derivatives of G; made once, and only where something is missing."""
+        if self._derive is None:
+            raise DerivativeError(
+                f"a derivative of {self.what} is needed that was not given, and there is no function to derive it from.\n"
+                "Give fun or grad, or the missing one of hvp, hessian, mixed_vjp, mixed_jvp."
+            )
+        return self._derive()
+
+    def operator(self) -> Operator:
+        """∂G/∂y."""
+        p = self.point
+        name, function = self.given.matrix
+        (fname, fwd), (aname, adj) = self.given.forward, self.given.adjoint
+        forward = None if fwd is None else p.product(fwd, fname, p.y, p.y)
+        adjoint = None if adj is None else p.product(adj, aname, p.y, p.y)
+        if function is not None:  # products that are given beside a matrix stay the user's
+            op = self._matrix(name, p.call(function))
+            forward = forward or op.forward
+            return replace(op, forward=forward, adjoint=forward if self.symmetric else adjoint or op.adjoint)
+        if forward is None and adjoint is None:
+            kind = self.derived.kind
+            forward = self.derived.hvp if self.symmetric else self.derived.jvp_y
+            # A transposed product by differences costs n evaluations, as much as the whole matrix: assemble it.
+            adjoint = self.derived.vjp_y if kind == "autodiff" else None
+        elif self.symmetric:
+            kind = "given"
+        else:
+            forward, adjoint, kind = self._complete(forward, adjoint, p.y.n, "jvp_y", "vjp_y")
+        return Operator(
+            p.backend, p.y.n, p.y.n, p.items, p.y.dtype, p.y.device, forward=forward,
+            adjoint=forward if self.symmetric else adjoint, kind=kind, label="A",
+            symmetric=True if self.symmetric else None, trusted=self.symmetric and kind != "given",
+        )  # fmt: skip
+
+    def _complete(
+        self, forward: Any, adjoint: Any, n: int, jvp: str, vjp: str
+    ) -> tuple[Any, Any, str]:
+        """Add the missing one of two products, or leave it to assembly from the other, which is exact."""
+        if forward is not None and adjoint is not None or self._derive is None:
+            return forward, adjoint, "given"
+        d = self.derived
+        if adjoint is None and d.kind == "autodiff":
+            return forward, getattr(d, vjp), "given, autodiff"
+        if forward is None and (d.exact or n > ASSEMBLY_LIMIT):
+            return getattr(d, jvp), adjoint, f"given, {d.kind}"
+        return forward, adjoint, "given"
+
+    def _matrix(self, name: str, matrix: Any) -> Operator:
+        p = self.point
+        n, items = p.y.n, p.items
+        sparse, linear = hasattr(matrix, "tocsc"), hasattr(matrix, "matvec")
+        if (sparse or linear) and p.backend.name != "numpy":
+            raise BackendError(f"{name} returned a SciPy matrix, and y is an array of {p.backend.name}.")
+        if not sparse and not linear:
+            array = p.backend.as_array(matrix, p.y.device, p.y.dtype)
+            if array is None or array.size != n * n * (items[0] if items else 1):
+                got = type(matrix).__name__ if array is None else f"an array of shape {tuple(array.shape)}"
+                raise CallbackError(f"{name} returned {got}.\nExpected a matrix of shape {(*items, n, n)}.")
+            matrix = p.backend.astype(p.backend.reshape(array, (*items, n, n)), p.y.dtype)
+        elif tuple(matrix.shape) != (n, n) or items:
+            raise CallbackError(
+                f"{name} returned {type(matrix).__name__} of shape {tuple(matrix.shape)}.\nExpected shape {(*items, n, n)}."
+            )
+        tags = {"label": "A", "symmetric": True if self.symmetric else None}
+        op: Operator = matrix_map(Operator, p.backend, matrix, items, p.y.dtype, p.y.device, **tags)
+        return replace(op, adjoint=op.forward) if self.symmetric else op
+
+    def mixed(self) -> LinearMap:
+        """∂G/∂θ."""
+        p, given = self.point, self.given
+        jvp, vjp = given.mixed_jvp, given.mixed_vjp
+        forward = None if jvp is None else p.product(jvp, "mixed_jvp", p.theta, p.y)
+        adjoint = None if vjp is None else p.product(vjp, "mixed_vjp", p.y, p.theta)
+        if forward is None and adjoint is None:
+            forward, adjoint, kind = self.derived.jvp_theta, self.derived.vjp_theta, self.derived.kind
+        else:
+            forward, adjoint, kind = self._complete(
+                forward, adjoint, min(p.y.n, p.theta.n), "jvp_theta", "vjp_theta"
+            )
+        return LinearMap(
+            p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
+            kind=kind, label="B",
+        )  # fmt: skip
+
+
+def maps_from(
+    point: Point, given: Given, function: Callable[[Array, Array], Array] | None,
+    derive: Callable[[], Any] | None, *, symmetric: bool = False, what: str = "F",
+    value: Callable[[], Array] | None = None,
+) -> Maps:  # fmt: skip
+    """Build the maps of F = G.
+
+    Parameters
+    ----------
+    point : Point
+    given : Given
+        What the user gave.
+    function : callable or None
+        G on vectors.
+    derive : callable or None
+        Returns the backend's derivatives of G.
+    symmetric : bool
+        Whether ∂G/∂y is symmetric.
+    what : str
+        Name of G, for messages.
+    value : callable, optional
+        Evaluates G at the point, where that is cheaper than ``function``.
+    """
+    builder = _Builder(point, given, derive, symmetric, what)
+    y, theta = point.y.vector, point.theta.vector
+    at = None if function is None else (lambda t: function(y, t))
+    if value is None and at is not None:
+        value = lambda: at(theta)  # noqa: E731
+    return Maps(value, at, builder.operator(), builder.mixed())

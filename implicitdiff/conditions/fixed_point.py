@@ -1,0 +1,77 @@
+"""Fixed points: y = T(y, θ)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from implicitdiff.arrays import Array
+from implicitdiff.conditions.base import Maps
+from implicitdiff.conditions.point import Point
+from implicitdiff.conditions.root import Root
+from implicitdiff.operator import LinearMap
+
+__all__ = ["FixedPoint"]
+
+
+@dataclass(frozen=True, init=False)
+class FixedPoint(Root):
+    """A fixed point of a map: F(y, θ) = y − T(y, θ) = 0, hence A = I − ∂T/∂y and B = −∂T/∂θ.
+
+    The map need not be a contraction: the linear system is solved, no series is summed. All callables are those of
+    T itself, not of y − T.
+
+    Parameters
+    ----------
+    fun : callable
+        ``T(y, theta, *args) -> like y``.
+    jvp, vjp : callable, optional
+        ``(∂T/∂y) v`` and ``(∂T/∂y)ᵀ u``, as ``jvp(y, theta, v, *args) -> like y``.
+    jacobian : callable, optional
+        ``∂T/∂y`` as ``jacobian(y, theta, *args)``: dense (n, n) in raveled order, SciPy sparse or LinearOperator.
+    mixed_vjp, mixed_jvp : callable, optional
+        ``(∂T/∂θ)ᵀ u -> like theta`` and ``(∂T/∂θ) t -> like y``.
+
+    References
+    ----------
+    S. Bai, J. Z. Kolter, V. Koltun, "Deep equilibrium models", NeurIPS 2019. arXiv:1909.01377
+    """
+
+    def maps(self, point: Point) -> Maps:
+        t = super().maps(point)
+        y = point.y.vector
+        value, at = t.residual, t.at
+        return Maps(
+            None if value is None else (lambda: y - value()),
+            None if at is None else (lambda theta: y - at(theta)),
+            _identity_minus(t.A),
+            _negated(t.B),
+        )
+
+
+def _identity_minus(a: Any) -> Any:
+    """I − A of products, matrix and sparse matrix."""
+    matrix, sparse = a.matrix, a.sparse
+    if matrix is not None:
+        matrix = a.backend.xp.eye(a.n, dtype=a.dtype, device=a.device) - matrix
+    if sparse is not None:
+        import scipy.sparse
+
+        sparse = (scipy.sparse.eye_array(a.n, dtype=sparse.dtype) - sparse).tocsc()
+    return replace(
+        a, matrix=matrix, sparse=sparse, forward=_each(a.forward, lambda x, p: x - p),
+        adjoint=_each(a.adjoint, lambda x, p: x - p), _cache={},
+    )  # fmt: skip
+
+
+def _negated(b: LinearMap) -> LinearMap:
+    return replace(
+        b, forward=_each(b.forward, lambda x, p: -p), adjoint=_each(b.adjoint, lambda x, p: -p), _cache={}
+    )
+
+
+def _each(
+    product: Callable[[Array], Array] | None, combine: Callable[[Array, Array], Array]
+) -> Callable[[Array], Array] | None:
+    return None if product is None else (lambda x: combine(x, product(x)))

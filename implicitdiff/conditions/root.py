@@ -1,0 +1,64 @@
+"""Roots: F(y, θ) = 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, maps_from
+from implicitdiff.conditions.point import Point
+from implicitdiff.errors import InputError
+
+__all__ = ["Root"]
+
+
+@dataclass(frozen=True)
+class Root(Condition):
+    """A root of a vector function with as many components as unknowns: F(y, θ) = 0.
+
+    A = ∂F/∂y is general. What is given is used; what is missing comes from the backend's autodiff, or from the
+    complex step or finite differences, and the report says so.
+
+    Parameters
+    ----------
+    fun : callable
+        ``F(y, theta, *args) -> like y``.
+    jvp, vjp : callable, optional
+        ``(∂F/∂y) v`` and ``(∂F/∂y)ᵀ u``, as ``jvp(y, theta, v, *args) -> like y``.
+    jacobian : callable, optional
+        ``∂F/∂y`` as ``jacobian(y, theta, *args)``: a dense array (n, n) in raveled order, a SciPy sparse matrix or a
+        LinearOperator.
+    mixed_vjp, mixed_jvp : callable, optional
+        ``(∂F/∂θ)ᵀ u -> like theta`` and ``(∂F/∂θ) t -> like y``.
+
+    References
+    ----------
+    M. Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022. arXiv:2105.15183
+    """
+
+    fun: Callable[..., Any]
+    jvp: Callable[..., Any] | None = None
+    vjp: Callable[..., Any] | None = None
+    jacobian: Callable[..., Any] | None = None
+    mixed_vjp: Callable[..., Any] | None = None
+    mixed_jvp: Callable[..., Any] | None = None
+
+    def __init__(
+        self, fun: Any, *, jvp: Any = None, vjp: Any = None, jacobian: Any = None,
+        mixed_vjp: Any = None, mixed_jvp: Any = None,
+    ) -> None:  # fmt: skip
+        if not callable(fun):
+            raise InputError(f"fun is {type(fun).__name__}; expected a callable F(y, theta, *args) -> like y.")
+        fields = {"fun": fun, "jvp": jvp, "vjp": vjp, "jacobian": jacobian, "mixed_vjp": mixed_vjp, "mixed_jvp": mixed_jvp}
+        check_callables(**fields)
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def maps(self, point: Point) -> Maps:
+        function = point.vector_function(self.fun, "fun")
+        given = Given(
+            ("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp
+        )
+        y, theta = point.y.vector, point.theta.vector
+        return maps_from(point, given, function, lambda: point.backend.differentiate(function, y, theta))

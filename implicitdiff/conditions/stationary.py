@@ -1,0 +1,99 @@
+"""Stationary points: ∇_y f(y, θ) = 0 (minima, maxima and saddle points alike)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, maps_from
+from implicitdiff.conditions.point import Point
+
+__all__ = ["Stationary"]
+
+
+@dataclass(frozen=True)
+class Stationary(Condition):
+    """A stationary point of a scalar function: F(y, θ) = ∇_y f(y, θ) = 0.
+
+    A = ∂²f/∂y² is symmetric, and positive definite at a strict minimum. What is given is used; what is missing
+    comes from the backend's autodiff, or from the complex step or finite differences, and the report says so.
+
+    Parameters
+    ----------
+    fun : callable, optional
+        ``f(y, theta, *args) -> scalar``.
+    grad : callable, optional
+        ``∇_y f(y, theta, *args) -> like y``.
+    hvp : callable, optional
+        ``(∂²f/∂y²) v`` as ``hvp(y, theta, v, *args) -> like y``.
+    hessian : callable, optional
+        ``hessian(y, theta, *args)``: a dense array (n, n) in raveled order, a SciPy sparse matrix or a
+        LinearOperator.
+    mixed_vjp : callable, optional
+        ``Bᵀu`` with B = ∂²f/∂θ∂y as ``mixed_vjp(y, theta, u, *args) -> like theta``.
+    mixed_jvp : callable, optional
+        ``B t`` as ``mixed_jvp(y, theta, t, *args) -> like y``.
+
+    Notes
+    -----
+    With ``batched=True`` on frameworks without vmap every callable takes and returns a leading axis of items; ``fun``
+    returns one scalar per item.
+
+    References
+    ----------
+    S. Gould et al., "On differentiating parameterized argmin and argmax problems with application to bi-level
+    optimization", 2016. arXiv:1607.05447
+    """
+
+    fun: Callable[..., Any] | None = None
+    grad: Callable[..., Any] | None = None
+    hvp: Callable[..., Any] | None = None
+    hessian: Callable[..., Any] | None = None
+    mixed_vjp: Callable[..., Any] | None = None
+    mixed_jvp: Callable[..., Any] | None = None
+
+    def __init__(
+        self, fun: Any = None, *, grad: Any = None, hvp: Any = None, hessian: Any = None,
+        mixed_vjp: Any = None, mixed_jvp: Any = None,
+    ) -> None:  # fmt: skip
+        fields = {"fun": fun, "grad": grad, "hvp": hvp, "hessian": hessian, "mixed_vjp": mixed_vjp, "mixed_jvp": mixed_jvp}
+        check_callables(**fields)
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def maps(self, point: Point) -> Maps:
+        given = Given(
+            ("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp
+        )
+        backend, y, theta = point.backend, point.y.vector, point.theta.vector
+        gradient = None if self.grad is None else point.vector_function(self.grad, "grad")
+        scalar = None if self.fun is None else point.scalar_function(self.fun, "fun")
+
+        def derive() -> Any:
+            found = None
+            if gradient is not None:
+                found = backend.differentiate(gradient, y, theta)
+                if found.kind == "autodiff" or scalar is None:
+                    return found
+            if scalar is not None:
+                from_values = backend.differentiate_gradient(scalar, y, theta)
+                if found is None or from_values.kind == "autodiff":
+                    return from_values
+            return found
+
+        cache: list[Any] = []
+
+        def once() -> Any:
+            if not cache:
+                cache.append(derive())
+            return cache[0]
+
+        value = None if scalar is None else (lambda: once().value())
+        function = gradient
+        if gradient is not None:
+            value = lambda: gradient(y, theta)  # noqa: E731
+        elif scalar is not None:
+            function = lambda a, t: backend.differentiate_gradient(scalar, a, t).value()  # noqa: E731
+        known = gradient is not None or scalar is not None
+        return maps_from(point, given, function, once if known else None, symmetric=True, what="∇f", value=value)

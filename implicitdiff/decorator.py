@@ -1,0 +1,107 @@
+"""`implicit_function`: give a black-box solver the derivative of its solution."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from implicitdiff.errors import CallbackError, InputError
+from implicitdiff.linearization import Linearization
+
+__all__ = ["ImplicitFunction", "implicit_function"]
+
+
+class ImplicitFunction:
+    """A solver whose solution can be differentiated; made by `implicit_function`.
+
+    Calling it runs the solver. ``vjp``, ``jvp`` and ``jacobian`` run it and differentiate its solution;
+    ``linearize`` runs it once and serves many products.
+    """
+
+    def __init__(self, solve: Callable[..., Any], condition: Any, has_aux: bool, options: dict[str, Any]) -> None:
+        functools.update_wrapper(self, solve)
+        self._solve, self._condition, self._has_aux, self._options = solve, condition, has_aux, options
+
+    def __call__(self, theta: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the solver: ``y``, or ``(y, aux)`` with ``has_aux=True``."""
+        return self._run(theta, args, kwargs)
+
+    def linearize(self, theta: Any, *args: Any, **kwargs: Any) -> Linearization:
+        """Solve, and linearise the condition at the solution (``.y`` of the result)."""
+        y = self._run(theta, args, kwargs)
+        return Linearization(
+            self._condition, y[0] if self._has_aux else y, theta, args=args, **self._options
+        )
+
+    def vjp(self, theta: Any, cotangent: Any, *args: Any, **kwargs: Any) -> Any:
+        """Solve at theta and pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v, structured like theta."""
+        return self.linearize(theta, *args, **kwargs).vjp(cotangent)
+
+    def jvp(self, theta: Any, tangent: Any, *args: Any, **kwargs: Any) -> Any:
+        """Solve at theta and push a tangent of theta forward: dy along θ̇, structured like y."""
+        return self.linearize(theta, *args, **kwargs).jvp(tangent)
+
+    def jacobian(self, theta: Any, *args: Any, **kwargs: Any) -> Any:
+        """Solve at theta and return the dense dy/dθ, shape y.shape + theta.shape."""
+        return self.linearize(theta, *args, **kwargs).jacobian()
+
+    def _run(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = self._solve(theta, *args, **kwargs)
+        name = getattr(self._solve, "__name__", "the solver")
+        if out is None:
+            raise CallbackError(f"{name} returned None.\nExpected the solution y.")
+        if self._has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise CallbackError(
+                f"{name} returned {type(out).__name__}.\nExpected the pair (y, aux), since has_aux=True."
+            )
+        return out
+
+
+def implicit_function(
+    condition: Any, *, solver: Any = "auto", has_aux: bool = False, on_failure: str = "raise", backend: Any = None,
+    batched: bool = False,
+) -> Callable[[Callable[..., Any]], ImplicitFunction]:  # fmt: skip
+    """Decorate a solver ``y = solve(theta, *args, **kwargs)`` so that its solution can be differentiated.
+
+    The solver is a black box: SciPy, a loop, a compiled program. Only the condition that its solution satisfies is
+    differentiated, at the solution.
+
+    Parameters
+    ----------
+    condition : Condition or callable
+        Called as ``f(y, theta, *args)`` with the positional arguments of the solver; keyword arguments go to the
+        solver alone.
+    solver, on_failure, backend, batched
+        Of the linear solve; see `implicitdiff.linearize`.
+    has_aux : bool
+        Whether the solver returns ``(y, aux)``.
+
+    Returns
+    -------
+    callable
+        Takes the solver, returns an `ImplicitFunction` with ``.vjp``, ``.jvp``, ``.jacobian`` and ``.linearize``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy.optimize import minimize
+    >>> from implicitdiff import implicit_function
+    >>> @implicit_function(lambda y, theta: ((y - theta) ** 2).sum() + (y**4).sum() / 4)
+    ... def argmin(theta):
+    ...     f = lambda y: ((y - theta) ** 2).sum() + (y**4).sum() / 4
+    ...     return minimize(f, theta, method="Newton-CG", jac=lambda y: 2 * (y - theta) + y**3, tol=1e-12).x
+    >>> theta = np.array([1.5])
+    >>> np.round(argmin(theta), 6), np.round(argmin.jacobian(theta), 6)  # dy/dθ = 2 / (2 + 3 y²)
+    (array([1.]), array([[0.4]]))
+    """
+    if condition is None:
+        raise InputError("condition is None; expected Stationary(f), Root(F), FixedPoint(T), or the objective f.")
+    options = {"solver": solver, "on_failure": on_failure, "backend": backend, "batched": batched}
+
+    def decorate(solve: Callable[..., Any]) -> ImplicitFunction:
+        if not callable(solve):
+            raise InputError(f"implicit_function decorates a solver; got {type(solve).__name__}.")
+        return ImplicitFunction(solve, condition, has_aux, options)
+
+    return decorate

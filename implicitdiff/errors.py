@@ -1,0 +1,137 @@
+"""Every error and warning of the library, each also the builtin that a user would catch.
+
+::
+
+    ImplicitDiffError
+    ├── InputError (ValueError)              an argument is wrong
+    │   ├── ShapeError                       ... in its shape or structure
+    │   ├── NonFiniteError                   ... holds NaN or Inf
+    │   └── UnknownNameError (KeyError)      ... names no solver, backend or mode
+    ├── DTypeError (TypeError)               integer, complex or half-precision data
+    ├── BackendError (TypeError)             no backend for the arrays, or mixed frameworks or devices
+    ├── CallbackError (ValueError)           a user's function returned the wrong thing
+    ├── DerivativeError (NotImplementedError) a derivative is missing and cannot be derived
+    └── SolveError (numpy.linalg.LinAlgError) the linear solve failed
+        ├── SingularError                    A is singular, or so to working precision
+        ├── NotPositiveDefiniteError         zero or negative curvature
+        ├── NotSymmetricError                A was declared symmetric and is not
+        ├── NotConvergedError                the residual is above the tolerance
+        └── NonFiniteProductError (FloatingPointError)  a product holds NaN or Inf
+
+    ImplicitDiffWarning (UserWarning)
+    ├── NotASolutionWarning                  F(y, theta) is not zero
+    └── SolveWarning                         a failed solve under on_failure="warn"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "BackendError",
+    "CallbackError",
+    "DTypeError",
+    "DerivativeError",
+    "ImplicitDiffError",
+    "ImplicitDiffWarning",
+    "InputError",
+    "NonFiniteError",
+    "NonFiniteProductError",
+    "NotASolutionWarning",
+    "NotConvergedError",
+    "NotPositiveDefiniteError",
+    "NotSymmetricError",
+    "ShapeError",
+    "SingularError",
+    "SolveError",
+    "SolveWarning",
+    "UnknownNameError",
+]
+
+
+class ImplicitDiffError(Exception):
+    """Base of every error that this library raises."""
+
+
+class InputError(ImplicitDiffError, ValueError):
+    """An argument is wrong; the message names it."""
+
+
+class ShapeError(InputError):
+    """An argument has the wrong shape, structure or length."""
+
+
+class NonFiniteError(InputError):
+    """An argument holds NaN or Inf."""
+
+
+class UnknownNameError(InputError, KeyError):
+    """A solver, a backend or a mode of that name is not known; the message lists the valid ones."""
+
+    __str__ = Exception.__str__  # KeyError would print the repr of the message
+
+
+class DTypeError(ImplicitDiffError, TypeError):
+    """The data type of an argument is not supported."""
+
+
+class BackendError(ImplicitDiffError, TypeError):
+    """The arrays belong to no known framework, or to several, or lie on several devices."""
+
+
+class CallbackError(ImplicitDiffError, ValueError):
+    """A user's function returned something of the wrong type, structure or shape."""
+
+
+class DerivativeError(ImplicitDiffError, NotImplementedError):
+    """A derivative is needed that is neither given nor can be derived."""
+
+
+class SolveError(ImplicitDiffError, np.linalg.LinAlgError):
+    """The linear solve failed.
+
+    Attributes
+    ----------
+    value : pytree or None
+        What would have been returned under ``on_failure="ignore"``; in a batch, the items that did
+        not fail are right.
+    report : Report or None
+        How the solve ended.
+    """
+
+    value: Any = None
+    report: Any = None
+
+
+class SingularError(SolveError):
+    """A is singular, or singular to working precision."""
+
+
+class NotPositiveDefiniteError(SolveError):
+    """A method for positive definite A met zero or negative curvature."""
+
+
+class NotSymmetricError(SolveError):
+    """A was declared symmetric and is not."""
+
+
+class NotConvergedError(SolveError):
+    """An iterative method stopped with a residual above its tolerance."""
+
+
+class NonFiniteProductError(SolveError, FloatingPointError):
+    """A product with A or B holds NaN or Inf although y, theta and the vector are finite."""
+
+
+class ImplicitDiffWarning(UserWarning):
+    """Base of every warning of this library."""
+
+
+class NotASolutionWarning(ImplicitDiffWarning):
+    """The point handed in is not a solution: F(y, theta) is not zero."""
+
+
+class SolveWarning(ImplicitDiffWarning):
+    """A failed solve, told as a warning (``on_failure="warn"``)."""

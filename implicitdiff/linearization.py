@@ -1,0 +1,317 @@
+"""A condition linearised at a point: the four maps, the two solves, the report.
+
+The invariant is F(y*(θ), θ) = 0 for all θ near the point. Differentiating it along θ̇,
+
+    A w + B θ̇ = 0   with  A = ∂F/∂y,  B = ∂F/∂θ,  w = dy along θ̇,
+
+so w solves A w = −B θ̇ (forward), and for a cotangent v of y
+
+    ⟨v, w⟩ = −⟨v, A⁻¹ B θ̇⟩ = ⟨−Bᵀ u, θ̇⟩   with  Aᵀ u = v,
+
+so the cotangent of θ is −Bᵀ u (reverse). One factorisation of A serves both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from implicitdiff.arrays import Array, all_finite_items, any_true, item_norm, item_numbers, probe_vector, to_python
+from implicitdiff.conditions import as_condition
+from implicitdiff.conditions.point import Point
+from implicitdiff.errors import (
+    DerivativeError,
+    NonFiniteError,
+    NonFiniteProductError,
+    NotASolutionWarning,
+    ShapeError,
+    SolveWarning,
+)
+from implicitdiff.failure import check_mode, explain, settle, warn
+from implicitdiff.ravel import Ravel
+from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.report import Report
+from implicitdiff.solve import Solution, make_report, poison, prepare
+
+__all__ = ["Linearization"]
+
+
+class Linearization:
+    """A condition linearised at (y, θ); made by `implicitdiff.linearize`.
+
+    A is factored (or its preconditioner built) at the first solve and serves every later one, forward and reverse.
+
+    Attributes
+    ----------
+    y, theta : pytree
+        The point.
+    report : Report or None
+        How the latest solve ended.
+    """
+
+    def __init__(
+        self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+        on_failure: str = "raise", backend: Any = None, batched: bool = False,
+    ) -> None:  # fmt: skip
+        check_mode(on_failure)
+        engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
+        self.y, self.theta = y, theta
+        self._on_failure = on_failure
+        y_border, theta_border = Ravel(engine, y, "y", batched), Ravel(engine, theta, "theta", batched)
+        y_border.check_partner(theta_border)
+        self._point = Point(engine, y_border, theta_border, tuple(args))
+        for border in (y_border, theta_border):
+            self._check_finite(border.vector, border)
+        maps = as_condition(condition).maps(self._point)
+        self._B, self._residual, self._at = maps.B, maps.residual, maps.at
+        self._prepared = prepare(maps.A, solver)
+        self._stationarity: Array | None = None
+        self.report: Report | None = None
+
+    # -- public --------------------------------------------------------------------------------------
+    def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
+        """−Bᵀ A⁻ᵀ v.
+
+        Parameters
+        ----------
+        cotangent : pytree, like y
+            v, the gradient of a loss with respect to y.
+        x0 : array, shape (n,), optional
+            Warm start for the raveled adjoint u (``report.solution`` of an earlier call).
+
+        Returns
+        -------
+        pytree, like theta
+
+        Raises
+        ------
+        SolveError
+            Where the solve failed, under ``on_failure="raise"``.
+        """
+        border = self._point.y
+        v = border.like(cotangent, "cotangent", dtype=border.dtype)
+        return self._point.theta.unravel(self.reverse(v, x0, "cotangent"))
+
+    def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
+        """Derivative of y along a tangent of θ: the solution w of A w = −B θ̇.
+
+        Parameters
+        ----------
+        tangent : pytree, like theta
+            θ̇.
+        x0 : array, shape (n,), optional
+            Warm start for the raveled w.
+
+        Returns
+        -------
+        pytree, like y
+
+        Raises
+        ------
+        SolveError
+            Where the solve failed, under ``on_failure="raise"``.
+        """
+        border = self._point.theta
+        t = border.like(tangent, "tangent", dtype=border.dtype)
+        return self._point.y.unravel(self.forward(t, x0))
+
+    def jacobian(self) -> Any:
+        """Dense dy/dθ.
+
+        All columns are solved together, forward for m <= n and in reverse otherwise.
+
+        Returns
+        -------
+        array, shape y.shape + theta.shape
+            For pytrees the structure of y with, at each leaf, the structure of theta.
+
+        Raises
+        ------
+        SolveError
+            Where the solve failed, under ``on_failure="raise"``.
+        """
+        p = self._point
+        xp, n, m, items = p.backend.xp, p.y.n, p.theta.n, p.items
+        if n == 0 or m == 0:
+            return self._nest(xp.zeros((*items, n, m), dtype=p.y.dtype, device=p.y.device))
+        if m <= n:
+            b = -xp.moveaxis(self._B.dense(), -1, 0)  # (m, *items, n)
+            self._check_product(b, "mixed_jvp (B t)")
+            w = self._solve(b, None, transposed=False)
+            return self._nest(xp.moveaxis(w, 0, -1))
+        unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
+        unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
+        rows = self._pull(self._solve(unit, None, transposed=True))
+        return self._nest(xp.moveaxis(rows, 0, -2))
+
+    def gradient(self, outer: Any, x0: Array | None = None) -> tuple[Any, str]:
+        """Total gradient of a loss ``L(y, theta)``, structured like theta, and how L was differentiated."""
+        p = self._point
+        loss = p.scalar_function(outer, "outer", args=())
+        by_y, by_theta, kind = p.backend.gradients(loss, p.y.vector, p.theta.vector)
+        self._check_product(by_y, "the gradient of outer with respect to y")
+        self._check_product(by_theta, "the gradient of outer with respect to theta")
+        return p.theta.unravel(by_theta + self.reverse(by_y, x0, "outer")), kind
+
+    # -- vectors -------------------------------------------------------------------------------------
+    def reverse(self, v: Array, x0: Array | None, name: str) -> Array:
+        """−Bᵀ A⁻ᵀ v on vectors."""
+        self._check_finite(v, self._point.y, name)
+        return self._pull(self._solve(v, x0, transposed=True))
+
+    def forward(self, t: Array, x0: Array | None) -> Array:
+        """−A⁻¹ B t on vectors."""
+        self._check_finite(t, self._point.theta, "tangent")
+        b = -self._B.matvec(t)
+        self._check_product(b, "mixed_jvp (B t)")
+        if not any_true(self._point.backend.xp, b != 0):
+            self._check_dependence(t)
+        return self._solve(b, x0, transposed=False)
+
+    def _pull(self, u: Array) -> Array:
+        xp = self._point.backend.xp
+        g = -self._B.rmatvec(u)
+        bad = ~all_finite_items(xp, g) & all_finite_items(xp, u)
+        if any_true(xp, bad):
+            self._fail_product("mixed_vjp (Bᵀ u)", bad)
+        if not any_true(xp, g != 0):
+            self._check_dependence(u)
+        return g
+
+    def _solve(self, b: Array, x0: Array | None, *, transposed: bool) -> Array:
+        if x0 is not None:
+            x0 = self._start(x0, b)
+        solution = self._prepared.solve(b, x0, transposed=transposed)
+        self._check_stationarity(solution)
+        return self._finish(solution)
+
+    def _start(self, x0: Any, b: Array) -> Array:
+        found = self._point.backend.as_leaf(x0, "x0")
+        if found.shape != b.shape:
+            raise ShapeError(f"x0 has shape {tuple(found.shape)}; expected the raveled {tuple(b.shape)}.")
+        return self._point.backend.astype(found, b.dtype)
+
+    def _finish(self, solution: Solution) -> Array:
+        xp = self._point.backend.xp
+        x = solution.x
+        kinds = {"A": self._prepared.operator.kind, "B": self._B.kind}
+        self.report = make_report(solution, self._prepared.solver, self._stationarity, kinds)
+        if not any_true(xp, solution.failed):
+            return x
+        error = explain(self._prepared.operator, solution)
+        error.value, error.report = x, self.report
+        settle(error, self._on_failure)
+        return poison(xp, solution, x) if self._on_failure == "nan" else x
+
+    def _nest(self, jacobian: Array) -> Any:
+        """(*items, n, m) as the structure of y over the structure of theta."""
+        p = self._point
+        backend, lead = p.backend, tuple(jacobian.shape[:-2])
+        rows, start = [], 0
+        for leaf in p.y.leaves:
+            block = jacobian[..., start : start + leaf.size, :]
+            start += leaf.size
+            row, begin = [], 0
+            for other in p.theta.leaves:
+                part = block[..., begin : begin + other.size]
+                begin += other.size
+                row.append(backend.astype(backend.reshape(part, (*lead, *leaf.shape, *other.shape)), leaf.dtype))
+            rows.append(p.theta.tree.unflatten(row))
+        return p.y.tree.unflatten(rows)
+
+    # -- checks --------------------------------------------------------------------------------------
+    def _check_finite(self, vector: Array, border: Ravel, name: str | None = None) -> None:
+        xp = self._point.backend.xp
+        finite = xp.isfinite(vector)
+        if not any_true(xp, ~finite):
+            return
+        where = border.finite_leaf(finite)
+        if name is not None:
+            where = name + where.removeprefix(border.name)
+        error = NonFiniteError(f"{where} holds NaN or Inf.\nNext: check what produced it; a diverged solver often has.")
+        if self._on_failure == "raise" or not self._point.items:
+            if self._on_failure in {"raise", "warn"} or name is None:
+                raise error
+        if self._on_failure == "warn":
+            warn(str(error), SolveWarning)
+
+    def _check_product(self, b: Array, what: str) -> None:
+        xp = self._point.backend.xp
+        bad = ~all_finite_items(xp, b)
+        if any_true(xp, bad):
+            self._fail_product(what, bad)
+
+    def _fail_product(self, what: str, bad: Array) -> None:
+        xp = self._point.backend.xp
+        items = ""
+        if self._point.items:
+            last = xp.any(xp.reshape(bad, (-1, self._point.items[0])), axis=0)
+            items = f"items {item_numbers(xp, last)}: "
+        settle(
+            NonFiniteProductError(
+                f"{items}{what} holds NaN or Inf, although y and theta are finite.\n"
+                "Likely cause: a derivative with respect to theta that does not exist at this point.\n"
+                "Next: evaluate that product at (y, theta), and smooth the function there."
+            ),
+            self._on_failure,
+        )
+
+    def _check_dependence(self, vector: Array) -> None:
+        """Raise where the product with B vanishes because F does not see θ at all.
+
+        A derivative that happens to be zero is fine, so F itself is asked: at another θ, is it the same to the bit?
+        """
+        p = self._point
+        xp = p.backend.xp
+        if self._at is None or p.theta.n == 0 or p.y.n == 0 or not any_true(xp, vector != 0):
+            return
+        theta = p.theta.vector
+        z = probe_vector(xp, p.theta.n, theta.dtype, p.theta.device)
+        moved = theta + 0.01 * z * (1 + xp.abs(theta))
+        if any_true(xp, self._at(moved) != self._at(theta)):
+            return
+        raise DerivativeError(
+            "F does not depend on theta: it is the same to the last bit at another theta.\n"
+            "Likely cause: the function uses a theta from the enclosing scope (a closure) instead of its argument.\n"
+            "Next: write it as f(y, theta, *args) and use that theta."
+        )
+
+    def _check_stationarity(self, solution: Solution) -> None:
+        # F near y is A δ for an error δ of y, so ‖F‖ is held against ‖A‖ max(‖y‖, 1), with the lower estimate
+        # of ‖A‖ that the solve brought along: scaling F scales both sides.
+        if self._stationarity is not None:
+            return
+        p = self._point
+        xp, y = p.backend.xp, p.y.vector
+        if self._residual is None or p.y.n == 0:
+            self._stationarity = xp.full(p.items, float("nan") if p.y.n else 0.0, dtype=p.y.dtype, device=p.y.device)
+            return
+        residual = self._residual()
+        size = item_norm(xp, residual)
+        self._stationarity = size
+        norm = solution.operator_norm
+        if norm is None or any_true(xp, norm == 0):
+            norm = self._norm_along(residual, size)
+        length = item_norm(xp, y)
+        length = xp.where(length > 1, length, xp.ones_like(length))
+        level = 1e-5 if float(xp.finfo(p.y.dtype).eps) < 1e-10 else 1e-3
+        bad = size > level * xp.astype(norm, size.dtype) * length
+        if any_true(xp, bad):
+            self._warn_not_solution(size, bad)
+
+    def _norm_along(self, residual: Array, size: Array) -> Array:
+        xp = self._point.backend.xp
+        safe = xp.where(size > 0, size, xp.ones_like(size))
+        return item_norm(xp, self._prepared.operator.matvec(residual / safe[..., None]))
+
+    def _warn_not_solution(self, size: Array, bad: Array) -> None:
+        xp = self._point.backend.xp
+        if self._point.items:
+            head = f"y is not a solution in items {item_numbers(xp, bad)}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
+        else:
+            head = f"y is not a solution: ‖F(y, theta)‖ = {to_python(size):.3g}."
+        warn(
+            f"{head}\nThe derivative is that of a solution at y, and is off by as much as y is.\n"
+            "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
+            NotASolutionWarning,
+        )
+

@@ -1,0 +1,220 @@
+"""Linear maps and operators: products, transposes, assembly, and what is known of the structure.
+
+Vectors carry leading axes: for a problem (or a batch of ``items`` problems) a map takes arrays of shape
+``(*rhs, *items, n)``, where ``rhs`` is ``()`` for one right-hand side and ``(k,)`` for k of them, all with the
+same A. Matrices have shape ``(*items, rows, columns)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from implicitdiff.arrays import Array
+from implicitdiff.errors import DerivativeError, ShapeError
+
+__all__ = ["LinearMap", "Operator", "matrix_map"]
+
+Product = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map from vectors of length ``columns`` to vectors of length ``rows``.
+
+    Parameters
+    ----------
+    backend : Backend
+        Of the vectors.
+    rows, columns : int
+        Its dimensions.
+    items : tuple of int
+        Leading axes of independent maps.
+    dtype, device
+        Of the vectors.
+    forward, adjoint : callable or None
+        ``(*rhs, *items, columns) -> (*rhs, *items, rows)`` and its transpose. Where one of them is missing,
+        the matrix is assembled from the other.
+    matrix : array, shape (*items, rows, columns), optional
+        The matrix, where it is at hand.
+    sparse : scipy.sparse matrix, optional
+        The same, sparse.
+    kind : str
+        Where the products come from, for the report.
+    label : str
+        What to call the product in a message.
+    """
+
+    backend: Any
+    rows: int
+    columns: int
+    items: tuple[int, ...]
+    dtype: Any
+    device: Any
+    forward: Product | None = None
+    adjoint: Product | None = None
+    matrix: Array | None = None
+    sparse: Any = None
+    kind: str = "given"
+    label: str = "A"
+    _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def matvec(self) -> Product:
+        """The product with A."""
+        return self.forward or self._from_matrix(transposed=False)
+
+    @property
+    def rmatvec(self) -> Product:
+        """The product with Aᵀ."""
+        return self.adjoint or self._from_matrix(transposed=True)
+
+    def dense(self) -> Array:
+        """Return the matrix, shape (*items, rows, columns), assembled once in one sweep over the unit vectors."""
+        if self.matrix is not None:
+            return self.matrix
+        if "matrix" not in self._cache:
+            self._cache["matrix"] = self._assemble()
+        return self._cache["matrix"]
+
+    def _assemble(self) -> Array:
+        xp = self.backend.xp
+        if self.sparse is not None:
+            return xp.asarray(self.sparse.toarray(), dtype=self.dtype, device=self.device)
+        forward = self.adjoint is None or (self.forward is not None and self.columns <= self.rows)
+        product, n = (self.forward, self.columns) if forward else (self.adjoint, self.rows)
+        if product is None:
+            raise DerivativeError(f"no product with {self.label} is known: give one of its callables.")
+        unit = xp.eye(n, dtype=self.dtype, device=self.device)
+        unit = xp.broadcast_to(
+            xp.reshape(unit, (n, *(1,) * len(self.items), n)), (n, *self.items, n)
+        )
+        images = xp.moveaxis(product(unit), 0, -1)  # (*items, rows, columns) if forward
+        return images if forward else xp.matrix_transpose(images)
+
+    def _from_matrix(self, *, transposed: bool) -> Product:
+        matrix = self.dense()
+        return matrix_product(self.backend.xp, matrix, transposed=transposed)
+
+    @property
+    def matvec_cost(self) -> int:
+        """Products behind one product: 1, or the whole assembly where only the transpose is known."""
+        known = self.forward is not None or self.matrix is not None or self.sparse is not None
+        return 1 if known else self.rows
+
+
+def matrix_product(xp: Any, matrix: Array, *, transposed: bool = False) -> Product:
+    """Product of a matrix (*items, rows, columns) with vectors (*rhs, *items, columns)."""
+    m = xp.matrix_transpose(matrix) if transposed else matrix
+    if len(matrix.shape) == 2:
+        m_t = xp.matrix_transpose(m)
+        return lambda x: x @ m_t if len(x.shape) > 1 else m @ x
+
+    def product(x: Array) -> Array:
+        if len(x.shape) == len(m.shape):  # right-hand sides as the columns of one matrix product
+            columns = m @ xp.moveaxis(x, 0, -1)
+            return xp.moveaxis(columns, -1, 0)
+        return (m @ x[..., None])[..., 0]
+
+    return product
+
+
+@dataclass(frozen=True)
+class Operator(LinearMap):
+    """A square linear map with what is known of its structure.
+
+    Parameters
+    ----------
+    symmetric : bool or None
+        True, False, or None where nothing is known.
+    positive_definite : bool or None
+        Likewise.
+    trusted : bool
+        Whether the symmetry holds by construction (an autodiff Hessian, a matrix that was compared with its
+        transpose); one that was only declared is checked.
+    damping : float
+        δ of (A + δI), applied to every product and to the matrix.
+    """
+
+    symmetric: bool | None = None
+    positive_definite: bool | None = None
+    trusted: bool = False
+    damping: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """Order of the operator."""
+        return self.rows
+
+    def transpose(self) -> Operator:
+        """Return Aᵀ: itself where A is symmetric."""
+        if self.symmetric:
+            return self
+        xp = self.backend.xp
+        matrix = self.matrix if self.matrix is not None else self._cache.get("matrix")
+        return replace(
+            self,
+            forward=self.adjoint,
+            adjoint=self.forward,
+            matrix=None if matrix is None else xp.matrix_transpose(matrix),
+            sparse=None if self.sparse is None else self.sparse.T,
+            label=self.label.removesuffix("ᵀ") if self.label.endswith("ᵀ") else self.label + "ᵀ",
+            _cache={},
+        )
+
+    def damped(self, damping: float) -> Operator:
+        """Return A + δI."""
+        if not damping:
+            return self
+        xp, forward, adjoint = self.backend.xp, self.forward, self.adjoint
+        matrix, sparse = self.matrix, self.sparse
+        if matrix is not None:
+            matrix = matrix + damping * xp.eye(self.n, dtype=self.dtype, device=self.device)
+        if sparse is not None:
+            import scipy.sparse
+
+            sparse = sparse + damping * scipy.sparse.eye_array(self.n, dtype=sparse.dtype)
+        return replace(
+            self,
+            forward=None if forward is None else (lambda x: forward(x) + damping * x),
+            adjoint=None if adjoint is None else (lambda x: adjoint(x) + damping * x),
+            matrix=matrix,
+            sparse=sparse,
+            damping=self.damping + damping,
+            _cache={},
+        )
+
+
+def matrix_map(
+    kind: type[LinearMap], backend: Any, matrix: Any, items: tuple[int, ...], dtype: Any, device: Any, **tags: Any
+) -> Any:
+    """Wrap a dense array, a SciPy sparse matrix or a SciPy LinearOperator as a linear map.
+
+    Raises
+    ------
+    ShapeError
+        Where it is not a matrix.
+    """
+    shape = tuple(matrix.shape)
+    if len(shape) != len(items) + 2 or shape[:-2] != items:
+        raise ShapeError(f"{tags.get('label', 'A')} has shape {shape}; expected a matrix (*{items}, rows, columns).")
+    common = {"backend": backend, "rows": shape[-2], "columns": shape[-1], "items": items, "dtype": dtype,
+              "device": device, **tags}  # fmt: skip
+    if hasattr(matrix, "tocsc"):
+        csr, csc = matrix.tocsr().astype(dtype), matrix.tocsc().astype(dtype)
+        return kind(**common, sparse=csc, forward=lambda x: (csr @ x.T).T, adjoint=lambda x: (csc.T @ x.T).T)
+    if hasattr(matrix, "matvec"):
+        return kind(**common, forward=_columns(matrix.matvec, matrix.matmat, dtype),
+                    adjoint=_columns(matrix.rmatvec, matrix.rmatmat, dtype))  # fmt: skip
+    xp = backend.xp
+    return kind(**common, matrix=matrix, forward=matrix_product(xp, matrix),
+                adjoint=matrix_product(xp, matrix, transposed=True))  # fmt: skip
+
+
+def _columns(one: Product, many: Product, dtype: Any) -> Product:
+    def product(x: Array) -> Array:
+        y = one(x) if x.ndim == 1 else many(x.T).T
+        return y.astype(dtype, copy=False)
+
+    return product

@@ -1,0 +1,81 @@
+"""Preconditioners: anything that multiplies by an approximation of A⁻¹, with its transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from implicitdiff.arrays import Array
+from implicitdiff.errors import InputError, ShapeError
+from implicitdiff.operator import LinearMap, Operator, matrix_map
+
+__all__ = ["Preconditioner", "as_preconditioner"]
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """Products with M ≈ A⁻¹ and with Mᵀ, on vectors (*rhs, *items, n).
+
+    Parameters
+    ----------
+    matvec, rmatvec : callable or None
+        None for ``matvec`` is the identity; ``rmatvec`` None says that only M is known.
+    """
+
+    matvec: Callable[[Array], Array] | None = None
+    rmatvec: Callable[[Array], Array] | None = None
+
+    @property
+    def identity(self) -> bool:
+        """Whether there is none."""
+        return self.matvec is None
+
+    def __call__(self, x: Array) -> Array:
+        """M x."""
+        return x if self.matvec is None else self.matvec(x)
+
+    def transpose(self) -> Preconditioner:
+        """Mᵀ, which preconditions Aᵀ."""
+        if self.matvec is not None and self.rmatvec is None:
+            raise InputError(
+                "preconditioner: the transposed system needs Mᵀ, and only M is known.\n"
+                "Give a matrix, a LinearOperator with rmatvec, or the pair (M, Mᵀ) of callables."
+            )
+        return Preconditioner(self.rmatvec, self.matvec)
+
+
+def as_preconditioner(given: Any, operator: Operator) -> Preconditioner:
+    """Build a preconditioner from what the user gave.
+
+    Parameters
+    ----------
+    given : None, array (n, n) or (n,), sparse matrix, LinearOperator, callable, or (M, Mᵀ)
+        A vector of shape (n,) is a diagonal.
+    operator : Operator
+        Of the system: gives dimension, dtype and backend.
+    """
+    if given is None or isinstance(given, Preconditioner):
+        return given or Preconditioner()
+    backend = operator.backend
+    if isinstance(given, tuple):
+        if len(given) != 2 or not all(callable(part) for part in given):
+            raise InputError("preconditioner: a tuple is the pair of callables (M, Mᵀ).")
+        return Preconditioner(*(backend.batched(part, operator.items) for part in given))
+    if hasattr(given, "shape"):
+        return _from_matrix(given, operator)
+    if callable(given):
+        product = backend.batched(given, operator.items)
+        return Preconditioner(product, product if operator.symmetric else None)
+    raise InputError(f"preconditioner: expected a matrix or a callable, got {type(given).__name__}.")
+
+
+def _from_matrix(given: Any, operator: Operator) -> Preconditioner:
+    n = operator.n
+    if tuple(given.shape) in {(n,), (*operator.items, n)}:
+        return Preconditioner(lambda x: given * x, lambda x: given * x)
+    if tuple(given.shape[-2:]) != (n, n):
+        raise ShapeError(f"preconditioner has shape {tuple(given.shape)}; expected ({n}, {n}) or ({n},).")
+    items = operator.items if len(given.shape) > 2 else ()
+    m = matrix_map(LinearMap, operator.backend, given, items, operator.dtype, operator.device, label="preconditioner")
+    return Preconditioner(m.matvec, m.rmatvec)

@@ -1,0 +1,120 @@
+"""The backend protocol: what the array standard lacks, and nothing else.
+
+All functions here see flat vectors of shape (*items, n), where ``items`` is ``()`` or ``(number of items,)``; products
+take vectors with one more leading axis of right-hand sides. Arithmetic goes through ``xp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from implicitdiff.arrays import Array
+
+__all__ = ["Backend", "Derivatives"]
+
+
+class Derivatives(Protocol):
+    """The derivatives of a vector function G(y, θ) at one point."""
+
+    kind: str
+    """``"autodiff"``, ``"complex step"`` or ``"finite differences"``."""
+
+    exact: bool
+    """Whether products are exact up to rounding."""
+
+    def value(self) -> Array:
+        """G(y, θ)."""
+
+    def jvp_y(self, v: Array) -> Array:
+        """(∂G/∂y) v."""
+
+    def vjp_y(self, u: Array) -> Array:
+        """(∂G/∂y)ᵀ u."""
+
+    def hvp(self, v: Array) -> Array:
+        """(∂G/∂y) v for a symmetric ∂G/∂y: the cheaper of the two products."""
+
+    def jvp_theta(self, t: Array) -> Array:
+        """(∂G/∂θ) t."""
+
+    def vjp_theta(self, u: Array) -> Array:
+        """(∂G/∂θ)ᵀ u."""
+
+
+class Backend(Protocol):
+    """One framework."""
+
+    name: str
+    xp: Any
+    """The array namespace, from array-api-compat."""
+
+    # -- arrays at the border ------------------------------------------------------------------------
+    def as_leaf(self, leaf: Any, where: str) -> Array:
+        """A leaf of the user's tree as an array of the framework; raises for a wrong type or dtype."""
+
+    def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
+        """What a callback returned as an array; None where it is none."""
+
+    def common_dtype(self, dtypes: Sequence[Any]) -> Any:
+        """Dtype of the vector that holds leaves of these dtypes."""
+
+    def common_device(self, arrays: Sequence[Array], name: str) -> Any:
+        """Device of the arrays; raises where there are several."""
+
+    def device(self, x: Array) -> Any:
+        """Device of an array."""
+
+    def number(self, x: Array) -> Any:
+        """Return a 0-d array as the framework's scalar, for leaves that came as Python floats."""
+
+    def guard(self, x: Array) -> Array:
+        """Return what a callback may see of our own memory: read-only, where the framework can say so."""
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Reshape, also of a value that is being traced."""
+
+    def concat(self, parts: Sequence[Array]) -> Array:
+        """Concatenate along the last axis, also values that are being traced."""
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        """Cast, also a value that is being traced."""
+
+    # -- derivatives ---------------------------------------------------------------------------------
+    def differentiate(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> Derivatives:
+        """Derivatives of a vector function."""
+
+    def differentiate_gradient(
+        self, function: Callable[[Array, Array], Array], y: Array, theta: Array
+    ) -> Derivatives:
+        """Derivatives of ∇_y f for a scalar function f (one scalar per item)."""
+
+    def gradients(
+        self, function: Callable[[Array, Array], Array], y: Array, theta: Array
+    ) -> tuple[Array, Array, str]:
+        """∂L/∂y, ∂L/∂θ and their kind, for a scalar function L (one scalar per item)."""
+
+    # -- loops and linear algebra ----------------------------------------------------------------------
+    def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
+        """Let a function of (*items, n) take (k, *items, n), too."""
+
+    def while_loop(self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
+        """``while cond(state): state = body(state)``."""
+
+    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        """Return the space the iterative solvers work in."""
+
+    def widen(self, x: Array) -> Array:
+        """Return the array in double precision, where the framework has it."""
+
+    def lu_factor(self, matrix: Array) -> Any:
+        """LU factors of (*items, n, n)."""
+
+    def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
+        """Solve with columns b, shape (*items, n, k)."""
+
+    def cho_factor(self, matrix: Array) -> Array:
+        """Lower Cholesky factors; NaN in the items that are not positive definite."""
+
+    def cho_solve(self, factor: Array, b: Array) -> Array:
+        """Solve with columns b, shape (*items, n, k)."""

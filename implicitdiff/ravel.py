@@ -1,0 +1,211 @@
+"""The border between pytrees and vectors: validation on the way in, structure on the way out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, item_numbers
+from implicitdiff.errors import BackendError, CallbackError, DTypeError, ShapeError
+from implicitdiff.pytree import Tree, flatten, same_structure
+
+__all__ = ["Leaf", "Ravel"]
+
+
+class Leaf(NamedTuple):
+    """What is known of one leaf: its shape without the batch axis, dtype, and whether it was a plain number."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    number: bool
+    size: int
+
+
+class Ravel:
+    """How a tree of arrays becomes a vector of shape (..., n), and back.
+
+    Parameters
+    ----------
+    backend : Backend
+        Of the arrays.
+    tree : pytree
+        The tree that fixes structure, shapes and dtypes.
+    name : str
+        What the user calls it, for messages.
+    batched : bool
+        Whether every leaf carries a leading axis of independent items.
+
+    Attributes
+    ----------
+    n : int
+        Length of the vector.
+    dtype, device
+        Of the vector; the dtype is the leaves' common one.
+    items : tuple of int
+        ``()`` or ``(number of items,)``.
+    """
+
+    def __init__(self, backend: Any, tree: Any, name: str, batched: bool = False) -> None:
+        self.backend, self.name = backend, name
+        self.tree = flatten(tree)
+        arrays = [
+            backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)
+        ]
+        self.items = self._items(arrays, name) if batched else ()
+        self.leaves = [
+            self._leaf(original, array)
+            for original, array in zip(self.tree.leaves, arrays, strict=True)
+        ]
+        self.n = sum(leaf.size for leaf in self.leaves)
+        self.dtype = backend.common_dtype([leaf.dtype for leaf in self.leaves])
+        self.device = backend.common_device(arrays, name)
+        self.vector = self._join(arrays, self.dtype)
+
+    def _items(self, arrays: list[Array], name: str) -> tuple[int, ...]:
+        counts = {a.shape[0] if len(a.shape) else None for a in arrays}
+        if len(counts) != 1 or None in counts:
+            shapes = ", ".join(str(tuple(a.shape)) for a in arrays) or "no leaves"
+            raise ShapeError(
+                f"{name}: with batched=True every leaf needs the same leading axis of items; got {shapes}."
+            )
+        return (int(counts.pop()),)
+
+    def _leaf(self, original: Any, array: Array) -> Leaf:
+        shape = tuple(int(k) for k in array.shape[len(self.items) :])
+        return Leaf(shape, array.dtype, isinstance(original, float), math.prod(shape))
+
+    def _join(self, arrays: list[Array], dtype: Any) -> Array:
+        backend = self.backend
+        if not arrays:
+            return backend.xp.zeros((*self.items, 0), dtype=dtype)
+        parts = [backend.reshape(a, (*self.items, -1 if a.size else 0)) for a in arrays]
+        if dtype is not None:
+            parts = [p if p.dtype == dtype else backend.astype(p, dtype) for p in parts]
+        return parts[0] if len(parts) == 1 else backend.concat(parts)
+
+    def unravel(self, vector: Array) -> Any:
+        """Turn vectors (*lead, n) into a tree of leaves (*lead, *shape).
+
+        A vector of another dtype than the border's own (complex, or wider for a finite difference)
+        is handed on as it is.
+        """
+        backend, lead = self.backend, tuple(vector.shape[:-1])
+        cast = vector.dtype == self.dtype
+        leaves, start = [], 0
+        for leaf in self.leaves:
+            part = vector if leaf.size == self.n else vector[..., start : start + leaf.size]
+            if leaf.shape != (leaf.size,):
+                part = backend.reshape(part, (*lead, *leaf.shape))
+            if cast and leaf.dtype != self.dtype:
+                part = backend.astype(part, leaf.dtype)
+            leaves.append(backend.number(part) if leaf.number and not lead else part)
+            start += leaf.size
+        return self.tree.unflatten(leaves)
+
+    def like(self, tree: Any, name: str, *, dtype: Any = None, callback: bool = False) -> Array:
+        """Ravel another tree of the same structure and shapes.
+
+        Parameters
+        ----------
+        tree : pytree
+            Structured like the tree of this border.
+        name : str
+            What to call it in a message.
+        dtype : dtype, optional
+            Of the vector; None keeps the leaves' own.
+        callback : bool
+            Whether it was returned by a user's function (decides the type of the error).
+
+        Raises
+        ------
+        ShapeError or CallbackError
+            Where structure or shapes differ.
+        """
+        leaves = self._matching(flatten(tree), name, callback)
+        return self._join(leaves, dtype)
+
+    def _matching(self, tree: Tree, name: str, callback: bool) -> list[Array]:
+        wrong = CallbackError if callback else ShapeError
+        verb = "returned" if callback else "is"
+        if not same_structure(tree, self.tree) or len(tree.leaves) != len(self.leaves):
+            raise wrong(
+                f"{name} {verb} {_describe(tree)}.\nExpected the structure of {self.name}: {_describe(self.tree)}."
+            )
+        arrays = []
+        for i, (got, leaf) in enumerate(zip(tree.leaves, self.leaves, strict=True)):
+            array = self.backend.as_array(got, self.device, self.dtype)
+            expected = (*self.items, *leaf.shape)
+            if array is None or tuple(array.shape) != expected:
+                what = _one(got)
+                where = self.tree.path(i, self.name)
+                hint = _broadcast_hint(array, expected) if callback else ""
+                raise wrong(f"{name} {verb} {what}.\nExpected shape {expected}, like {where}.{hint}")
+            arrays.append(array)
+        return arrays
+
+    def check_partner(self, other: Ravel) -> None:
+        """Raise where the other tree lies on another device or has another number of items."""
+        if self.device != other.device and self.n and other.n:
+            raise BackendError(
+                f"{self.name} lies on {self.device}, {other.name} on {other.device}.\n"
+                "Nothing is copied across devices: move one of them."
+            )
+        if self.items != other.items:
+            raise ShapeError(
+                f"{self.name} holds {self.items[0]} items, {other.name} {other.items[0]}: "
+                "with batched=True both carry the same leading axis."
+            )
+
+    def finite_leaf(self, finite: Any) -> str:
+        """Name the first leaf that is not finite, and the items where there is a batch."""
+        xp = self.backend.xp
+        start = 0
+        for i, leaf in enumerate(self.leaves):
+            part = finite[..., start : start + leaf.size]
+            start += leaf.size
+            if not bool(xp.all(part)):
+                where = self.tree.path(i, self.name)
+                if not self.items:
+                    return where
+                return f"{where} (items {item_numbers(xp, ~xp.all(part, axis=-1))})"
+        return self.name
+
+
+def _one(x: Any) -> str:
+    shape = getattr(x, "shape", None)
+    if shape is None:
+        return f"{x!r} ({type(x).__name__})" if isinstance(x, (str, int, float)) else type(x).__name__
+    return f"an array of shape {tuple(shape)}"
+
+
+def _describe(tree: Tree) -> str:
+    if tree.spec is None:
+        return _one(tree.leaves[0])
+    text = str(tree.spec.unflatten([_Shown(_one(leaf)) for leaf in tree.leaves]))
+    return text if len(text) < 200 else text[:200] + "…"
+
+
+class _Shown(str):
+    """A leaf's description, printed without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _broadcast_hint(array: Any, expected: tuple[int, ...]) -> str:
+    shape = getattr(array, "shape", None)
+    if shape is None or len(shape) <= len(expected):
+        return ""
+    return "\nLikely cause: y and theta broadcast against each other, as (n,) with (n, 1) does."
+
+
+def reject_dtype(dtype: Any, where: str) -> DTypeError:
+    """Build the error for a leaf that is not float32 or float64."""
+    name = str(dtype)
+    if "complex" in name:
+        advice = "Complex data is unsupported: stack real and imaginary parts."
+    elif "16" in name and "int" not in name:
+        advice = "Half precision is unsupported: cast to float32 around the call."
+    else:
+        advice = "Only floating-point data has derivatives: cast it, e.g. with astype(float)."
+    return DTypeError(f"{where} has dtype {name}. {advice}")

@@ -1,0 +1,97 @@
+"""Which backend serves which arrays: found by the module of the array's type, imported only then."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from implicitdiff.errors import BackendError, UnknownNameError
+from implicitdiff.pytree import flatten
+
+__all__ = ["BACKENDS", "backend_for", "get_backend"]
+
+BACKENDS: dict[str, str] = {
+    "numpy": "implicitdiff.backends.numpy:NumpyBackend",
+    "array_api": "implicitdiff.backends.array_api:ArrayAPIBackend",
+}
+"""Name to ``module:class``. A backend is loaded when its arrays, or its name, are first met."""
+
+_ROOTS = {"numpy": "numpy"}
+"""Top-level module of an array type to the name of its backend."""
+
+_cache: dict[str, Any] = {}
+
+
+def get_backend(backend: Any) -> Any:
+    """Return the backend of that name, or the instance itself.
+
+    Raises
+    ------
+    UnknownNameError
+        Where the name is not known.
+    """
+    if not isinstance(backend, str):
+        return backend
+    if backend == "array_api":
+        raise UnknownNameError(
+            "backend = 'array_api' needs its namespace: ArrayAPIBackend(xp), or leave backend=None."
+        )
+    if backend not in BACKENDS:
+        raise UnknownNameError(f"backend = {backend!r} is not known; expected one of {', '.join(BACKENDS)}.")
+    if backend not in _cache:
+        _cache[backend] = _load(backend)()
+    return _cache[backend]
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def backend_for(trees: Mapping[str, Any]) -> Any:
+    """Backend of the arrays in the trees, given by the names that the user knows them under.
+
+    Raises
+    ------
+    BackendError
+        Where no backend knows an array, or the trees mix frameworks.
+    """
+    found: dict[str, tuple[str, Any]] = {}
+    for name, tree in trees.items():
+        flat = flatten(tree)
+        for i, leaf in enumerate(flat.leaves):
+            key = _framework(leaf)
+            if key is not None and key not in found:
+                found[key] = (flat.path(i, name), leaf)
+    if len(found) > 1:
+        (a, (where_a, _)), (b, (where_b, _)) = list(found.items())[:2]
+        raise BackendError(
+            f"{where_a} is a {a} array, {where_b} a {b} array.\nConvert one of them: nothing is copied between frameworks."
+        )
+    if not found:
+        return get_backend("numpy")  # Python floats only
+    key, (_, leaf) = next(iter(found.items()))
+    if key in _ROOTS:
+        return get_backend(_ROOTS[key])
+    return _generic(leaf)
+
+
+def _framework(leaf: Any) -> str | None:
+    """Name of the framework of an array; None for a number or a leaf that is no array at all."""
+    root = type(leaf).__module__.partition(".")[0]
+    if root in _ROOTS or hasattr(leaf, "__array_namespace__"):
+        return root
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        raise BackendError(f"no backend for arrays of type {type(leaf).__module__}.{type(leaf).__qualname__}.")
+    return None
+
+
+def _generic(leaf: Any) -> Any:
+    import array_api_compat
+
+    xp = array_api_compat.array_namespace(leaf)
+    key = f"array_api:{xp.__name__}"
+    if key not in _cache:
+        _cache[key] = _load("array_api")(xp)
+    return _cache[key]

@@ -1,0 +1,112 @@
+"""How a solve ended: the status codes, the counts of a solver and the report of a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+__all__ = ["Counts", "Report", "Status"]
+
+
+class Status(IntEnum):
+    """Why a solver stopped. Ordered: in a set of solves the largest is the worst."""
+
+    CONVERGED = 0
+    APPROXIMATE = 1
+    """An approximation by design (a truncated series, a diagonal): never called converged."""
+    MAX_ITERATIONS = 2
+    STAGNATED = 3
+    """The true residual no longer falls, and is above the tolerance."""
+    NOT_POSITIVE_DEFINITE = 4
+    NOT_SYMMETRIC = 5
+    SINGULAR = 6
+    NON_FINITE = 7
+
+    @property
+    def ok(self) -> bool:
+        """Whether the solution may be used."""
+        return self <= Status.APPROXIMATE
+
+
+class Counts(NamedTuple):
+    """What a solver tells beside its solution. Arrays hold one entry per item of the batch.
+
+    Attributes
+    ----------
+    iterations : int or array
+        Iterations of the method; 0 for a direct one.
+    matvecs : int
+        Products with A, counted per block of vectors.
+    residual : float or array, optional
+        True residual ``‖b − A x‖ / ‖b‖``. Where it is missing, the caller recomputes it.
+    operator_norm : float or array, optional
+        A lower estimate of ``‖A‖₂`` seen on the way.
+    rcond : float or array, optional
+        Estimate of the reciprocal condition number (direct methods).
+    tolerance : float or array, optional
+        The relative residual that the solver called success.
+    """
+
+    iterations: Any = 0
+    matvecs: Any = 0
+    residual: Any = None
+    operator_norm: Any = None
+    rcond: Any = None
+    tolerance: Any = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far to trust a derivative. With ``batched=True`` the fields are arrays over the items.
+
+    Attributes
+    ----------
+    status : Status or array of int
+        Why the solver stopped.
+    converged : bool or array of bool
+        Whether the true residual is within the tolerance; never True for an approximation.
+    solver : str
+        The solver that was really used.
+    reason : str
+        Why this solver was used, and what else happened.
+    iterations, matvecs : int or array of int
+        Iterations and products with A (one per vector).
+    residual : float or array
+        True residual ``‖b − A x‖ / ‖b‖`` of the linear system, recomputed at exit.
+    stationarity : float or array
+        ``‖F(y, theta)‖``; NaN where the condition gives no way to evaluate F.
+    derivatives : dict of str to str
+        For each product (``"A"``, ``"B"``, ``"outer"``): ``"given"``, ``"autodiff"``, ``"complex step"``
+        or ``"finite differences"``.
+    seconds : float
+        Wall-clock time of the linear solve, factorisation included where it was not reused.
+    rcond : float, array or None
+        Estimate of the reciprocal condition number, from direct solvers.
+    damping : float
+        The δ of (A + δI) that was solved with.
+    solution : array, optional
+        The raveled solution of the linear system, shape (..., n): a warm start ``x0`` for the next.
+    """
+
+    status: Any
+    converged: Any
+    solver: str
+    reason: str
+    iterations: Any
+    matvecs: Any
+    residual: Any
+    stationarity: Any
+    derivatives: dict[str, str]
+    seconds: float
+    rcond: Any = None
+    damping: float = 0.0
+    solution: Any = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        lines = ["Report"]
+        for name, value in self.__dict__.items():
+            if name != "solution" and value is not None:
+                shown = value.name if isinstance(value, Status) else value
+                lines.append(f"  {name:<13} {shown}")
+        return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""The linear solvers, one method a file, and the table of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from implicitdiff.errors import InputError, UnknownNameError
+from implicitdiff.solvers.auto import Auto
+from implicitdiff.solvers.base import Solver
+from implicitdiff.solvers.cg import CG
+from implicitdiff.solvers.cholesky import Cholesky
+from implicitdiff.solvers.gmres import GMRES
+from implicitdiff.solvers.lu import LU
+from implicitdiff.solvers.minres import MINRES
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "LU",
+    "MINRES",
+    "Auto",
+    "Cholesky",
+    "Solver",
+    "get_solver",
+    "register_solver",
+    "solver_names",
+]
+
+_FACTORIES: dict[str, Callable[[], Any]] = {
+    solver.name: solver for solver in (Auto, LU, Cholesky, CG, MINRES, GMRES)
+}
+
+
+def solver_names() -> list[str]:
+    """Names that ``solver=`` accepts."""
+    return list(_FACTORIES)
+
+
+def register_solver(name: str, factory: Callable[[], Any]) -> None:
+    """Make a solver available by name.
+
+    Parameters
+    ----------
+    name : str
+        What ``solver=`` will accept. A name already taken is an error, so that nothing changes silently.
+    factory : callable
+        Called without arguments, returns a `Solver` (an object with ``init``, ``solve``, ``transpose``).
+
+    Raises
+    ------
+    InputError
+        Where the name is taken or the factory is not callable.
+    """
+    if not isinstance(name, str) or not name:
+        raise InputError(f"name = {name!r}: expected a non-empty string.")
+    if name in _FACTORIES:
+        raise InputError(f"name = {name!r} is taken; registered solvers: {', '.join(_FACTORIES)}.")
+    if not callable(factory):
+        raise InputError(f"factory for {name!r} is not callable: {type(factory).__name__}.")
+    _FACTORIES[name] = factory
+
+
+def get_solver(solver: Any) -> Any:
+    """Return the solver of that name, or the instance itself."""
+    if isinstance(solver, str):
+        if solver not in _FACTORIES:
+            raise UnknownNameError(
+                f"solver = {solver!r} is not known; expected one of {', '.join(_FACTORIES)}, or an instance."
+            )
+        solver = _FACTORIES[solver]()
+    elif isinstance(solver, type):
+        raise InputError(f"solver is the class {solver.__name__}; pass an instance, {solver.__name__}().")
+    missing = [m for m in ("init", "solve", "transpose") if not callable(getattr(solver, m, None))]
+    if missing:
+        raise InputError(f"solver of type {type(solver).__name__} has no method {', '.join(missing)}.")
+    return solver

@@ -1,0 +1,220 @@
+"""The solver protocol, and what the iterative methods share: scaling, cycles, the true residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from implicitdiff.arrays import Array
+from implicitdiff.errors import InputError
+from implicitdiff.operator import Operator
+from implicitdiff.preconditioner import Preconditioner, as_preconditioner
+from implicitdiff.report import Counts, Status
+
+__all__ = ["Cycle", "Krylov", "KrylovState", "Solver", "Start"]
+
+
+class Solver:
+    """A method for A x = b: a small frozen object whose fields are its options.
+
+    Subclass it to add a method, then name it with ``register_solver``. ``init`` sees the operator once
+    (factor here), ``solve`` runs for each right-hand side, ``transpose`` turns a state for A into one
+    for Aᵀ without doing the work again.
+    """
+
+    name: ClassVar[str] = "solver"
+    damping: float = 0.0
+    symmetric_only: ClassVar[bool] = False
+    """Whether the method is wrong on an operator that is not symmetric."""
+
+    def init(self, operator: Operator) -> Any:
+        """Prepare for an operator, damping included: factor, choose, build a preconditioner."""
+        raise NotImplementedError
+
+    def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+        """Solve A x = b for b of shape (*rhs, *items, n).
+
+        Returns
+        -------
+        x : array, like b
+        status : Status or array of int, shape (*rhs, *items)
+        counts : Counts
+        """
+        raise NotImplementedError
+
+    def transpose(self, state: Any) -> Any:
+        """Return the state for Aᵀ."""
+        raise NotImplementedError
+
+    def describe(self, state: Any) -> tuple[str, str]:
+        """Name of the method really used, and why."""
+        return self.name, "chosen by name"
+
+
+class Start(NamedTuple):
+    """Where one run of an iterative method starts: A (x + d) = b with ‖b‖ = 1 and residual r = b - A x.
+
+    ``target`` is the norm of the residual to reach, ``active`` the items to work on, ``budget`` the
+    iterations left. x and r may be overwritten.
+    """
+
+    x: Array
+    r: Array
+    target: Array
+    active: Array
+    budget: Array
+
+
+class Cycle(NamedTuple):
+    """What one run of an iterative method returns to the driver below."""
+
+    x: Array
+    iterations: Array
+    matvecs: Array
+    status: Array
+    operator_norm: Array
+
+
+class KrylovState(NamedTuple):
+    """An operator and the preconditioner for it."""
+
+    operator: Operator
+    preconditioner: Preconditioner
+
+
+class _Outer(NamedTuple):
+    x: Array
+    r: Array
+    residual: Array
+    active: Array
+    status: Array
+    iterations: Array
+    matvecs: Array
+    operator_norm: Array
+    tolerance: Array
+
+
+@dataclass(frozen=True)
+class Krylov(Solver):
+    """Options that every iterative method here reads.
+
+    Parameters
+    ----------
+    rtol : float, optional
+        Success is ``‖b − A x‖ <= rtol ‖b‖``, checked on the residual recomputed at exit. Default 1e-10 in
+        double precision, 1e-5 in single. Where rounding in the product alone makes a larger residual,
+        4 eps ‖A‖ ‖x‖, that level is success too.
+    maxiter : int, optional
+        Most iterations. Default 10 n, but at least 1 000 and at most 100 000.
+    preconditioner : array, sparse matrix, LinearOperator, callable or (M, Mᵀ), optional
+        Approximates A⁻¹ and acts on raveled vectors of shape (n,).
+    damping : float, default 0
+        Solve (A + damping I) x = b.
+    """
+
+    rtol: float | None = None
+    maxiter: int | None = None
+    preconditioner: Any = None
+    damping: float = 0.0
+
+    stall: ClassVar[float] = 0.5
+    """A cycle that leaves more than this part of the true residual has stagnated."""
+
+    def __post_init__(self) -> None:
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise InputError(f"rtol = {self.rtol!r}: expected a number between 0 and 1.")
+        if self.maxiter is not None and self.maxiter < 1:
+            raise InputError(f"maxiter = {self.maxiter!r}: expected a positive integer.")
+
+    def init(self, operator: Operator) -> KrylovState:
+        return KrylovState(operator, as_preconditioner(self.preconditioner, operator))
+
+    def transpose(self, state: KrylovState) -> KrylovState:
+        operator = state.operator.transpose()
+        if operator is state.operator:
+            return state
+        return KrylovState(operator, state.preconditioner.transpose())
+
+    def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
+        """Run the method once."""
+        raise NotImplementedError
+
+    def solve(
+        self, state: KrylovState, b: Array, x0: Array | None = None
+    ) -> tuple[Array, Any, Counts]:
+        # Everything happens on b scaled to norm one, so that neither 1e-30 nor 1e30 under- or overflows.
+        # A method runs in cycles: when its own (recursive) residual says done, the true one b - A x is
+        # computed; where that is still too large but fell, the next cycle starts from it. Restarted
+        # GMRES is the same loop with many cycles; CG and MINRES nearly always take one.
+        op, backend = state.operator, state.operator.backend
+        space = backend.vector_space(b.shape, b.dtype, op.device)
+        rtol = space.scalar(self.rtol or (1e-10 if space.eps < 1e-10 else 1e-5))
+        maxiter = self.maxiter or min(max(10 * op.n, 1000), 100_000)
+        unit, scale = _unit(space, b)
+        state_0 = _start(space, op, unit, x0, scale, rtol)
+
+        def body(s: _Outer) -> _Outer:
+            c = self.cycle(state, space, Start(s.x, s.r, rtol, s.active, maxiter - s.iterations))
+            r = space.subtract(unit(), op.matvec(c.x))
+            return self._after_cycle(space, s, c, r, rtol, maxiter)
+
+        end = backend.while_loop(lambda s: space.any(s.active), body, state_0)
+        counts = Counts(end.iterations, end.matvecs, end.residual, end.operator_norm, None, end.tolerance)
+        return space.scale(scale, end.x), end.status, counts
+
+    def _after_cycle(
+        self, space: Any, s: _Outer, c: Cycle, r: Array, rtol: Array, maxiter: int
+    ) -> _Outer:
+        residual = space.where(s.active, space.norm(r), s.residual)
+        norm = space.maximum(s.operator_norm, c.operator_norm)
+        iterations = s.iterations + c.iterations
+        # Rounding in A x alone leaves eps ‖A‖ ‖x‖; below that no method can go, and it is no failure
+        # while it stays small.
+        floor = 4 * space.eps * norm * space.norm(c.x)
+        tolerance = space.where((floor > rtol) & (floor < 20 * space.eps**0.5), floor, rtol)
+        done = residual <= tolerance
+        finite = space.isfinite(residual)
+        improved = residual < self.stall * s.residual
+        status = space.where(improved, int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
+        status = space.where(iterations >= maxiter, int(Status.MAX_ITERATIONS), status)
+        status = space.where(c.status != 0, c.status, status)
+        status = space.where(finite, status, int(Status.NON_FINITE))
+        status = space.where(done, int(Status.CONVERGED), status)
+        again = s.active & ~done & finite & improved & (c.status == 0) & (iterations < maxiter)
+        return _Outer(
+            c.x, r, residual, again, space.where(s.active, status, s.status), iterations,
+            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance),
+        )  # fmt: skip
+
+
+def _unit(space: Any, b: Array) -> tuple[Callable[[], Array], Array]:
+    """Return a function that makes b / ‖b‖ anew (it is not kept: one vector less), and ‖b‖."""
+    one = space.scalar(1.0)
+    largest = space.largest(b)
+    largest = space.where((largest > 0) & space.isfinite(largest), largest, one)
+    norm = space.norm(space.scale(1 / largest, space.copy(b)))
+    safe = space.where(norm > 0, norm, one)
+
+    def unit() -> Array:
+        return space.scale(1 / safe, space.scale(1 / largest, space.copy(b)))
+
+    return unit, norm * largest
+
+
+def _start(
+    space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None, scale: Array, rtol: Array
+) -> _Outer:
+    r, x, matvecs = unit(), space.zeros(), 0
+    residual = space.norm(r)
+    if x0 is not None:
+        usable = scale > 0
+        start = space.scale(1 / space.where(usable, scale, space.scalar(1.0)), space.copy(x0))
+        r0 = space.subtract(unit(), op.matvec(start))
+        better = usable & (space.norm(r0) < residual)  # a start worse than zero (or NaN) is dropped
+        x, r = space.select(better, start, x), space.select(better, r0, r)
+        residual, matvecs = space.norm(r), 1
+    done = residual <= rtol
+    active = ~done  # a NaN stays active and is told
+    status = space.where(done, int(Status.CONVERGED), int(Status.MAX_ITERATIONS))
+    return _Outer(x, r, residual, active, status, space.counter(), matvecs, space.scalar(0.0), rtol)
