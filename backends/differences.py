@@ -59,8 +59,6 @@ class Differences:
         Of eps in the step.
     """
 
-    exact = False
-
     def __init__(
         self, backend: Any, function: Function, y: Array, theta: Array, *, along: Along = directional,
         kind: str = "finite differences", power: float = 1 / 3,
@@ -70,7 +68,9 @@ class Differences:
         self.theta_dtype = theta.dtype
         self.y, self.theta = backend.widen(y), backend.widen(theta)
         self.along, self.kind, self.power = along, kind, power
-        self.exact = kind == "complex step"
+        eps = float(backend.xp.finfo(self.y.dtype).eps)
+        # truncation h² balances rounding eps/h (or eps/h² for second differences of values)
+        self.accuracy = eps if along is not directional else eps ** (2 * power)
 
     def value(self) -> Array:
         """G(y, θ)."""
@@ -139,7 +139,6 @@ class GradientDifferences(Differences):
         super().__init__(
             backend, gradient_function(backend.xp, function, inner, power), y, theta, kind=kind, power=power
         )
-        self.exact = False
         # the gradient itself deserves the better step of a first difference
         self._gradient = gradient_function(backend.xp, function, inner, step_exponent(1))
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
-import scipy.linalg
 from scipy.linalg import blas, lapack
 
 from implicitdiff.arrays import Array
@@ -175,9 +174,7 @@ class NumpyBackend(ArrayAPIBackend):
             if found is not None:
                 return found
         if self._may_be_complex(function, y, theta):
-            return GradientDifferences(
-                self, function, y, theta, inner=complex_step, kind="finite differences"
-            )
+            return GradientDifferences(self, function, y, theta, inner=complex_step, kind="finite differences")
         return GradientDifferences(self, function, y, theta)
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
@@ -284,10 +281,10 @@ def is_analytic(function: Callable[..., Array], y: Array, theta: Array) -> bool:
 
     Anything but agreement (an exception, a warning about a discarded imaginary part, another number) says no.
     """
+    import warnings
+
     from implicitdiff.arrays import probe_vector
     from implicitdiff.backends.differences import directional
-
-    import warnings
 
     for which, x in enumerate((y, theta)):
         if x.shape[-1] == 0:

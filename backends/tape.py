@@ -46,7 +46,7 @@ class Tape:
     """Derivatives of a vector function recorded at one point."""
 
     kind = "autodiff"
-    exact = True
+    accuracy = 0.0
 
     def __init__(self, backend: Any, function: Callable[[Array, Array], Array], y: Array, theta: Array,
                  by_y: tuple[Any, Any], by_theta: tuple[Any, Any] | None) -> None:  # fmt: skip
@@ -114,9 +114,7 @@ def differentiate(backend: Any, function: Callable[..., Array], y: Array, theta:
     return Tape(backend, function, y, theta, by_y, by_theta)
 
 
-def differentiate_gradient(
-    backend: Any, function: Callable[..., Array], y: Array, theta: Array
-) -> Tape | None:
+def differentiate_gradient(backend: Any, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
     """Record ∇_y f of a scalar function (one scalar per item)."""
     if _record(lambda z: function(z, theta), y) is None:
         return None
@@ -124,9 +122,7 @@ def differentiate_gradient(
     return differentiate(backend, gradient, y, theta)
 
 
-def gradients(
-    function: Callable[..., Array], y: Array, theta: Array
-) -> tuple[Array, Array, str] | None:
+def gradients(function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str] | None:
     """∂L/∂y and ∂L/∂θ of a scalar function; None where it cannot be traced at all."""
     along = (lambda z: function(z, theta), lambda z: function(y, z))
     found = [_record(f, x) for f, x in zip(along, (y, theta), strict=True)]

@@ -46,11 +46,10 @@ def linearize(
     >>> np.round(lin.jvp(np.array([12.0])), 6), np.round(lin.jacobian(), 6)
     (array([1.]), array([[0.083333]]))
     """
-    lin = Linearization(
+    return Linearization(
         condition, _own(y), _own(theta), args=args, solver=solver, on_failure=on_failure, backend=backend,
         batched=batched,
     )  # fmt: skip
-    return lin
 
 
 def _own(tree: Any) -> Any:
@@ -235,4 +234,3 @@ def _at(
 
 def _with_report(lin: Linearization, value: Any, return_report: bool) -> Any:
     return (value, lin.report) if return_report else value
-

@@ -30,9 +30,7 @@ class ImplicitFunction:
     def linearize(self, theta: Any, *args: Any, **kwargs: Any) -> Linearization:
         """Solve, and linearise the condition at the solution (``.y`` of the result)."""
         y = self._run(theta, args, kwargs)
-        return Linearization(
-            self._condition, y[0] if self._has_aux else y, theta, args=args, **self._options
-        )
+        return Linearization(self._condition, y[0] if self._has_aux else y, theta, args=args, **self._options)
 
     def vjp(self, theta: Any, cotangent: Any, *args: Any, **kwargs: Any) -> Any:
         """Solve at theta and pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v, structured like theta."""

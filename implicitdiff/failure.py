@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true, item_numbers, probe_vector, to_python
@@ -45,7 +46,8 @@ def check_mode(on_failure: str) -> None:
 
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the user's line: the innermost frame that is not this library's."""
-    frame, level = sys._getframe(1), 2
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
     while frame is not None and frame.f_code.co_filename.startswith((_PACKAGE, _BACKENDS)):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level - 1)

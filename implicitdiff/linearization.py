@@ -229,8 +229,7 @@ class Linearization:
             where = name + where.removeprefix(border.name)
         error = NonFiniteError(f"{where} holds NaN or Inf.\nNext: check what produced it; a diverged solver often has.")
         if self._on_failure == "raise" or not self._point.items:
-            if self._on_failure in {"raise", "warn"} or name is None:
-                raise error
+            raise error
         if self._on_failure == "warn":
             warn(str(error), SolveWarning)
 
@@ -306,7 +305,9 @@ class Linearization:
     def _warn_not_solution(self, size: Array, bad: Array) -> None:
         xp = self._point.backend.xp
         if self._point.items:
-            head = f"y is not a solution in items {item_numbers(xp, bad)}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
+            head = (
+                f"y is not a solution in items {item_numbers(xp, bad)}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
+            )
         else:
             head = f"y is not a solution: ‖F(y, theta)‖ = {to_python(size):.3g}."
         warn(
@@ -314,4 +315,3 @@ class Linearization:
             "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
             NotASolutionWarning,
         )
-

@@ -87,21 +87,13 @@ class LinearMap:
         if product is None:
             raise DerivativeError(f"no product with {self.label} is known: give one of its callables.")
         unit = xp.eye(n, dtype=self.dtype, device=self.device)
-        unit = xp.broadcast_to(
-            xp.reshape(unit, (n, *(1,) * len(self.items), n)), (n, *self.items, n)
-        )
+        unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(self.items), n)), (n, *self.items, n))
         images = xp.moveaxis(product(unit), 0, -1)  # (*items, rows, columns) if forward
         return images if forward else xp.matrix_transpose(images)
 
     def _from_matrix(self, *, transposed: bool) -> Product:
         matrix = self.dense()
         return matrix_product(self.backend.xp, matrix, transposed=transposed)
-
-    @property
-    def matvec_cost(self) -> int:
-        """Products behind one product: 1, or the whole assembly where only the transpose is known."""
-        known = self.forward is not None or self.matrix is not None or self.sparse is not None
-        return 1 if known else self.rows
 
 
 def matrix_product(xp: Any, matrix: Array, *, transposed: bool = False) -> Product:
@@ -135,17 +127,25 @@ class Operator(LinearMap):
         transpose); one that was only declared is checked.
     damping : float
         δ of (A + δI), applied to every product and to the matrix.
+    accuracy : float
+        Relative error of a product beyond rounding; not 0 for finite differences.
     """
 
     symmetric: bool | None = None
     positive_definite: bool | None = None
     trusted: bool = False
     damping: float = 0.0
+    accuracy: float = 0.0
 
     @property
     def n(self) -> int:
         """Order of the operator."""
         return self.rows
+
+    @property
+    def assembled(self) -> bool:
+        """Whether a matrix was assembled from products."""
+        return "matrix" in self._cache
 
     def transpose(self) -> Operator:
         """Return Aᵀ: itself where A is symmetric."""

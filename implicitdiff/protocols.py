@@ -20,8 +20,8 @@ class Derivatives(Protocol):
     kind: str
     """``"autodiff"``, ``"complex step"`` or ``"finite differences"``."""
 
-    exact: bool
-    """Whether products are exact up to rounding."""
+    accuracy: float
+    """Relative error of a product, beyond rounding: 0 for exact derivatives."""
 
     def value(self) -> Array:
         """G(y, θ)."""
@@ -84,14 +84,10 @@ class Backend(Protocol):
     def differentiate(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> Derivatives:
         """Derivatives of a vector function."""
 
-    def differentiate_gradient(
-        self, function: Callable[[Array, Array], Array], y: Array, theta: Array
-    ) -> Derivatives:
+    def differentiate_gradient(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> Derivatives:
         """Derivatives of ∇_y f for a scalar function f (one scalar per item)."""
 
-    def gradients(
-        self, function: Callable[[Array, Array], Array], y: Array, theta: Array
-    ) -> tuple[Array, Array, str]:
+    def gradients(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         """∂L/∂y, ∂L/∂θ and their kind, for a scalar function L (one scalar per item)."""
 
     # -- loops and linear algebra ----------------------------------------------------------------------

@@ -48,14 +48,9 @@ class Ravel:
     def __init__(self, backend: Any, tree: Any, name: str, batched: bool = False) -> None:
         self.backend, self.name = backend, name
         self.tree = flatten(tree)
-        arrays = [
-            backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)
-        ]
+        arrays = [backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)]
         self.items = self._items(arrays, name) if batched else ()
-        self.leaves = [
-            self._leaf(original, array)
-            for original, array in zip(self.tree.leaves, arrays, strict=True)
-        ]
+        self.leaves = [self._leaf(original, array) for original, array in zip(self.tree.leaves, arrays, strict=True)]
         self.n = sum(leaf.size for leaf in self.leaves)
         self.dtype = backend.common_dtype([leaf.dtype for leaf in self.leaves])
         self.device = backend.common_device(arrays, name)
@@ -68,7 +63,7 @@ class Ravel:
             raise ShapeError(
                 f"{name}: with batched=True every leaf needs the same leading axis of items; got {shapes}."
             )
-        return (int(counts.pop()),)
+        return (int(arrays[0].shape[0]),)
 
     def _leaf(self, original: Any, array: Array) -> Leaf:
         shape = tuple(int(k) for k in array.shape[len(self.items) :])

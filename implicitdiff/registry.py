@@ -34,9 +34,7 @@ def get_backend(backend: Any) -> Any:
     if not isinstance(backend, str):
         return backend
     if backend == "array_api":
-        raise UnknownNameError(
-            "backend = 'array_api' needs its namespace: ArrayAPIBackend(xp), or leave backend=None."
-        )
+        raise UnknownNameError("backend = 'array_api' needs its namespace: ArrayAPIBackend(xp), or leave backend=None.")
     if backend not in BACKENDS:
         raise UnknownNameError(f"backend = {backend!r} is not known; expected one of {', '.join(BACKENDS)}.")
     if backend not in _cache:
@@ -67,7 +65,8 @@ def backend_for(trees: Mapping[str, Any]) -> Any:
     if len(found) > 1:
         (a, (where_a, _)), (b, (where_b, _)) = list(found.items())[:2]
         raise BackendError(
-            f"{where_a} is a {a} array, {where_b} a {b} array.\nConvert one of them: nothing is copied between frameworks."
+            f"{where_a} is a {a} array, {where_b} a {b} array.\n"
+            "Convert one of them: nothing is copied between frameworks."
         )
     if not found:
         return get_backend("numpy")  # Python floats only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, item_norm, probe_vector, to_python
@@ -50,8 +50,17 @@ class Prepared:
 
     operator: Operator
     solver: Any
-    _state: Any = None
-    _damped: Any = None
+    _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
+
+    def _state(self, transposed: bool) -> tuple[Operator, Any]:
+        """Return A or Aᵀ, damping included, and the solver's state for it."""
+        if False not in self._states:
+            op = self.operator.damped(getattr(self.solver, "damping", 0.0))
+            self._states[False] = (op, self.solver.init(op))
+        if transposed and True not in self._states:
+            op, state = self._states[False]
+            self._states[True] = (op.transpose(), self.solver.transpose(state))
+        return self._states[transposed]
 
     def solve(self, b: Array, x0: Array | None = None, *, transposed: bool = False) -> Solution:
         """Solve A x = b, or Aᵀ x = b, for b of shape (*rhs, *items, n)."""
@@ -59,16 +68,17 @@ class Prepared:
         op, xp = self.operator, self.operator.backend.xp
         if op.n == 0 or 0 in b.shape:
             return _empty(op, b, self.solver, start)
-        if self._state is None:
-            self._damped = op.damped(getattr(self.solver, "damping", 0.0))
-            self._state = self.solver.init(self._damped)
-        state = self.solver.transpose(self._state) if transposed else self._state
+        before = self._assembled()
+        used, state = self._state(transposed)
         x, status, counts = self.solver.solve(state, b, x0)
-        used = self._damped.transpose() if transposed else self._damped
         status, counts = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
         describe = getattr(self.solver, "describe", None)
         name, reason = describe(state) if describe else (_name(self.solver), "chosen by name")
-        return _summary(op, x, status, counts, name, reason, start)
+        return _summary(op, x, status, counts, self._assembled() - before, name, reason, start)
+
+    def _assembled(self) -> int:
+        """Count the products that went into assembling matrices so far."""
+        return sum(op.n for op, _ in self._states.values() if op.assembled)
 
 
 def prepare(operator: Operator, solver: Any) -> Prepared:
@@ -85,14 +95,10 @@ def _empty(op: Operator, b: Array, solver: Any, start: float) -> Solution:
     zero = xp.zeros(op.items, dtype=op.dtype, device=op.device)
     code = xp.zeros(op.items, dtype=xp.int32, device=op.device)
     seconds = time.perf_counter() - start
-    return Solution(
-        xp.zeros_like(b), code, code, code, zero, zero, None, zero, _name(solver), "n = 0", seconds
-    )
+    return Solution(xp.zeros_like(b), code, code, code, zero, zero, None, zero, _name(solver), "n = 0", seconds)
 
 
-def _verify(
-    op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any
-) -> tuple[Array, Counts]:
+def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, Counts]:
     """Recompute what the solver did not tell, and check a symmetry that was only declared."""
     xp = op.backend.xp
     if getattr(counts, "residual", None) is None:
@@ -134,7 +140,7 @@ def _check_symmetry(
 
 
 def _summary(
-    op: Operator, x: Array, status: Array, counts: Counts, name: str, reason: str, start: float
+    op: Operator, x: Array, status: Array, counts: Counts, assembled: int, name: str, reason: str, start: float
 ) -> Solution:
     """Reduce over right-hand sides: the worst residual, the largest count, all products."""
     xp, device = op.backend.xp, op.device
@@ -147,9 +153,7 @@ def _summary(
         field = xp.broadcast_to(field, x.shape[:-1])
         return xp.max(field, axis=0) if rhs else field
 
-    matvecs = xp.asarray(counts.matvecs, device=device) * max(rhs, 1)
-    if counts.rcond is not None:
-        matvecs = matvecs + (0 if op.matrix is not None or op.sparse is not None else op.n)
+    matvecs = xp.asarray(counts.matvecs, device=device) * max(rhs, 1) + assembled
     least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
     return Solution(
         x, worst(status), worst(counts.iterations), xp.broadcast_to(matvecs, op.items), worst(counts.residual),
@@ -284,15 +288,11 @@ def _as_operator(
     if not callable(A):
         raise ShapeError(f"A is {type(A).__name__}; expected a matrix, a LinearOperator or a callable v -> A v.")
     adjoint = None if transpose is None else backend.batched(transpose, items)
-    return Operator(
-        backend, n, n, items, b.dtype, device, forward=backend.batched(A, items), adjoint=adjoint, **tags
-    )
+    return Operator(backend, n, n, items, b.dtype, device, forward=backend.batched(A, items), adjoint=adjoint, **tags)
 
 
 def _tag_matrix(xp: Any, op: Operator, symmetric: bool | None) -> Operator:
     """Compare a matrix with its transpose, unless the user said that it is not symmetric."""
-    from dataclasses import replace
-
     if symmetric is not None or (op.matrix is None and op.sparse is None):
         return op
     if op.sparse is not None:

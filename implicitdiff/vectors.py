@@ -123,9 +123,7 @@ class ArraySpace:
     def project(self, basis: Array, j: Any, x: Array) -> Array:
         """Inner products of x with vectors 0 … j, shape (..., k); zeros beyond."""
         known = (basis[..., : j + 1, :] @ x[..., None])[..., 0]
-        rest = self.xp.zeros(
-            (*self.items, basis.shape[-2] - j - 1), dtype=self.dtype, device=self.device
-        )
+        rest = self.xp.zeros((*self.items, basis.shape[-2] - j - 1), dtype=self.dtype, device=self.device)
         return self.xp.concat([known, rest], axis=-1)
 
     def combine(self, basis: Array, j: Any, c: Array) -> Array:

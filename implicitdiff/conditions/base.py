@@ -75,7 +75,7 @@ class _Builder:
         """The backend's derivatives of G; made once, and only where something is missing."""
         if self._derive is None:
             raise DerivativeError(
-                f"a derivative of {self.what} is needed that was not given, and there is no function to derive it from.\n"
+                f"a derivative of {self.what} is needed, is not given, and there is no function to derive it from.\n"
                 "Give fun or grad, or the missing one of hvp, hessian, mixed_vjp, mixed_jvp."
             )
         return self._derive()
@@ -91,8 +91,9 @@ class _Builder:
             op = self._matrix(name, p.call(function))
             forward = forward or op.forward
             return replace(op, forward=forward, adjoint=forward if self.symmetric else adjoint or op.adjoint)
+        accuracy = 0.0
         if forward is None and adjoint is None:
-            kind = self.derived.kind
+            kind, accuracy = self.derived.kind, self.derived.accuracy
             forward = self.derived.hvp if self.symmetric else self.derived.jvp_y
             # A transposed product by differences costs n evaluations, as much as the whole matrix: assemble it.
             adjoint = self.derived.vjp_y if kind == "autodiff" else None
@@ -104,18 +105,17 @@ class _Builder:
             p.backend, p.y.n, p.y.n, p.items, p.y.dtype, p.y.device, forward=forward,
             adjoint=forward if self.symmetric else adjoint, kind=kind, label="A",
             symmetric=True if self.symmetric else None, trusted=self.symmetric and kind != "given",
+            accuracy=accuracy,
         )  # fmt: skip
 
-    def _complete(
-        self, forward: Any, adjoint: Any, n: int, jvp: str, vjp: str
-    ) -> tuple[Any, Any, str]:
+    def _complete(self, forward: Any, adjoint: Any, n: int, jvp: str, vjp: str) -> tuple[Any, Any, str]:
         """Add the missing one of two products, or leave it to assembly from the other, which is exact."""
-        if forward is not None and adjoint is not None or self._derive is None:
+        if self._derive is None or (forward is not None and adjoint is not None):
             return forward, adjoint, "given"
         d = self.derived
         if adjoint is None and d.kind == "autodiff":
             return forward, getattr(d, vjp), "given, autodiff"
-        if forward is None and (d.exact or n > ASSEMBLY_LIMIT):
+        if forward is None and (d.kind != "finite differences" or n > ASSEMBLY_LIMIT):
             return getattr(d, jvp), adjoint, f"given, {d.kind}"
         return forward, adjoint, "given"
 
@@ -133,7 +133,8 @@ class _Builder:
             matrix = p.backend.astype(p.backend.reshape(array, (*items, n, n)), p.y.dtype)
         elif tuple(matrix.shape) != (n, n) or items:
             raise CallbackError(
-                f"{name} returned {type(matrix).__name__} of shape {tuple(matrix.shape)}.\nExpected shape {(*items, n, n)}."
+                f"{name} returned {type(matrix).__name__} of shape {tuple(matrix.shape)}.\n"
+                f"Expected shape {(*items, n, n)}."
             )
         tags = {"label": "A", "symmetric": True if self.symmetric else None}
         op: Operator = matrix_map(Operator, p.backend, matrix, items, p.y.dtype, p.y.device, **tags)
@@ -148,9 +149,7 @@ class _Builder:
         if forward is None and adjoint is None:
             forward, adjoint, kind = self.derived.jvp_theta, self.derived.vjp_theta, self.derived.kind
         else:
-            forward, adjoint, kind = self._complete(
-                forward, adjoint, min(p.y.n, p.theta.n), "jvp_theta", "vjp_theta"
-            )
+            forward, adjoint, kind = self._complete(forward, adjoint, min(p.y.n, p.theta.n), "jvp_theta", "vjp_theta")
         return LinearMap(
             p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
             kind=kind, label="B",

@@ -66,9 +66,7 @@ def _identity_minus(a: Any) -> Any:
 
 
 def _negated(b: LinearMap) -> LinearMap:
-    return replace(
-        b, forward=_each(b.forward, lambda x, p: -p), adjoint=_each(b.adjoint, lambda x, p: -p), _cache={}
-    )
+    return replace(b, forward=_each(b.forward, lambda x, p: -p), adjoint=_each(b.adjoint, lambda x, p: -p), _cache={})
 
 
 def _each(

@@ -50,15 +50,20 @@ class Root(Condition):
     ) -> None:  # fmt: skip
         if not callable(fun):
             raise InputError(f"fun is {type(fun).__name__}; expected a callable F(y, theta, *args) -> like y.")
-        fields = {"fun": fun, "jvp": jvp, "vjp": vjp, "jacobian": jacobian, "mixed_vjp": mixed_vjp, "mixed_jvp": mixed_jvp}
+        fields = {
+            "fun": fun,
+            "jvp": jvp,
+            "vjp": vjp,
+            "jacobian": jacobian,
+            "mixed_vjp": mixed_vjp,
+            "mixed_jvp": mixed_jvp,
+        }
         check_callables(**fields)
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     def maps(self, point: Point) -> Maps:
         function = point.vector_function(self.fun, "fun")
-        given = Given(
-            ("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp
-        )
+        given = Given(("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp)
         y, theta = point.y.vector, point.theta.vector
         return maps_from(point, given, function, lambda: point.backend.differentiate(function, y, theta))

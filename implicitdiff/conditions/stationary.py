@@ -57,15 +57,20 @@ class Stationary(Condition):
         self, fun: Any = None, *, grad: Any = None, hvp: Any = None, hessian: Any = None,
         mixed_vjp: Any = None, mixed_jvp: Any = None,
     ) -> None:  # fmt: skip
-        fields = {"fun": fun, "grad": grad, "hvp": hvp, "hessian": hessian, "mixed_vjp": mixed_vjp, "mixed_jvp": mixed_jvp}
+        fields = {
+            "fun": fun,
+            "grad": grad,
+            "hvp": hvp,
+            "hessian": hessian,
+            "mixed_vjp": mixed_vjp,
+            "mixed_jvp": mixed_jvp,
+        }
         check_callables(**fields)
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     def maps(self, point: Point) -> Maps:
-        given = Given(
-            ("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp
-        )
+        given = Given(("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp)
         backend, y, theta = point.backend, point.y.vector, point.theta.vector
         gradient = None if self.grad is None else point.vector_function(self.grad, "grad")
         scalar = None if self.fun is None else point.scalar_function(self.fun, "fun")

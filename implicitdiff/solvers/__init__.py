@@ -27,9 +27,7 @@ __all__ = [
     "solver_names",
 ]
 
-_FACTORIES: dict[str, Callable[[], Any]] = {
-    solver.name: solver for solver in (Auto, LU, Cholesky, CG, MINRES, GMRES)
-}
+_FACTORIES: dict[str, Callable[[], Any]] = {solver.name: solver for solver in (Auto, LU, Cholesky, CG, MINRES, GMRES)}
 
 
 def solver_names() -> list[str]:

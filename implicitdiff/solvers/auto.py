@@ -77,9 +77,7 @@ class Auto(Solver):
     def describe(self, state: _State) -> tuple[str, str]:
         return state.used, state.reason
 
-    def solve(
-        self, state: _State, b: Array, x0: Array | None = None
-    ) -> tuple[Array, Any, Counts]:
+    def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         op = state.operator
         rhs = b.shape[0] if len(b.shape) > len(op.items) + 1 else 1
         why = _dense_reason(op, rhs)
@@ -101,9 +99,7 @@ class Auto(Solver):
         state.used, state.reason = "lu", f"{why}; A is not positive definite"
         return _merge(xp, indefinite, self._run(state, LU(), b, None), (x, status, counts))
 
-    def _iterative(
-        self, state: _State, b: Array, x0: Array | None
-    ) -> tuple[Array, Any, Counts]:
+    def _iterative(self, state: _State, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         op = state.operator
         xp = op.backend.xp
         options = {"rtol": self.rtol, "maxiter": self.maxiter, "preconditioner": self.preconditioner}
@@ -121,9 +117,7 @@ class Auto(Solver):
         why = f"{state.reason}; {state.used} did not reach the tolerance"
         return _merge(xp, failed, self._direct(state, b, why), result)
 
-    def _run(
-        self, state: _State, solver: Solver, b: Array, x0: Array | None
-    ) -> tuple[Array, Any, Counts]:
+    def _run(self, state: _State, solver: Solver, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         if solver.name not in state.prepared:
             state.prepared[solver.name] = solver.init(state.operator)
         inner = state.prepared[solver.name]

@@ -103,8 +103,8 @@ class Krylov(Solver):
     ----------
     rtol : float, optional
         Success is ``‖b − A x‖ <= rtol ‖b‖``, checked on the residual recomputed at exit. Default 1e-10 in
-        double precision, 1e-5 in single. Where rounding in the product alone makes a larger residual,
-        4 eps ‖A‖ ‖x‖, that level is success too.
+        double precision, 1e-5 in single, more where the products are finite differences. Where rounding in the
+        product alone makes a larger residual, 4 eps ‖A‖ ‖x‖, that level is success too.
     maxiter : int, optional
         Most iterations. Default 10 n, but at least 1 000 and at most 100 000.
     preconditioner : array, sparse matrix, LinearOperator, callable or (M, Mᵀ), optional
@@ -140,16 +140,15 @@ class Krylov(Solver):
         """Run the method once."""
         raise NotImplementedError
 
-    def solve(
-        self, state: KrylovState, b: Array, x0: Array | None = None
-    ) -> tuple[Array, Any, Counts]:
+    def solve(self, state: KrylovState, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         # Everything happens on b scaled to norm one, so that neither 1e-30 nor 1e30 under- or overflows.
         # A method runs in cycles: when its own (recursive) residual says done, the true one b - A x is
         # computed; where that is still too large but fell, the next cycle starts from it. Restarted
         # GMRES is the same loop with many cycles; CG and MINRES nearly always take one.
         op, backend = state.operator, state.operator.backend
         space = backend.vector_space(b.shape, b.dtype, op.device)
-        rtol = space.scalar(self.rtol or (1e-10 if space.eps < 1e-10 else 1e-5))
+        default = max(1e-10 if space.eps < 1e-10 else 1e-5, 30 * op.accuracy)
+        rtol, noise = space.scalar(self.rtol or default), max(space.eps, op.accuracy)
         maxiter = self.maxiter or min(max(10 * op.n, 1000), 100_000)
         unit, scale = _unit(space, b)
         state_0 = _start(space, op, unit, x0, scale, rtol)
@@ -157,21 +156,21 @@ class Krylov(Solver):
         def body(s: _Outer) -> _Outer:
             c = self.cycle(state, space, Start(s.x, s.r, rtol, s.active, maxiter - s.iterations))
             r = space.subtract(unit(), op.matvec(c.x))
-            return self._after_cycle(space, s, c, r, rtol, maxiter)
+            return self._after_cycle(space, s, c, r, rtol, maxiter, noise)
 
         end = backend.while_loop(lambda s: space.any(s.active), body, state_0)
         counts = Counts(end.iterations, end.matvecs, end.residual, end.operator_norm, None, end.tolerance)
         return space.scale(scale, end.x), end.status, counts
 
     def _after_cycle(
-        self, space: Any, s: _Outer, c: Cycle, r: Array, rtol: Array, maxiter: int
+        self, space: Any, s: _Outer, c: Cycle, r: Array, rtol: Array, maxiter: int, noise: float
     ) -> _Outer:
         residual = space.where(s.active, space.norm(r), s.residual)
         norm = space.maximum(s.operator_norm, c.operator_norm)
         iterations = s.iterations + c.iterations
-        # Rounding in A x alone leaves eps ‖A‖ ‖x‖; below that no method can go, and it is no failure
-        # while it stays small.
-        floor = 4 * space.eps * norm * space.norm(c.x)
+        # Rounding in A x alone (or the noise of a finite difference) leaves eps ‖A‖ ‖x‖; below that no method
+        # can go, and it is no failure while it stays small.
+        floor = 4 * noise * norm * space.norm(c.x)
         tolerance = space.where((floor > rtol) & (floor < 20 * space.eps**0.5), floor, rtol)
         done = residual <= tolerance
         finite = space.isfinite(residual)
@@ -202,9 +201,7 @@ def _unit(space: Any, b: Array) -> tuple[Callable[[], Array], Array]:
     return unit, norm * largest
 
 
-def _start(
-    space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None, scale: Array, rtol: Array
-) -> _Outer:
+def _start(space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None, scale: Array, rtol: Array) -> _Outer:
     r, x, matvecs = unit(), space.zeros(), 0
     residual = space.norm(r)
     if x0 is not None:

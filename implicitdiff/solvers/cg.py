@@ -79,9 +79,7 @@ class CG(Krylov):
         return Cycle(end.x, end.iterations, end.matvecs, end.status, end.operator_norm)
 
 
-def _step(
-    s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array
-) -> _State:
+def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array) -> _State:
     zero, one = space.scalar(0.0), space.scalar(1.0)
     ap = product(s.p)
     curvature = space.inner(s.p, ap)
@@ -101,6 +99,4 @@ def _step(
     status = space.where(s.active & ~go, bad, s.status)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & (rr > target) & (iterations < budget)
-    return _State(
-        x, r, p, rz, rr, active, status, iterations, s.matvecs + 1, beta * inverse, norm
-    )
+    return _State(x, r, p, rz, rr, active, status, iterations, s.matvecs + 1, beta * inverse, norm)

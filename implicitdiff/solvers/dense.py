@@ -77,7 +77,9 @@ class DenseSolver(Solver):
         if not any_true(xp, ~finite):
             return self._init(operator, matrix, xp.zeros(operator.items, dtype=xp.int32, device=operator.device))
         eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
-        bad = xp.where(finite, 0, xp.full(operator.items, int(Status.NON_FINITE), dtype=xp.int32, device=operator.device))
+        bad = xp.where(
+            finite, 0, xp.full(operator.items, int(Status.NON_FINITE), dtype=xp.int32, device=operator.device)
+        )
         return self._init(operator, xp.where(finite[..., None, None], matrix, eye), bad)
 
     def _init(self, operator: Operator, matrix: Array, failed: Array) -> DenseState:

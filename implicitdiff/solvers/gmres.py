@@ -114,9 +114,7 @@ def _first(space: Any, r: Array, beta: Array, active: Array, m: int) -> _State:
     return _State(basis, upper, eye, zero + 1, active, space.counter(), space.counter(), 0, zero)
 
 
-def _step(
-    s: _State, space: Any, apply: Any, m: int, target: Array, budget: Array
-) -> _State:
+def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Array) -> _State:
     xp, zero, one = space.xp, space.scalar(0.0), space.scalar(1.0)
     w = space.copy(apply(space.take(s.basis, s.j)))
     h = space.project(s.basis, s.j, w)
@@ -158,17 +156,11 @@ def _rotate(space: Any, s: _State, h: Array, size: Array, m: int) -> tuple[Array
     row0, row1 = (e0 @ s.rotation), (e1 @ s.rotation)
     c, sn = c[..., None], sn[..., None]
     new0, new1 = c * row0 + sn * row1, c * row1 - sn * row0
-    rotation = (
-        s.rotation
-        + e0[:, None] * (new0 - row0)[..., None, :]
-        + e1[:, None] * (new1 - row1)[..., None, :]
-    )
+    rotation = s.rotation + e0[:, None] * (new0 - row0)[..., None, :] + e1[:, None] * (new1 - row1)[..., None, :]
     return column + e0 * (d - a)[..., None], rotation, d
 
 
-def _set_column(
-    space: Any, s: _State, column: Array, diagonal: Array, go: Array, m: int
-) -> Array:
+def _set_column(space: Any, s: _State, column: Array, diagonal: Array, go: Array, m: int) -> Array:
     xp = space.xp
     rows = xp.arange(m, device=space.device)
     column = xp.where(rows <= s.j, column[..., :m], xp.zeros_like(column[..., :m]))

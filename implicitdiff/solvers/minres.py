@@ -88,9 +88,7 @@ class MINRES(Krylov):
         return Cycle(end.x, end.iterations, end.matvecs, end.status, end.operator_norm)
 
 
-def _step(
-    s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array
-) -> _State:
+def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array) -> _State:
     zero, one = space.scalar(0.0), space.scalar(1.0)
     usable = s.active & (s.beta > 0)
     inverse = space.where(usable, one / space.where(usable, s.beta, one), zero)
@@ -124,9 +122,7 @@ def _step(
     )  # fmt: skip
 
 
-def _update(
-    s: _State, space: Any, v: Array, go: Array, gamma: Array, delta: Array, phi: Array
-) -> tuple[Array, Array]:
+def _update(s: _State, space: Any, v: Array, go: Array, gamma: Array, delta: Array, phi: Array) -> tuple[Array, Array]:
     """w = (v - ε w₁ - δ w₂) / γ and x += φ w, for the items that go on."""
     zero = space.scalar(0.0)
     w = space.axpy(-s.epsilon, s.w1, v)
@@ -135,9 +131,7 @@ def _update(
     return space.axpy(space.where(go, phi, zero), w, s.x), w
 
 
-def _status(
-    s: _State, space: Any, go: Array, finite: Array, square: Array, root: Array, norm: Array
-) -> Array:
+def _status(s: _State, space: Any, go: Array, finite: Array, square: Array, root: Array, norm: Array) -> Array:
     """Why an item stops here, 0 where it does not.
 
     ‖A r‖ = φ · root: where that vanishes against ‖A‖ φ, r is orthogonal to the range of A, and x already is
