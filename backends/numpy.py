@@ -138,7 +138,7 @@ class NumpyBackend(ArrayAPIBackend):
         # A callback that works in place on its argument would silently spoil the iteration.
         if type(x) is np.ndarray:
             x = x.view()
-            x.flags.writeable = False
+            x.setflags(write=False)
         return x
 
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:

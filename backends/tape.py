@@ -6,16 +6,16 @@ traced (it calls plain NumPy) is told by ``None``, and the caller looks for anot
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import array_api_compat.numpy as xp
-import autograd
 import autograd.numpy as anp
 import numpy as np
-from autograd.core import VJPNode, backward_pass
-from autograd.tracer import trace
+from autograd.core import VJPNode, backward_pass, make_vjp
+from autograd.tracer import isbox, new_box, trace_stack
 
 from implicitdiff.arrays import Array, probe_vector
 
@@ -27,13 +27,26 @@ def concatenate(parts: Any) -> Any:
     return anp.concatenate(list(parts), axis=-1)
 
 
+_lock = threading.RLock()  # autograd numbers its nested traces in one global counter
+
+
+def _trace(function: Callable[[Array], Any], x: Array) -> tuple[Any, Any] | None:
+    """Run a function on a recorded value; None where the result does not come out of the recording.
+
+    ``autograd.tracer.trace`` without its warning, which would be about our own probing.
+    """
+    with _lock, trace_stack.new_trace() as number:
+        start = new_box(x, number, VJPNode.new_root())
+        end = function(start)
+        return (end._value, end._node) if isbox(end) and end._trace == start._trace else None
+
+
 def _record(function: Callable[[Array], Any], x: Array) -> tuple[Any, Any] | None:
     """Trace a function; None where it cannot be, or where its value does not come out of the trace."""
     try:
-        value, node = trace(VJPNode.new_root(), function, x)
+        return _trace(function, x)
     except Exception:
         return None  # plain NumPy on a traced value; a true error of the user's comes back when it is called plainly
-    return None if node is None else (value, node)
 
 
 def _changes(function: Callable[[Array], Any], x: Array) -> bool:
@@ -49,15 +62,18 @@ class Tape:
     accuracy = 0.0
 
     def __init__(self, backend: Any, function: Callable[[Array, Array], Array], y: Array, theta: Array,
-                 by_y: tuple[Any, Any], by_theta: tuple[Any, Any] | None) -> None:  # fmt: skip
+                 by_y: Any, by_theta: Any) -> None:  # fmt: skip
         self.backend = backend
         self._function, self._y, self._theta = function, y, theta
-        self._value, self._node_y = by_y
-        self._node_theta = None if by_theta is None else by_theta[1]
+        self._node_y, self._node_theta = by_y, by_theta
+
+    @cached_property
+    def _value(self) -> Array:
+        return np.asarray(self._function(self._y, self._theta))
 
     def value(self) -> Array:
         """G(y, θ)."""
-        return np.asarray(self._value)
+        return self._value
 
     def vjp_y(self, u: Array) -> Array:
         """(∂G/∂y)ᵀ u."""
@@ -75,8 +91,6 @@ class Tape:
 
     def jvp_theta(self, t: Array) -> Array:
         """(∂G/∂θ) t."""
-        if self._node_theta is None:
-            return np.zeros((*t.shape[:-1], self._y.shape[-1]), dtype=self._y.dtype)
         return self._walk(self._adjoint_of_theta, t, self._value)
 
     @cached_property
@@ -89,11 +103,14 @@ class Tape:
 
     def _adjoint(self, function: Callable[[Array], Any], x: Array) -> Any:
         """Record u -> Jᵀu, whose adjoint is v -> J v."""
+        if _record(function, x) is None:
+            return None
 
         def adjoint(u: Array) -> Any:
-            return autograd.make_vjp(function)(x)[0](u)
+            return make_vjp(function, x)[0](u)
 
-        return trace(VJPNode.new_root(), adjoint, np.zeros_like(self._value))[1]
+        found = _trace(adjoint, np.zeros_like(self._value))
+        return None if found is None else found[1]
 
     def _walk(self, node: Any, u: Array, x: Array) -> Array:
         if node is None:
@@ -107,30 +124,40 @@ class Tape:
 
 def differentiate(backend: Any, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
     """Record a vector function; None where it cannot be traced."""
-    by_y = _record(lambda z: function(z, theta), y)
-    by_theta = _record(lambda z: function(y, z), theta)
-    if by_y is None or (by_theta is None and _changes(lambda z: function(y, z), theta)):
-        return None
-    return Tape(backend, function, y, theta, by_y, by_theta)
+    nodes = []
+    for along, x in ((lambda z: function(z, theta), y), (lambda z: function(y, z), theta)):
+        record = _record(along, x)
+        if record is None and _changes(along, x):
+            return None
+        nodes.append(None if record is None else record[1])  # None: the derivative is zero
+    return Tape(backend, function, y, theta, *nodes)
 
 
 def differentiate_gradient(backend: Any, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
     """Record ∇_y f of a scalar function (one scalar per item)."""
     if _record(lambda z: function(z, theta), y) is None:
         return None
-    gradient = autograd.grad(lambda z, t: anp.sum(function(z, t)), 0)
+
+    def gradient(z: Any, t: Any) -> Any:
+        pullback, value = make_vjp(lambda w: function(w, t), z)
+        return pullback(np.ones_like(_plain(value)))
+
     return differentiate(backend, gradient, y, theta)
+
+
+def _plain(value: Any) -> Any:
+    while isbox(value):
+        value = value._value
+    return value
 
 
 def gradients(function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str] | None:
     """∂L/∂y and ∂L/∂θ of a scalar function; None where it cannot be traced at all."""
-    along = (lambda z: function(z, theta), lambda z: function(y, z))
-    found = [_record(f, x) for f, x in zip(along, (y, theta), strict=True)]
-    for record, f, x in zip(found, along, (y, theta), strict=True):
-        if record is None and _changes(f, x):
-            return None
     out = []
-    for record, x in zip(found, (y, theta), strict=True):
+    for along, x in ((lambda z: function(z, theta), y), (lambda z: function(y, z), theta)):
+        record = _record(along, x)
+        if record is None and _changes(along, x):
+            return None
         if record is None:
             out.append(np.zeros_like(x))
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from implicitdiff.arrays import Array
@@ -217,10 +216,7 @@ def implicit_grad(
     lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
     if not callable(outer):
         return _with_report(lin, lin.vjp(outer, x0=x0), return_report)
-    value, kind = lin.gradient(outer, x0)
-    if lin.report is not None:
-        lin.report = replace(lin.report, derivatives={**lin.report.derivatives, "outer": kind})
-    return _with_report(lin, value, return_report)
+    return _with_report(lin, lin.gradient(outer, x0=x0), return_report)
 
 
 def _at(

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+from scipy.linalg import blas
+
 __all__ = ["Array", "all_finite_items", "any_true", "item_norm", "item_numbers", "probe_vector", "to_python"]
 
 Array = Any
 """An array of whatever framework is at work."""
+
+_NRM2 = {"f": blas.snrm2, "d": blas.dnrm2}
 
 
 def item_norm(xp: Any, x: Array) -> Array:
@@ -25,6 +30,8 @@ def item_norm(xp: Any, x: Array) -> Array:
     -------
     array, shape (...)
     """
+    if type(x) is np.ndarray and x.ndim == 1 and x.dtype.char in "fd":
+        return x.dtype.type(_NRM2[x.dtype.char](x))  # BLAS scales, too
     largest = xp.max(xp.abs(x), axis=-1)
     usable = xp.isfinite(largest) & (largest > 0)
     scale = xp.where(usable, largest, xp.ones_like(largest))
@@ -54,7 +61,8 @@ def probe_vector(xp: Any, n: int, dtype: Any, device: Any) -> Array:
 
 def item_numbers(xp: Any, mask: Array, limit: int = 8) -> list[int]:
     """Return the numbers of the first true items of a one-dimensional mask."""
-    return [int(i) for i in xp.nonzero(xp.reshape(mask, (-1,)))[0][:limit]]
+    numbers = xp.nonzero(xp.reshape(mask, (-1,)))[0]
+    return [int(numbers[i]) for i in range(min(limit, numbers.shape[0]))]
 
 
 def to_python(x: Array) -> Any:

@@ -13,7 +13,10 @@ so the cotangent of θ is −Bᵀ u (reverse). One factorisation of A serves bot
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from implicitdiff.arrays import Array, all_finite_items, any_true, item_norm, item_numbers, probe_vector, to_python
 from implicitdiff.conditions import as_condition
@@ -24,6 +27,7 @@ from implicitdiff.errors import (
     NonFiniteProductError,
     NotASolutionWarning,
     ShapeError,
+    SolveError,
     SolveWarning,
 )
 from implicitdiff.failure import check_mode, explain, settle, warn
@@ -33,6 +37,11 @@ from implicitdiff.report import Report
 from implicitdiff.solve import Solution, make_report, poison, prepare
 
 __all__ = ["Linearization"]
+
+
+# A NaN or an overflow in NumPy arithmetic is found in the result and told by name, with its cause; NumPy's own
+# warning about it would come first, and from a line of ours.
+quiet = np.errstate(all="ignore")
 
 
 class Linearization:
@@ -68,6 +77,7 @@ class Linearization:
         self.report: Report | None = None
 
     # -- public --------------------------------------------------------------------------------------
+    @quiet
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
         """−Bᵀ A⁻ᵀ v.
 
@@ -89,8 +99,10 @@ class Linearization:
         """
         border = self._point.y
         v = border.like(cotangent, "cotangent", dtype=border.dtype)
-        return self._point.theta.unravel(self.reverse(v, x0, "cotangent"))
+        g, error = self._reverse(v, x0, "cotangent")
+        return self._deliver(self._point.theta.unravel(g), error)
 
+    @quiet
     def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
         """Derivative of y along a tangent of θ: the solution w of A w = −B θ̇.
 
@@ -112,8 +124,10 @@ class Linearization:
         """
         border = self._point.theta
         t = border.like(tangent, "tangent", dtype=border.dtype)
-        return self._point.y.unravel(self.forward(t, x0))
+        w, error = self._forward(t, x0)
+        return self._deliver(self._point.y.unravel(w), error)
 
+    @quiet
     def jacobian(self) -> Any:
         """Dense dy/dθ.
 
@@ -134,73 +148,98 @@ class Linearization:
         if n == 0 or m == 0:
             return self._nest(xp.zeros((*items, n, m), dtype=p.y.dtype, device=p.y.device))
         if m <= n:
-            b = -xp.moveaxis(self._B.dense(), -1, 0)  # (m, *items, n)
-            self._check_product(b, "mixed_jvp (B t)")
-            w = self._solve(b, None, transposed=False)
-            return self._nest(xp.moveaxis(w, 0, -1))
+            w, error = self._push(xp.moveaxis(self._B.dense(), -1, 0), None)  # (m, *items, n)
+            return self._deliver(self._nest(xp.moveaxis(w, 0, -1)), error)
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
-        rows = self._pull(self._solve(unit, None, transposed=True))
-        return self._nest(xp.moveaxis(rows, 0, -2))
+        rows, error = self._pull(*self._solve(unit, None, transposed=True))
+        return self._deliver(self._nest(xp.moveaxis(rows, 0, -2)), error)
 
-    def gradient(self, outer: Any, x0: Array | None = None) -> tuple[Any, str]:
-        """Total gradient of a loss ``L(y, theta)``, structured like theta, and how L was differentiated."""
+    @quiet
+    def gradient(self, outer: Any, x0: Array | None = None) -> Any:
+        """Total gradient of a loss ``L(y, theta) -> scalar``: ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
+
+        Parameters
+        ----------
+        outer : callable
+            L; with ``batched=True`` it returns one scalar per item.
+        x0 : array, shape (n,), optional
+            Warm start for the raveled adjoint.
+
+        Returns
+        -------
+        pytree, like theta
+
+        Raises
+        ------
+        SolveError
+            Where the solve failed, under ``on_failure="raise"``.
+        """
         p = self._point
         loss = p.scalar_function(outer, "outer", args=())
         by_y, by_theta, kind = p.backend.gradients(loss, p.y.vector, p.theta.vector)
-        self._check_product(by_y, "the gradient of outer with respect to y")
-        self._check_product(by_theta, "the gradient of outer with respect to theta")
-        return p.theta.unravel(by_theta + self.reverse(by_y, x0, "outer")), kind
+        g, error = self._reverse(by_y, x0, "the gradient of outer with respect to y")
+        error = self._product_error(by_theta, "the gradient of outer with respect to theta") or error
+        if self.report is not None:
+            self.report = replace(self.report, derivatives={**self.report.derivatives, "outer": kind})
+        return self._deliver(p.theta.unravel(by_theta + g), error)
 
     # -- vectors -------------------------------------------------------------------------------------
-    def reverse(self, v: Array, x0: Array | None, name: str) -> Array:
+    def _reverse(self, v: Array, x0: Array | None, name: str) -> tuple[Array, SolveError | None]:
         """−Bᵀ A⁻ᵀ v on vectors."""
         self._check_finite(v, self._point.y, name)
-        return self._pull(self._solve(v, x0, transposed=True))
+        return self._pull(*self._solve(v, x0, transposed=True))
 
-    def forward(self, t: Array, x0: Array | None) -> Array:
+    def _forward(self, t: Array, x0: Array | None) -> tuple[Array, SolveError | None]:
         """−A⁻¹ B t on vectors."""
         self._check_finite(t, self._point.theta, "tangent")
-        b = -self._B.matvec(t)
-        self._check_product(b, "mixed_jvp (B t)")
+        b = self._B.matvec(t)
         if not any_true(self._point.backend.xp, b != 0):
             self._check_dependence(t)
-        return self._solve(b, x0, transposed=False)
+        return self._push(b, x0)
 
-    def _pull(self, u: Array) -> Array:
-        xp = self._point.backend.xp
+    def _push(self, b: Array, x0: Array | None) -> tuple[Array, SolveError | None]:
+        """−A⁻¹ b."""
+        wrong = self._product_error(b, "mixed_jvp (B t)")
+        solution, error = self._solve(-b, x0, transposed=False)
+        return self._poisoned(solution, solution.x), wrong or error
+
+    def _pull(self, solution: Solution, error: SolveError | None) -> tuple[Array, SolveError | None]:
+        """−Bᵀ u."""
+        u = solution.x
         g = -self._B.rmatvec(u)
-        bad = ~all_finite_items(xp, g) & all_finite_items(xp, u)
-        if any_true(xp, bad):
-            self._fail_product("mixed_vjp (Bᵀ u)", bad)
-        if not any_true(xp, g != 0):
+        if error is None:
+            error = self._product_error(g, "mixed_vjp (Bᵀ u)")
+        if not any_true(self._point.backend.xp, g != 0):
             self._check_dependence(u)
-        return g
+        return self._poisoned(solution, g), error
 
-    def _solve(self, b: Array, x0: Array | None, *, transposed: bool) -> Array:
+    def _solve(self, b: Array, x0: Array | None, *, transposed: bool) -> tuple[Solution, SolveError | None]:
         if x0 is not None:
             x0 = self._start(x0, b)
         solution = self._prepared.solve(b, x0, transposed=transposed)
         self._check_stationarity(solution)
-        return self._finish(solution)
+        operator = self._prepared.operator
+        kinds = {"A": operator.sources, "B": self._B.sources}
+        self.report = make_report(solution, self._prepared.solver, self._stationarity, kinds)
+        failed = any_true(self._point.backend.xp, solution.failed)
+        return solution, explain(operator, solution) if failed else None
+
+    def _poisoned(self, solution: Solution, x: Array) -> Array:
+        return poison(self._point.backend.xp, solution, x) if self._on_failure == "nan" else x
+
+    def _deliver(self, value: Any, error: SolveError | None) -> Any:
+        """Hand the value over, or raise or warn with the value attached: nothing is lost."""
+        if error is not None:
+            error.value, error.report = value, self.report
+            settle(error, self._on_failure)
+        return value
 
     def _start(self, x0: Any, b: Array) -> Array:
         found = self._point.backend.as_leaf(x0, "x0")
         if found.shape != b.shape:
             raise ShapeError(f"x0 has shape {tuple(found.shape)}; expected the raveled {tuple(b.shape)}.")
         return self._point.backend.astype(found, b.dtype)
-
-    def _finish(self, solution: Solution) -> Array:
-        xp = self._point.backend.xp
-        x = solution.x
-        kinds = {"A": self._prepared.operator.kind, "B": self._B.kind}
-        self.report = make_report(solution, self._prepared.solver, self._stationarity, kinds)
-        if not any_true(xp, solution.failed):
-            return x
-        error = explain(self._prepared.operator, solution)
-        error.value, error.report = x, self.report
-        settle(error, self._on_failure)
-        return poison(xp, solution, x) if self._on_failure == "nan" else x
 
     def _nest(self, jacobian: Array) -> Any:
         """(*items, n, m) as the structure of y over the structure of theta."""
@@ -233,41 +272,37 @@ class Linearization:
         if self._on_failure == "warn":
             warn(str(error), SolveWarning)
 
-    def _check_product(self, b: Array, what: str) -> None:
+    def _product_error(self, product: Array, what: str) -> SolveError | None:
+        """Return the error for a product that holds NaN or Inf, None where it is finite."""
         xp = self._point.backend.xp
-        bad = ~all_finite_items(xp, b)
-        if any_true(xp, bad):
-            self._fail_product(what, bad)
-
-    def _fail_product(self, what: str, bad: Array) -> None:
-        xp = self._point.backend.xp
+        bad = ~all_finite_items(xp, product)
+        if not any_true(xp, bad):
+            return None
         items = ""
         if self._point.items:
             last = xp.any(xp.reshape(bad, (-1, self._point.items[0])), axis=0)
             items = f"items {item_numbers(xp, last)}: "
-        settle(
-            NonFiniteProductError(
-                f"{items}{what} holds NaN or Inf, although y and theta are finite.\n"
-                "Likely cause: a derivative with respect to theta that does not exist at this point.\n"
-                "Next: evaluate that product at (y, theta), and smooth the function there."
-            ),
-            self._on_failure,
+        return NonFiniteProductError(
+            f"{items}{what} holds NaN or Inf, although y and theta are finite.\n"
+            "Likely cause: a derivative that does not exist at this point (a square root or a log at 0).\n"
+            "Next: evaluate that product at (y, theta), and smooth the function there."
         )
 
     def _check_dependence(self, vector: Array) -> None:
         """Raise where the product with B vanishes because F does not see θ at all.
 
-        A derivative that happens to be zero is fine, so F itself is asked: at another θ, is it the same to the bit?
+        A derivative that happens to be zero is fine, so F itself is asked: at another θ, is it the same to the bit,
+        here and at another y? (y = 0 may be a solution for every θ, and then F(0, θ) tells nothing.)
         """
         p = self._point
         xp = p.backend.xp
         if self._at is None or p.theta.n == 0 or p.y.n == 0 or not any_true(xp, vector != 0):
             return
-        theta = p.theta.vector
-        z = probe_vector(xp, p.theta.n, theta.dtype, p.theta.device)
-        moved = theta + 0.01 * z * (1 + xp.abs(theta))
-        if any_true(xp, self._at(moved) != self._at(theta)):
-            return
+        y, theta = p.y.vector, p.theta.vector
+        moved = _nearby(p.theta)
+        for at in (y, _nearby(p.y)):
+            if any_true(xp, self._at(at, moved) != self._at(at, theta)):
+                return
         raise DerivativeError(
             "F does not depend on theta: it is the same to the last bit at another theta.\n"
             "Likely cause: the function uses a theta from the enclosing scope (a closure) instead of its argument.\n"
@@ -315,3 +350,9 @@ class Linearization:
             "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
             NotASolutionWarning,
         )
+
+
+def _nearby(border: Ravel) -> Array:
+    """Return another point, one percent away."""
+    xp, x = border.backend.xp, border.vector
+    return x + 0.01 * probe_vector(xp, border.n, x.dtype, border.device) * (1 + xp.abs(x))

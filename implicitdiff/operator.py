@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from implicitdiff.arrays import Array
 from implicitdiff.errors import DerivativeError, ShapeError
 
 __all__ = ["LinearMap", "Operator", "matrix_map"]
 
 Product = Callable[[Array], Array]
+Derive = Callable[[bool], "tuple[str, Product] | None"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ class LinearMap:
     dtype, device
         Of the vectors.
     forward, adjoint : callable or None
-        ``(*rhs, *items, columns) -> (*rhs, *items, rows)`` and its transpose. Where one of them is missing,
-        the matrix is assembled from the other.
+        ``(*rhs, *items, columns) -> (*rhs, *items, rows)`` and its transpose. One may be missing.
     matrix : array, shape (*items, rows, columns), optional
         The matrix, where it is at hand.
     sparse : scipy.sparse matrix, optional
@@ -44,6 +46,9 @@ class LinearMap:
         Where the products come from, for the report.
     label : str
         What to call the product in a message.
+    derive : callable or None
+        Asked for a missing product when it is first needed: ``derive(transposed)`` returns its kind and the product,
+        or None; then the matrix is assembled from the product that is there.
     """
 
     backend: Any
@@ -58,17 +63,43 @@ class LinearMap:
     sparse: Any = None
     kind: str = "given"
     label: str = "A"
+    derive: Derive | None = None
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def matvec(self) -> Product:
         """The product with A."""
-        return self.forward or self._from_matrix(transposed=False)
+        return self.forward or self._missing(transposed=False)
 
     @property
     def rmatvec(self) -> Product:
         """The product with Aᵀ."""
-        return self.adjoint or self._from_matrix(transposed=True)
+        return self.adjoint or self._missing(transposed=True)
+
+    @property
+    def sources(self) -> str:
+        """Where the products used so far come from."""
+        derived = [found[0] for key, found in self._cache.items() if key.startswith("derived") and found]
+        return ", ".join(dict.fromkeys([self.kind, *derived]))
+
+    def _missing(self, *, transposed: bool) -> Product:
+        key = f"derived{transposed}"
+        if key not in self._cache:
+            self._cache[key] = None if self.derive is None else self.derive(transposed)
+        if self._cache[key] is not None:
+            return self._cache[key][1]
+        return matrix_product(self.backend.xp, self.dense(), transposed=transposed)
+
+    def rewrapped(self, wrap: Callable[[Product], Product], **changes: Any) -> Any:
+        """Copy with every product, given or still to be derived, wrapped."""
+        derive = self.derive
+
+        def derived(transposed: bool) -> tuple[str, Product] | None:
+            found = None if derive is None else derive(transposed)
+            return None if found is None else (found[0], wrap(found[1]))
+
+        forward, adjoint = (None if p is None else wrap(p) for p in (self.forward, self.adjoint))
+        return replace(self, forward=forward, adjoint=adjoint, derive=derived, _cache={}, **changes)
 
     def dense(self) -> Array:
         """Return the matrix, shape (*items, rows, columns), assembled once in one sweep over the unit vectors."""
@@ -90,10 +121,6 @@ class LinearMap:
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(self.items), n)), (n, *self.items, n))
         images = xp.moveaxis(product(unit), 0, -1)  # (*items, rows, columns) if forward
         return images if forward else xp.matrix_transpose(images)
-
-    def _from_matrix(self, *, transposed: bool) -> Product:
-        matrix = self.dense()
-        return matrix_product(self.backend.xp, matrix, transposed=transposed)
 
 
 def matrix_product(xp: Any, matrix: Array, *, transposed: bool = False) -> Product:
@@ -153,8 +180,10 @@ class Operator(LinearMap):
             return self
         xp = self.backend.xp
         matrix = self.matrix if self.matrix is not None else self._cache.get("matrix")
+        derive = self.derive
         return replace(
             self,
+            derive=None if derive is None else (lambda transposed: derive(not transposed)),
             forward=self.adjoint,
             adjoint=self.forward,
             matrix=None if matrix is None else xp.matrix_transpose(matrix),
@@ -167,23 +196,18 @@ class Operator(LinearMap):
         """Return A + δI."""
         if not damping:
             return self
-        xp, forward, adjoint = self.backend.xp, self.forward, self.adjoint
-        matrix, sparse = self.matrix, self.sparse
+        xp, matrix, sparse = self.backend.xp, self.matrix, self.sparse
         if matrix is not None:
             matrix = matrix + damping * xp.eye(self.n, dtype=self.dtype, device=self.device)
         if sparse is not None:
             import scipy.sparse
 
-            sparse = sparse + damping * scipy.sparse.eye_array(self.n, dtype=sparse.dtype)
-        return replace(
-            self,
-            forward=None if forward is None else (lambda x: forward(x) + damping * x),
-            adjoint=None if adjoint is None else (lambda x: adjoint(x) + damping * x),
-            matrix=matrix,
-            sparse=sparse,
-            damping=self.damping + damping,
-            _cache={},
-        )
+            sparse = (sparse + damping * scipy.sparse.eye_array(self.n, dtype=sparse.dtype)).tocsc()
+
+        def wrap(product: Product) -> Product:
+            return lambda x: product(x) + damping * x
+
+        return self.rewrapped(wrap, matrix=matrix, sparse=sparse, damping=self.damping + damping)
 
 
 def matrix_map(
@@ -205,11 +229,21 @@ def matrix_map(
         csr, csc = matrix.tocsr().astype(dtype), matrix.tocsc().astype(dtype)
         return kind(**common, sparse=csc, forward=lambda x: (csr @ x.T).T, adjoint=lambda x: (csc.T @ x.T).T)
     if hasattr(matrix, "matvec"):
+        if not tags.get("symmetric") and not _has_transpose(matrix):
+            return kind(**common, forward=_columns(matrix.matvec, matrix.matmat, dtype))
         return kind(**common, forward=_columns(matrix.matvec, matrix.matmat, dtype),
                     adjoint=_columns(matrix.rmatvec, matrix.rmatmat, dtype))  # fmt: skip
     xp = backend.xp
     return kind(**common, matrix=matrix, forward=matrix_product(xp, matrix),
                 adjoint=matrix_product(xp, matrix, transposed=True))  # fmt: skip
+
+
+def _has_transpose(operator: Any) -> bool:
+    try:
+        operator.rmatvec(np.zeros(operator.shape[0], dtype=operator.dtype))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _columns(one: Product, many: Product, dtype: Any) -> Product:

@@ -54,6 +54,10 @@ class Ravel:
         self.n = sum(leaf.size for leaf in self.leaves)
         self.dtype = backend.common_dtype([leaf.dtype for leaf in self.leaves])
         self.device = backend.common_device(arrays, name)
+        # one bare array, by far the most common tree, needs none of the walk over leaves
+        self._plain = self.tree.spec is None and not self.leaves[0].number
+        self._shape = (*self.items, *self.leaves[0].shape) if self._plain else ()
+        self._flat = (*self.items, self.n)
         self.vector = self._join(arrays, self.dtype)
 
     def _items(self, arrays: list[Array], name: str) -> tuple[int, ...]:
@@ -85,6 +89,9 @@ class Ravel:
         is handed on as it is.
         """
         backend, lead = self.backend, tuple(vector.shape[:-1])
+        if self._plain:
+            shape = self.leaves[0].shape
+            return vector if len(shape) == 1 else backend.reshape(vector, (*lead, *shape))
         cast = vector.dtype == self.dtype
         leaves, start = [], 0
         for leaf in self.leaves:
@@ -116,6 +123,9 @@ class Ravel:
         ShapeError or CallbackError
             Where structure or shapes differ.
         """
+        if self._plain and self.backend.is_array(tree) and tuple(tree.shape) == self._shape:
+            array = tree if dtype is None else self.backend.astype(tree, dtype)
+            return array if len(self._shape) == len(self.items) + 1 else self.backend.reshape(array, self._flat)
         leaves = self._matching(flatten(tree), name, callback)
         return self._join(leaves, dtype)
 

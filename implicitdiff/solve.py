@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from implicitdiff.arrays import Array, any_true, item_norm, probe_vector, to_python
 from implicitdiff.errors import NonFiniteError, ShapeError, SolveError
 from implicitdiff.failure import check_mode, explain, settle
@@ -72,6 +74,9 @@ class Prepared:
         used, state = self._state(transposed)
         x, status, counts = self.solver.solve(state, b, x0)
         status, counts = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
+        broken = status == int(Status.NON_FINITE)
+        if any_true(xp, broken):  # NaN in, NaN out: no number that looks like an answer
+            x = xp.where(xp.broadcast_to(broken, x.shape[:-1])[..., None], xp.full_like(x, float("nan")), x)
         describe = getattr(self.solver, "describe", None)
         name, reason = describe(state) if describe else (_name(self.solver), "chosen by name")
         return _summary(op, x, status, counts, self._assembled() - before, name, reason, start)
@@ -126,17 +131,21 @@ def _check_symmetry(
     if not (op.symmetric or (failed and getattr(solver, "symmetric_only", False))):
         return status, counts
     z = probe_vector(xp, op.n, op.dtype, op.device)
-    z = xp.broadcast_to(z, (*op.items, op.n))
+    z = z if not op.items else xp.broadcast_to(z, (*op.items, op.n))
     az = op.matvec(z)
     size = item_norm(xp, b)
-    image = op.matvec(x) if failed else b
-    gap = xp.abs(xp.vecdot(xp.broadcast_to(az, x.shape), x) - xp.vecdot(xp.broadcast_to(z, b.shape), image))
+    image = op.matvec(x) if failed else b  # after a success A x = b up to the residual
+    gap = xp.abs(_inner(xp, az, x) - _inner(xp, z, image))
     eps = float(xp.finfo(op.dtype).eps)
-    relative = 1e-6 if eps < 1e-10 else 1e-3
-    allowed = item_norm(xp, z) * size * (relative + counts.residual) + 1e3 * eps * item_norm(xp, az) * item_norm(xp, x)
+    relative = (1e-6 if eps < 1e-10 else 1e-3) + (0.0 if failed else counts.residual)
+    allowed = item_norm(xp, z) * item_norm(xp, image) * relative + 1e3 * eps * item_norm(xp, az) * item_norm(xp, x)
     asymmetric = xp.isfinite(gap) & (gap > allowed) & (size > 0)
     status = xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
     return status, counts._replace(matvecs=counts.matvecs + (2 if failed else 1))
+
+
+def _inner(xp: Any, z: Array, x: Array) -> Array:
+    return xp.vecdot(z if z.shape == x.shape else xp.broadcast_to(z, x.shape), x)
 
 
 def _summary(
@@ -147,16 +156,18 @@ def _summary(
     rhs = x.shape[0] if len(x.shape) > len(op.items) + 1 else 0
 
     def worst(field: Any) -> Any:
-        if field is None:
-            return None
+        if field is None or not (rhs or op.items):
+            return field
         field = xp.asarray(field, device=device)
         field = xp.broadcast_to(field, x.shape[:-1])
         return xp.max(field, axis=0) if rhs else field
 
-    matvecs = xp.asarray(counts.matvecs, device=device) * max(rhs, 1) + assembled
+    matvecs = counts.matvecs * max(rhs, 1) + assembled
+    if op.items:
+        matvecs = xp.broadcast_to(xp.asarray(matvecs, device=device), op.items)
     least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
     return Solution(
-        x, worst(status), worst(counts.iterations), xp.broadcast_to(matvecs, op.items), worst(counts.residual),
+        x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),
         worst(counts.tolerance), least, worst(counts.operator_norm), name, reason, time.perf_counter() - start,
     )  # fmt: skip
 
@@ -187,6 +198,7 @@ def poison(xp: Any, solution: Solution, x: Array) -> Array:
     return xp.where(solution.failed[..., None], xp.full_like(x, float("nan")), x)
 
 
+@np.errstate(all="ignore")
 def linear_solve(
     A: Any, b: Array, *, solver: Any = "auto", symmetric: bool | None = None, positive_definite: bool | None = None,
     transpose: Any = None, x0: Array | None = None, batched: bool = False, on_failure: str = "raise",
@@ -256,7 +268,7 @@ def linear_solve(
         error = explain(op, solution)
         x = poison(engine.xp, solution, x) if on_failure == "nan" else x
     x = engine.xp.matrix_transpose(x) if len(b.shape) == 2 and not batched else x
-    report = make_report(solution, prepared.solver, float("nan"), {"A": op.kind})
+    report = make_report(solution, prepared.solver, float("nan"), {"A": op.sources})
     if error is not None:
         error.value, error.report = x, report
     settle(error, on_failure)

@@ -25,12 +25,11 @@ ASSEMBLY_LIMIT = 1024
 class Maps(NamedTuple):
     """F and its derivatives at a point.
 
-    ``residual`` is None where the condition gives no way to evaluate F; ``at`` evaluates F at the same y and
-    another θ.
+    ``residual`` is None where the condition gives no way to evaluate F; ``at`` evaluates F at any (y, θ).
     """
 
     residual: Callable[[], Array] | None
-    at: Callable[[Array], Array] | None
+    at: Callable[[Array, Array], Array] | None
     A: Operator
     B: LinearMap
 
@@ -90,34 +89,38 @@ class _Builder:
         if function is not None:  # products that are given beside a matrix stay the user's
             op = self._matrix(name, p.call(function))
             forward = forward or op.forward
-            return replace(op, forward=forward, adjoint=forward if self.symmetric else adjoint or op.adjoint)
-        accuracy = 0.0
+            adjoint = forward if self.symmetric else adjoint or op.adjoint
+            return replace(op, forward=forward, adjoint=adjoint, derive=self._missing("jvp_y", "vjp_y"))
+        kind, accuracy = "given", 0.0
         if forward is None and adjoint is None:
             kind, accuracy = self.derived.kind, self.derived.accuracy
             forward = self.derived.hvp if self.symmetric else self.derived.jvp_y
             # A transposed product by differences costs n evaluations, as much as the whole matrix: assemble it.
             adjoint = self.derived.vjp_y if kind == "autodiff" else None
-        elif self.symmetric:
-            kind = "given"
-        else:
-            forward, adjoint, kind = self._complete(forward, adjoint, p.y.n, "jvp_y", "vjp_y")
         return Operator(
             p.backend, p.y.n, p.y.n, p.items, p.y.dtype, p.y.device, forward=forward,
             adjoint=forward if self.symmetric else adjoint, kind=kind, label="A",
             symmetric=True if self.symmetric else None, trusted=self.symmetric and kind != "given",
-            accuracy=accuracy,
+            accuracy=accuracy, derive=self._missing("jvp_y", "vjp_y"),
         )  # fmt: skip
 
-    def _complete(self, forward: Any, adjoint: Any, n: int, jvp: str, vjp: str) -> tuple[Any, Any, str]:
-        """Add the missing one of two products, or leave it to assembly from the other, which is exact."""
-        if self._derive is None or (forward is not None and adjoint is not None):
-            return forward, adjoint, "given"
-        d = self.derived
-        if adjoint is None and d.kind == "autodiff":
-            return forward, getattr(d, vjp), "given, autodiff"
-        if forward is None and (d.kind != "finite differences" or n > ASSEMBLY_LIMIT):
-            return getattr(d, jvp), adjoint, f"given, {d.kind}"
-        return forward, adjoint, "given"
+    def _missing(self, jvp: str, vjp: str) -> Callable[[bool], tuple[str, Any] | None]:
+        """Derive a product that was not given, when it is needed; None leaves it to assembly, which is exact.
+
+        A transposed product by differences costs as much as the whole matrix; a forward one is cheap, but not
+        exact, and worth it only where assembly is out of reach.
+        """
+
+        def derive(transposed: bool) -> tuple[str, Any] | None:
+            if self._derive is None:
+                return None
+            d = self.derived
+            if transposed:
+                return (d.kind, getattr(d, vjp)) if d.kind == "autodiff" else None
+            small = self.point.y.n <= ASSEMBLY_LIMIT
+            return None if d.kind == "finite differences" and small else (d.kind, getattr(d, jvp))
+
+        return derive
 
     def _matrix(self, name: str, matrix: Any) -> Operator:
         p = self.point
@@ -146,10 +149,9 @@ class _Builder:
         jvp, vjp = given.mixed_jvp, given.mixed_vjp
         forward = None if jvp is None else p.product(jvp, "mixed_jvp", p.theta, p.y)
         adjoint = None if vjp is None else p.product(vjp, "mixed_vjp", p.y, p.theta)
+        kind = "given"
         if forward is None and adjoint is None:
             forward, adjoint, kind = self.derived.jvp_theta, self.derived.vjp_theta, self.derived.kind
-        else:
-            forward, adjoint, kind = self._complete(forward, adjoint, min(p.y.n, p.theta.n), "jvp_theta", "vjp_theta")
         return LinearMap(
             p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
             kind=kind, label="B",
@@ -181,7 +183,6 @@ def maps_from(
     """
     builder = _Builder(point, given, derive, symmetric, what)
     y, theta = point.y.vector, point.theta.vector
-    at = None if function is None else (lambda t: function(y, t))
-    if value is None and at is not None:
-        value = lambda: at(theta)  # noqa: E731
-    return Maps(value, at, builder.operator(), builder.mixed())
+    if value is None and function is not None:
+        value = lambda: function(y, theta)  # noqa: E731
+    return Maps(value, function, builder.operator(), builder.mixed())

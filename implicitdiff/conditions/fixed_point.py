@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.root import Root
@@ -44,7 +42,7 @@ class FixedPoint(Root):
         value, at = t.residual, t.at
         return Maps(
             None if value is None else (lambda: y - value()),
-            None if at is None else (lambda theta: y - at(theta)),
+            None if at is None else (lambda z, theta: z - at(z, theta)),
             _identity_minus(t.A),
             _negated(t.B),
         )
@@ -59,17 +57,8 @@ def _identity_minus(a: Any) -> Any:
         import scipy.sparse
 
         sparse = (scipy.sparse.eye_array(a.n, dtype=sparse.dtype) - sparse).tocsc()
-    return replace(
-        a, matrix=matrix, sparse=sparse, forward=_each(a.forward, lambda x, p: x - p),
-        adjoint=_each(a.adjoint, lambda x, p: x - p), _cache={},
-    )  # fmt: skip
+    return a.rewrapped(lambda product: lambda x: x - product(x), matrix=matrix, sparse=sparse)
 
 
 def _negated(b: LinearMap) -> LinearMap:
-    return replace(b, forward=_each(b.forward, lambda x, p: -p), adjoint=_each(b.adjoint, lambda x, p: -p), _cache={})
-
-
-def _each(
-    product: Callable[[Array], Array] | None, combine: Callable[[Array, Array], Array]
-) -> Callable[[Array], Array] | None:
-    return None if product is None else (lambda x: combine(x, product(x)))
+    return b.rewrapped(lambda product: lambda x: -product(x))

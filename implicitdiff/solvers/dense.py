@@ -128,10 +128,11 @@ class DenseSolver(Solver):
         x = x + correction  # one step of refinement: the residual was needed anyway
         r = columns - _product(xp, state, x)
         x, r = _from_columns(xp, x, unit.shape), _from_columns(xp, r, unit.shape)
-        residual = xp.where(size > 0, item_norm(xp, r), xp.zeros_like(item_norm(xp, r)))
+        residual = item_norm(xp, r)
+        residual = xp.where(size == 0, xp.zeros_like(residual), residual)
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
         status = xp.where(size == 0, xp.zeros_like(status), status)
-        x = xp.where((size > 0)[..., None], x, xp.zeros_like(x))
+        x = xp.where((size == 0)[..., None], xp.zeros_like(x), x)
         x = backend.astype(x, b.dtype) * scale[..., None]
         return x, status, Counts(0, 0, residual, state.norm / math.sqrt(state.operator.n), state.rcond, tolerance)
 

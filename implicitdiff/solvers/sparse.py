@@ -80,18 +80,18 @@ def solve(state: SparseState, b: Any) -> tuple[Any, Any, Counts]:
     unit = (b / scale[..., None]).astype(np.float64)
     if state.factor is None:
         nan = np.full(b.shape, np.nan, dtype=b.dtype)
-        x = np.where((size > 0)[..., None], nan, 0)
-        residual = np.where(size > 0, np.nan, 0.0)
-        status = np.where(size > 0, int(state.failed), 0)
+        x = np.where((size == 0)[..., None], 0, nan)
+        residual = np.where(size == 0, 0.0, np.nan)
+        status = np.where(size == 0, 0, int(state.failed))
         return x, status, Counts(0, 0, residual, None, np.asarray(state.rcond), np.zeros_like(residual))
     matrix = state.matrix.T if state.transposed else state.matrix
     mode = "T" if state.transposed else "N"
     with np.errstate(all="ignore"):
         x = state.factor.solve(unit.T, mode)
         x = x + state.factor.solve(unit.T - matrix @ x, mode)
-        residual = np.where(size > 0, item_norm(np, (unit.T - matrix @ x).T), 0.0)
+        residual = np.where(size == 0, 0.0, item_norm(np, (unit.T - matrix @ x).T))
     status, tolerance = classify(np, np.asarray(int(state.failed)), np.asarray(state.rcond), residual)
-    status = np.where(size > 0, status, 0)
-    x = np.where((size > 0)[..., None], x.T, 0).astype(b.dtype) * scale[..., None]
-    norm = state.norm / math.sqrt(state.operator.n)
+    status = np.where(size == 0, 0, status)
+    x = np.where((size == 0)[..., None], 0, x.T).astype(b.dtype) * scale[..., None]
+    norm = np.float64(state.norm / math.sqrt(state.operator.n))
     return x, status, Counts(0, 0, residual, norm, np.asarray(state.rcond), tolerance)

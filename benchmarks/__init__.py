@@ -1,0 +1,5 @@
+"""Benchmarks of implicitdiff against the cost of the work itself; run ``python -m benchmarks`` in a checkout.
+
+``problems`` holds what is differentiated, ``cases`` what is compared with what, ``measure`` how time and memory are
+taken, ``report`` the table and the file, ``__main__`` the command.
+"""

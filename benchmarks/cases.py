@@ -1,0 +1,192 @@
+"""What is compared with what: each case times our call and the same work by hand, and checks both results.
+
+A case is a function from a `Setting` to rows; ``CASES`` names them for ``--only``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
+
+from benchmarks.measure import Setting, Spread, import_seconds, interleave, peak_bytes, ratio
+from benchmarks.problems import Batch, Diagonal, Logistic, Quadratic, Ridge, System, relative_error
+from benchmarks.report import Row
+from implicitdiff import CG, Auto, implicit_jacobian, implicit_vjp
+
+__all__ = ["CASES"]
+
+Times = Mapping[str, list[float]]
+
+
+def timed_row(case: str, size: str, times: Times, ours: str, reference: str, bar: float | None, error: float,
+              allowed: float, **facts: Any) -> Row:  # fmt: skip
+    """Row of two entries of the same interleaved measurement."""
+    return Row(case, size, median(times[ours]), median(times[reference]), ratio(times, ours, reference), bar, error,
+               allowed, facts=facts)  # fmt: skip
+
+
+def gradient(setting: Setting) -> list[Row]:
+    """Matrix-free gradient against its own products, and against SciPy's CG."""
+    rows = []
+    for features in (60,) if setting.short else (100, 1000, 5000):
+        rows += _gradient(Logistic(features), setting)
+    return rows
+
+
+def _gradient(problem: Logistic, setting: Setting) -> list[Row]:
+    rtol = 1e-8
+    where = (problem.condition, problem.W, problem.theta, problem.cotangent)
+    solvers = {"cg": CG(rtol=rtol), "auto": Auto(rtol=rtol)}
+
+    def ours(name: str, **more: Any) -> Any:
+        return implicit_vjp(*where, args=problem.args, solver=solvers[name], **more)
+
+    found = {name: ours(name, return_report=True) for name in solvers}
+    by_scipy, products = problem.by_scipy(rtol)
+    iterations = found["cg"][1].iterations
+
+    def floor() -> None:
+        for _ in range(iterations + 2):
+            problem.product()
+
+    times = interleave(
+        {"cg": lambda: ours("cg"), "floor": floor, "auto": lambda: ours("auto"),
+         "scipy": lambda: problem.by_scipy(rtol)}, setting,
+    )  # fmt: skip
+    bar, size = 1.10 if problem.n >= 5000 else 1.30, f"n = {problem.n}"
+    rows = []
+    for name, (value, report) in found.items():
+        error = relative_error(value, problem.truth)
+        facts = {"iterations": report.iterations, "matvecs": report.matvecs, "solver": report.solver, "rtol": rtol}
+        rows += [
+            timed_row(f"gradient, {name} / (iterations + 2) products", size, times, name, "floor", bar, error, 1e-6,
+                      **facts),
+            timed_row(f"gradient, {name} / SciPy cg", size, times, name, "scipy", 1.0, error, 1e-6, **facts,
+                      scipy_products=products, scipy_error=relative_error(by_scipy, problem.truth)),
+        ]  # fmt: skip
+    return rows
+
+
+def jacobian(setting: Setting) -> list[Row]:
+    """Dense Jacobian against assembling both matrices and calling LAPACK through SciPy."""
+    n = 40 if setting.short else 500
+    return [
+        *_jacobian("dense B", Quadratic(n), ("cholesky", "auto"), by_cholesky, setting),
+        *_jacobian("dense B", System(n), ("lu", "auto"), by_lu, setting),
+        *_jacobian("diagonal B", Ridge(n), ("cholesky", "auto"), by_cholesky, setting),
+    ]
+
+
+def by_hand(problem: Any, factor_and_solve: Callable[[Any, Any], Any]) -> Any:
+    """Assemble A and B from the same callables, and solve for all columns."""
+    at = (problem.y, problem.theta)
+    A = problem.matrix(*at, *problem.args)
+    B = np.stack([problem.mixed_jvp(*at, e, *problem.args) for e in np.eye(problem.theta.size)], axis=1)
+    return -factor_and_solve(A, B)
+
+
+def by_cholesky(A: Any, B: Any) -> Any:
+    """A⁻¹ B for symmetric positive definite A."""
+    return cho_solve(cho_factor(A, lower=True, check_finite=False), B, check_finite=False)
+
+
+def by_lu(A: Any, B: Any) -> Any:
+    """A⁻¹ B."""
+    return lu_solve(lu_factor(A, check_finite=False), B, check_finite=False)
+
+
+def _jacobian(what: str, problem: Any, solvers: tuple[str, ...], lapack: Any, setting: Setting) -> list[Row]:
+    def ours(name: str, **more: Any) -> Any:
+        return implicit_jacobian(problem.condition, problem.y, problem.theta, args=problem.args, solver=name, **more)
+
+    times = interleave(
+        {**{name: partial(ours, name) for name in solvers}, "hand": lambda: by_hand(problem, lapack)}, setting
+    )
+    rows = []
+    for name in solvers:
+        value, report = ours(name, return_report=True)
+        label = name if name != "auto" else f"auto ({report.solver})"
+        rows.append(timed_row(
+            f"jacobian, {label}, {what} / assembly + LAPACK", f"n = m = {problem.y.size}", times, name, "hand", 1.2,
+            relative_error(value, problem.truth), 1e-9, solver=report.solver, residual=report.residual,
+        ))  # fmt: skip
+    return rows
+
+
+def batch(setting: Setting) -> list[Row]:
+    """A batch of small problems in one call against one LAPACK call, and against a loop of calls."""
+    items, n = (32, 4) if setting.short else (1024, 16)
+    problem = Batch(items, n)
+
+    def ours(solver: str) -> Any:
+        return implicit_vjp(problem.condition, problem.y, problem.theta, problem.cotangent,
+                            args=(problem.H, problem.C), solver=solver, batched=True)  # fmt: skip
+
+    def loop() -> Any:
+        each = zip(problem.y, problem.theta, problem.cotangent, problem.H, problem.C, strict=True)
+        return np.stack([implicit_vjp(problem.condition, y, t, v, args=(H, C)) for y, t, v, H, C in each])
+
+    truth, size, rows = problem.by_numpy(), f"{items} x n = {n}", []
+    for name in ("auto", "cholesky", "lu"):
+        functions = {name: partial(ours, name), "numpy": problem.by_numpy}
+        times = interleave(functions, setting)
+        error = relative_error(ours(name), truth)
+        rows.append(timed_row(f"batch, {name} / numpy.linalg.solve", size, times, name, "numpy", 1.2, error, 1e-10))
+    times = interleave({"auto": lambda: ours("auto"), "loop": loop}, setting)
+    error = max(relative_error(ours("auto"), truth), relative_error(loop(), truth))
+    rows.append(timed_row("batch, auto / loop of single calls", size, times, "auto", "loop", 1 / 3, error, 1e-10))
+    return rows
+
+
+def imports(setting: Setting) -> list[Row]:
+    """Importing the package against importing what it needs, each in a fresh interpreter."""
+    rounds = 1 if setting.short else 3 * setting.rounds
+    statements = {
+        "ours": "import implicitdiff",
+        "backend": "import implicitdiff.backends.numpy",  # what a first call adds
+        "reference": "import numpy, scipy.linalg",
+    }
+    times: dict[str, list[float]] = {name: [] for name in statements}
+    with TemporaryDirectory() as folder:
+        for done in range(rounds + 1):
+            for name, statement in statements.items():
+                seconds = import_seconds(statement, setting, Path(folder))
+                if done:  # the first round fills the caches
+                    times[name].append(seconds)
+    return [
+        timed_row(f"import {what} / import numpy, scipy.linalg", "-", times, name, "reference", bar, 0.0, 0.0)
+        for name, what, bar in (("ours", "implicitdiff", 1.15), ("backend", "and the NumPy backend", None))
+    ]
+
+
+def memory(setting: Setting) -> list[Row]:
+    """Most memory that matrix-free CG holds beside the caller's arrays, in vectors of length n.
+
+    The four are x, r, p and Ap; the product allocates its result, which is Ap, and nothing else. Python's own objects
+    are some percent of a vector, hence one decimal.
+    """
+    n = 20_000 if setting.short else 1_000_000
+    problem = Diagonal(n)
+    found: list[Any] = []
+
+    def ours() -> None:
+        found[:] = [implicit_vjp(problem.condition, problem.y, problem.theta, problem.cotangent, solver=CG(rtol=1e-8))]
+
+    peak = round(peak_bytes(ours) / (8 * n), 1)
+    product = round(peak_bytes(lambda: problem.d * problem.cotangent) / (8 * n), 1)
+    same = Spread(*3 * (peak / 4,))
+    error = relative_error(found[0], problem.truth)
+    return [Row("memory, cg / four vectors (x, r, p, Ap)", f"n = {n}", peak, 4.0, same, 1.0, error, 1e-6,
+                "n-vectors", {"one product": product})]  # fmt: skip
+
+
+CASES: dict[str, Callable[[Setting], list[Row]]] = {
+    "gradient": gradient, "jacobian": jacobian, "batch": batch, "import": imports, "memory": memory,
+}  # fmt: skip

@@ -1,0 +1,292 @@
+"""The shape of the source: imports run one way, nothing heavy is imported, names, sizes, docstrings."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+import implicitdiff
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
+
+# From the leaves up. A module may import what stands on an earlier line, and of its own line what makes no cycle.
+LAYERS = (
+    ("errors", "report", "arrays", "pytree"),
+    ("protocols", "vectors", "ravel", "registry"),
+    ("operator",),
+    ("preconditioner", "failure"),
+    ("solvers",),
+    ("solve",),
+    ("conditions", "linearization"),
+    ("decorator", "api"),
+    ("__init__",),
+    ("demo", "demo_plot", "__main__"),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+BUILD_ON_ARRAY_API = {"numpy", "torch", "cupy"}
+HELPERS = {"differences", "tape"}
+
+
+def module_name(path: Path) -> str:
+    """Dotted name under which a file of the tree is imported."""
+    top = ("implicitdiff", "backends") if path.is_relative_to(BACKENDS) else ("implicitdiff",)
+    base = BACKENDS if path.is_relative_to(BACKENDS) else CORE
+    parts = path.relative_to(base).with_suffix("").parts
+    return ".".join((*top, *parts)).removesuffix(".__init__")
+
+
+def core_files() -> list[Path]:
+    """Return the files of the core: those under the link to backends/ are not part of it."""
+    return sorted(p for p in CORE.rglob("*.py") if not p.is_relative_to(CORE / "backends"))
+
+
+SOURCES = {module_name(path): path for path in (*core_files(), *sorted(BACKENDS.rglob("*.py")))}
+CORE_MODULES = [name for name in SOURCES if not name.startswith("implicitdiff.backends")]
+ADAPTERS = [name for name in SOURCES if name.startswith("implicitdiff.backends.")]
+
+
+def parsed(name: str) -> ast.Module:
+    """Syntax tree of a module."""
+    return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+
+
+def resolve(name: str, node: ast.Import | ast.ImportFrom) -> set[str]:
+    """Modules of this package that an import statement of module `name` loads by name."""
+    if isinstance(node, ast.Import):
+        targets = {alias.name for alias in node.names}
+    else:
+        assert node.level == 0, f"{name}:{node.lineno}: relative import"
+        source = node.module or ""
+        # ``from package import thing`` loads package.thing where that is a module
+        targets = {f"{source}.{a.name}" if f"{source}.{a.name}" in SOURCES else source for a in node.names}
+    return {t for t in targets if t.partition(".")[0] in {"implicitdiff", "backends"}}
+
+
+def imports(name: str) -> set[str]:
+    """Modules of this package that a module imports, at its top or inside its functions."""
+    nodes = [n for n in ast.walk(parsed(name)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    return set().union(*(resolve(name, node) for node in nodes))
+
+
+def layer(name: str) -> str:
+    """First name under the package: the file or folder that the layers speak of."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def test_sources_are_found() -> None:
+    """The other tests here look at the files that there are."""
+    assert {"implicitdiff", "implicitdiff.solve", "implicitdiff.solvers.cg", "implicitdiff.backends.numpy"} <= set(
+        SOURCES
+    )
+    assert imports("implicitdiff.solve") >= {"implicitdiff.arrays", "implicitdiff.solvers"}
+
+
+@pytest.mark.parametrize("name", CORE_MODULES)
+def test_imports_run_one_way(name: str) -> None:
+    """A module imports only from its own layer or one below."""
+    assert layer(name) in RANK, f"{name} has no layer: give it one in LAYERS"
+    upward = {t for t in imports(name) if RANK.get(layer(t), -1) > RANK[layer(name)]}
+    assert not upward, f"{name} imports from a layer above: {sorted(upward)}"
+
+
+def test_no_import_cycle() -> None:
+    """No modules import one another in a circle, lazily or not (a package counts as its ``__init__``)."""
+    graph = {name: imports(name) & set(SOURCES) for name in SOURCES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", CORE_MODULES)
+def test_core_names_no_backend(name: str) -> None:
+    """The core reaches a backend by name, in registry.py, and never by an import statement."""
+    assert not {t for t in imports(name) if t.startswith("implicitdiff.backends")}
+    docstrings = {id(node) for node in docstring_nodes(parsed(name))}
+    named = [
+        node.value
+        for node in ast.walk(parsed(name))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        if node.value.startswith("implicitdiff.backends")
+    ]
+    assert bool(named) == (name == "implicitdiff.registry"), f"{name} names {named}"
+
+
+def docstring_nodes(tree: ast.Module) -> Iterator[ast.Constant]:
+    """Strings that stand as statements: docstrings, also of attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield node.value
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_backends_stand_alone(name: str) -> None:
+    """No backend imports another, but for those that build on array_api, and their helpers."""
+    own = name.rpartition(".")[2]
+    targets = {t.split(".")[2] for t in imports(name) if t.startswith("implicitdiff.backends.")}
+    allowed = HELPERS | ({"array_api"} if own in BUILD_ON_ARRAY_API else set())
+    assert targets - {own} <= allowed
+    assert not any(t.partition(".")[0] == "backends" for t in imports(name)), "import implicitdiff.backends, absolutely"
+
+
+def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_import_loads_no_framework() -> None:
+    """``import implicitdiff`` loads nothing but itself on top of NumPy, SciPy's linalg and the standard library."""
+    result = run_python(
+        "import sys, numpy, scipy.linalg\n"
+        "before = set(sys.modules)\n"
+        "import implicitdiff\n"
+        "print(*sorted(m for m in set(sys.modules) - before if m.partition('.')[0] not in sys.stdlib_module_names))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    new = result.stdout.split()
+    assert "implicitdiff.solve" in new
+    assert [m for m in new if m.partition(".")[0] != "implicitdiff" or m.startswith("implicitdiff.backends")] == []
+
+
+def test_import_of_the_folder_is_refused() -> None:
+    """``import backends`` from the root would load every adapter a second time."""
+    result = run_python("import backends")
+    assert result.returncode != 0
+    assert "ImportError: import implicitdiff.backends" in result.stderr
+
+
+def test_backends_folder_is_the_link() -> None:
+    """The link makes the checkout complete for mypy, pytest and an import at the root."""
+    link = CORE / "backends"
+    assert link.is_symlink(), "implicitdiff/backends must be the link to ../backends"
+    assert link.readlink() == Path("../backends")
+
+
+def test_all_is_sorted_and_importable() -> None:
+    """``__all__`` is sorted as ruff sorts it, without doubles, and every name of it is there."""
+    names = implicitdiff.__all__
+
+    def isort_style(name: str) -> tuple[int, str]:
+        return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+    assert names == sorted(set(names), key=isort_style)
+    assert [name for name in names if not hasattr(implicitdiff, name)] == []
+
+
+def test_all_is_complete() -> None:
+    """Every class and function that ``__init__`` imports is public, and every error and warning is."""
+    imported = {
+        alias.asname or alias.name
+        for node in parsed("implicitdiff").body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == set(implicitdiff.__all__)
+    assert set(importlib.import_module("implicitdiff.errors").__all__) <= set(implicitdiff.__all__)
+    public = {
+        name for name in dir(implicitdiff)
+        if not name.startswith("_") and not inspect.ismodule(getattr(implicitdiff, name))
+    }  # fmt: skip
+    assert public == set(implicitdiff.__all__)
+
+
+@pytest.mark.parametrize("name", CORE_MODULES)
+def test_every_all_is_true(name: str) -> None:
+    """What a module lists in ``__all__`` is there."""
+    if layer(name) == "__main__":
+        return
+    module = importlib.import_module(name)
+    assert [item for item in getattr(module, "__all__", ()) if not hasattr(module, item)] == []
+
+
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    """`implicitdiff.linearize` must always be the function."""
+    functions = {name for name in implicitdiff.__all__ if isinstance(getattr(implicitdiff, name), FunctionType)}
+    assert len(functions) >= 7
+    assert functions.isdisjoint(name.rpartition(".")[2] for name in SOURCES)
+
+
+def functions_in(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function and method."""
+    return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from ``def`` to the end, those of the docstring not counted."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function) is not None:
+        lines -= (first.end_lineno or 0) - first.lineno + 1
+    return lines
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sizes(name: str) -> None:
+    """Files of up to 400 lines, functions of up to 40."""
+    lines = SOURCES[name].read_text(encoding="utf-8").count("\n")
+    assert lines <= 400, f"{SOURCES[name]}: {lines} lines"
+    long = {f.name: length(f) for f in functions_in(parsed(name)) if length(f) > 40}
+    assert not long, f"{SOURCES[name]}: {long}"
+
+
+# Codes of numpydoc: no docstring, no or misplaced summary, unknown or misordered sections, parameters that are missing,
+# unknown or without a description, no Returns.
+CHECKED = {"GL06", "GL07", "GL08", "SS01", "SS02", "SS04", "PR01", "PR02", "PR06", "PR07", "RT01", "YD01"}
+MADE_BY_US = {"Linearization"}  # classes that a user receives and never constructs
+
+
+def complaints(name: str) -> dict[str, str]:
+    """What numpydoc finds wrong with the docstring of a public name, of the codes checked."""
+    validator = pytest.importorskip("numpydoc.validate")
+    return {code: message for code, message in validator.validate(f"implicitdiff.{name}")["errors"] if code in CHECKED}
+
+
+def undocumented(cls: type) -> set[str]:
+    """Parameters of a class that neither it nor a base of it documents, as a parameter or as an attribute."""
+    validator = pytest.importorskip("numpydoc.validate")
+    known: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        if base.__module__.startswith("implicitdiff"):
+            doc = validator.Validator(validator.get_doc_object(base)).doc
+            known |= {n for section in ("Parameters", "Attributes") for p in doc[section] for n in p.name.split(", ")}
+    return set(inspect.signature(cls).parameters) - known
+
+
+@pytest.mark.parametrize("name", implicitdiff.__all__)
+def test_docstrings(name: str) -> None:
+    """Every public function and class documents its parameters and what it returns, in numpydoc's form."""
+    found, thing = complaints(name), getattr(implicitdiff, name)
+    if inspect.isclass(thing):
+        found.pop("PR01", None)  # numpydoc knows neither inherited fields nor Attributes
+        if not issubclass(thing, (BaseException, enum.Enum)) and name not in MADE_BY_US and undocumented(thing):
+            found["PR01"] = f"not documented: {sorted(undocumented(thing))}"
+    assert not found
+
+
+@pytest.mark.parametrize("name", [n for n in implicitdiff.__all__ if inspect.isclass(getattr(implicitdiff, n))])
+def test_public_methods_have_docstrings(name: str) -> None:
+    """Every public method and property of a public class has a docstring, if only that of the method it overrides."""
+    cls = getattr(implicitdiff, name)
+    ours = {
+        attribute: value
+        for attribute, value in vars(cls).items()
+        if not attribute.startswith("_") and isinstance(value, (FunctionType, property, classmethod, staticmethod))
+    }
+    assert [attribute for attribute in ours if not inspect.getdoc(getattr(cls, attribute))] == []
