@@ -33,7 +33,7 @@ from implicitdiff.errors import (
 from implicitdiff.failure import check_mode, explain, settle, warn
 from implicitdiff.ravel import Ravel
 from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.report import Report
+from implicitdiff.report import Report, Status
 from implicitdiff.solve import Solution, make_report, poison, prepare
 
 __all__ = ["Linearization"]
@@ -68,8 +68,9 @@ class Linearization:
         y_border, theta_border = Ravel(engine, y, "y", batched), Ravel(engine, theta, "theta", batched)
         y_border.check_partner(theta_border)
         self._point = Point(engine, y_border, theta_border, tuple(args))
+        self._bad: Array | None = None
         for border in (y_border, theta_border):
-            self._check_finite(border.vector, border)
+            self._bad = self._check_finite(border.vector, border, self._bad)
         maps = as_condition(condition).maps(self._point)
         self._B, self._residual, self._at = maps.B, maps.residual, maps.at
         self._prepared = prepare(maps.A, solver)
@@ -148,11 +149,11 @@ class Linearization:
         if n == 0 or m == 0:
             return self._nest(xp.zeros((*items, n, m), dtype=p.y.dtype, device=p.y.device))
         if m <= n:
-            w, error = self._push(xp.moveaxis(self._B.dense(), -1, 0), None)  # (m, *items, n)
+            w, error = self._push(xp.moveaxis(self._B.dense(), -1, 0), None, self._bad)  # (m, *items, n)
             return self._deliver(self._nest(xp.moveaxis(w, 0, -1)), error)
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
-        rows, error = self._pull(*self._solve(unit, None, transposed=True))
+        rows, error = self._pull(*self._solve(unit, None, transposed=True, bad=self._bad))
         return self._deliver(self._nest(xp.moveaxis(rows, 0, -2)), error)
 
     @quiet
@@ -178,8 +179,10 @@ class Linearization:
         p = self._point
         loss = p.scalar_function(outer, "outer", args=())
         by_y, by_theta, kind = p.backend.gradients(loss, p.y.vector, p.theta.vector)
-        g, error = self._reverse(by_y, x0, "the gradient of outer with respect to y")
-        error = self._product_error(by_theta, "the gradient of outer with respect to theta") or error
+        wrong = self._product_error(by_y, "the gradient of outer with respect to y")
+        wrong = wrong or self._product_error(by_theta, "the gradient of outer with respect to theta")
+        g, error = self._pull(*self._solve(by_y, x0, transposed=True, bad=self._bad))
+        error = wrong or error
         if self.report is not None:
             self.report = replace(self.report, derivatives={**self.report.derivatives, "outer": kind})
         return self._deliver(p.theta.unravel(by_theta + g), error)
@@ -187,43 +190,54 @@ class Linearization:
     # -- vectors -------------------------------------------------------------------------------------
     def _reverse(self, v: Array, x0: Array | None, name: str) -> tuple[Array, SolveError | None]:
         """−Bᵀ A⁻ᵀ v on vectors."""
-        self._check_finite(v, self._point.y, name)
-        return self._pull(*self._solve(v, x0, transposed=True))
+        bad = self._check_finite(v, self._point.y, self._bad, name)
+        return self._pull(*self._solve(v, x0, transposed=True, bad=bad))
 
     def _forward(self, t: Array, x0: Array | None) -> tuple[Array, SolveError | None]:
         """−A⁻¹ B t on vectors."""
-        self._check_finite(t, self._point.theta, "tangent")
+        bad = self._check_finite(t, self._point.theta, self._bad, "tangent")
         b = self._B.matvec(t)
         if not any_true(self._point.backend.xp, b != 0):
             self._check_dependence(t)
-        return self._push(b, x0)
+        return self._push(b, x0, bad)
 
-    def _push(self, b: Array, x0: Array | None) -> tuple[Array, SolveError | None]:
+    def _push(self, b: Array, x0: Array | None, bad: Array | None) -> tuple[Array, SolveError | None]:
         """−A⁻¹ b."""
         wrong = self._product_error(b, "mixed_jvp (B t)")
-        solution, error = self._solve(-b, x0, transposed=False)
+        solution, error = self._solve(-b, x0, transposed=False, bad=bad)
         return self._poisoned(solution, solution.x), wrong or error
 
     def _pull(self, solution: Solution, error: SolveError | None) -> tuple[Array, SolveError | None]:
         """−Bᵀ u."""
         u = solution.x
         g = -self._B.rmatvec(u)
-        if error is None:
+        if error is None and not any_true(self._point.backend.xp, solution.failed):
             error = self._product_error(g, "mixed_vjp (Bᵀ u)")
         if not any_true(self._point.backend.xp, g != 0):
             self._check_dependence(u)
         return self._poisoned(solution, g), error
 
-    def _solve(self, b: Array, x0: Array | None, *, transposed: bool) -> tuple[Solution, SolveError | None]:
+    def _solve(
+        self, b: Array, x0: Array | None, *, transposed: bool, bad: Array | None
+    ) -> tuple[Solution, SolveError | None]:
         if x0 is not None:
             x0 = self._start(x0, b)
         solution = self._prepared.solve(b, x0, transposed=transposed)
-        self._check_stationarity(solution)
-        operator = self._prepared.operator
+        xp, operator = self._point.backend.xp, self._prepared.operator
+        failed = solution.failed
+        if bad is not None:  # items with NaN among their inputs have been told: NaN out, and no second message
+            failed = failed & ~bad
+            code = xp.full_like(solution.status, int(Status.NON_FINITE))
+            nan = xp.full_like(solution.x, float("nan"))
+            solution = solution._replace(
+                status=xp.where(bad, code, solution.status), x=xp.where(bad[..., None], nan, solution.x)
+            )
+        wrong = self._check_stationarity(solution)
         kinds = {"A": operator.sources, "B": self._B.sources}
         self.report = make_report(solution, self._prepared.solver, self._stationarity, kinds)
-        failed = any_true(self._point.backend.xp, solution.failed)
-        return solution, explain(operator, solution) if failed else None
+        if wrong is not None or not any_true(xp, failed):
+            return solution, wrong
+        return solution, explain(operator, solution)
 
     def _poisoned(self, solution: Solution, x: Array) -> Array:
         return poison(self._point.backend.xp, solution, x) if self._on_failure == "nan" else x
@@ -258,11 +272,12 @@ class Linearization:
         return p.y.tree.unflatten(rows)
 
     # -- checks --------------------------------------------------------------------------------------
-    def _check_finite(self, vector: Array, border: Ravel, name: str | None = None) -> None:
+    def _check_finite(self, vector: Array, border: Ravel, bad: Array | None, name: str | None = None) -> Array | None:
+        """Raise where an input is not finite; in a batch that need not raise, return the bad items so far."""
         xp = self._point.backend.xp
         finite = xp.isfinite(vector)
         if not any_true(xp, ~finite):
-            return
+            return bad
         where = border.finite_leaf(finite)
         if name is not None:
             where = name + where.removeprefix(border.name)
@@ -271,6 +286,8 @@ class Linearization:
             raise error
         if self._on_failure == "warn":
             warn(str(error), SolveWarning)
+        here = ~xp.all(finite, axis=-1)
+        return here if bad is None else bad | here
 
     def _product_error(self, product: Array, what: str) -> SolveError | None:
         """Return the error for a product that holds NaN or Inf, None where it is finite."""
@@ -309,16 +326,16 @@ class Linearization:
             "Next: write it as f(y, theta, *args) and use that theta."
         )
 
-    def _check_stationarity(self, solution: Solution) -> None:
+    def _check_stationarity(self, solution: Solution) -> SolveError | None:
         # F near y is A δ for an error δ of y, so ‖F‖ is held against ‖A‖ max(‖y‖, 1), with the lower estimate
         # of ‖A‖ that the solve brought along: scaling F scales both sides.
         if self._stationarity is not None:
-            return
+            return None
         p = self._point
         xp, y = p.backend.xp, p.y.vector
         if self._residual is None or p.y.n == 0:
             self._stationarity = xp.full(p.items, float("nan") if p.y.n else 0.0, dtype=p.y.dtype, device=p.y.device)
-            return
+            return None
         residual = self._residual()
         size = item_norm(xp, residual)
         self._stationarity = size
@@ -331,6 +348,7 @@ class Linearization:
         bad = size > level * xp.astype(norm, size.dtype) * length
         if any_true(xp, bad):
             self._warn_not_solution(size, bad)
+        return None if self._bad is not None else self._product_error(residual, "F(y, theta)")
 
     def _norm_along(self, residual: Array, size: Array) -> Array:
         xp = self._point.backend.xp

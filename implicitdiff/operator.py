@@ -16,7 +16,7 @@ import numpy as np
 from implicitdiff.arrays import Array
 from implicitdiff.errors import DerivativeError, ShapeError
 
-__all__ = ["LinearMap", "Operator", "matrix_map"]
+__all__ = ["LinearMap", "Operator", "Product", "matrix_map"]
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]

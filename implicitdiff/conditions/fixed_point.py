@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.root import Root
-from implicitdiff.operator import LinearMap
+from implicitdiff.operator import LinearMap, Product
 
 __all__ = ["FixedPoint"]
 
@@ -57,7 +58,22 @@ def _identity_minus(a: Any) -> Any:
         import scipy.sparse
 
         sparse = (scipy.sparse.eye_array(a.n, dtype=sparse.dtype) - sparse).tocsc()
-    return a.rewrapped(lambda product: lambda x: x - product(x), matrix=matrix, sparse=sparse)
+    xp, noise = a.backend.xp, 30 * a.accuracy
+
+    def wrap(product: Product) -> Product:
+        if not noise:
+            return lambda x: x - product(x)
+
+        # Where ∂T comes from differences, what is left of I − ∂T below their noise is zero: a singular system has
+        # to come out singular.
+        def cleaned(x: Array) -> Array:
+            d = x - product(x)
+            level = noise * xp.max(xp.abs(x), axis=-1, keepdims=True)
+            return xp.where(xp.abs(d) <= level, xp.zeros_like(d), d)
+
+        return cleaned
+
+    return a.rewrapped(wrap, matrix=matrix, sparse=sparse)
 
 
 def _negated(b: LinearMap) -> LinearMap:

@@ -33,12 +33,12 @@ class Solver:
         raise NotImplementedError
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
-        """Solve A x = b for b of shape (*rhs, *items, n).
+        """Solve A x = b for b of shape ``(*rhs, *items, n)``.
 
         Returns
         -------
         x : array, like b
-        status : Status or array of int, shape (*rhs, *items)
+        status : Status or array of int, shape ``(*rhs, *items)``
         counts : Counts
         """
         raise NotImplementedError

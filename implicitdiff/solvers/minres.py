@@ -50,7 +50,7 @@ class MINRES(Krylov):
 
     The options are those of every iterative method: ``rtol`` (default 1e-10 in double precision, 1e-5 in
     single; relative to ‖b‖, checked on the true residual), ``maxiter`` (default 10 n, within 1 000 to
-    100 000), ``preconditioner`` (symmetric positive definite, ≈ |A|⁻¹), ``damping`` (δ of A + δI).
+    100 000), ``preconditioner`` (symmetric positive definite, ≈ ``|A|⁻¹``), ``damping`` (δ of A + δI).
 
     Examples
     --------
