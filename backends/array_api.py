@@ -30,6 +30,7 @@ class ArrayAPIBackend:
     def __init__(self, xp: Any) -> None:
         self.xp = xp
         self.name = xp.__name__.rpartition(".")[2]
+        self._root = framework(xp.zeros(0))
         self._supported = (xp.float32, xp.float64)
 
     # -- arrays at the border ------------------------------------------------------------------------
@@ -39,14 +40,15 @@ class ArrayAPIBackend:
         if isinstance(leaf, (bool, int, complex)) and not hasattr(leaf, "dtype"):
             raise reject_dtype(type(leaf).__name__, where)
         if not self.is_array(leaf):
-            raise BackendError(f"{where} is {type(leaf).__name__}; expected an array of {self.name}.")
+            kind = f"an array of {framework(leaf)}" if hasattr(leaf, "dtype") else type(leaf).__name__
+            raise BackendError(f"{where} is {kind}; expected an array of {self.name}.")
         if leaf.dtype not in self._supported:
             raise reject_dtype(leaf.dtype, where)
         return leaf
 
     def is_array(self, x: Any) -> bool:
         """Whether it is an array of this framework."""
-        return array_api_compat.is_array_api_obj(x) and hasattr(x, "shape")
+        return framework(x) == self._root and hasattr(x, "shape")
 
     def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
         if isinstance(x, (int, float)) and not hasattr(x, "dtype"):
@@ -69,7 +71,7 @@ class ArrayAPIBackend:
         return x
 
     def guard(self, x: Array) -> Array:
-        return x
+        return self.xp.asarray(x, copy=True)  # the standard has no read-only arrays
 
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
         return self.xp.reshape(x, shape)
@@ -95,7 +97,8 @@ class ArrayAPIBackend:
         def many(x: Array) -> Array:
             if len(x.shape) == len(items) + 1:
                 return product(x)
-            return self.xp.stack([product(x[i, ...]) for i in range(x.shape[0])])
+            # a callback may return the same buffer each time
+            return self.xp.stack([self.xp.asarray(product(x[i, ...]), copy=True) for i in range(x.shape[0])])
 
         return many
 
@@ -150,6 +153,11 @@ class ArrayAPIBackend:
     def cho_solve(self, factor: Array, b: Array) -> Array:
         half = triangular_solve(self.xp, factor, b)
         return triangular_solve(self.xp, self.xp.matrix_transpose(factor), half, lower=False)
+
+
+def framework(x: Any) -> str:
+    """Top-level module of an object's type."""
+    return type(x).__module__.partition(".")[0]
 
 
 def triangular_solve(xp: Any, factor: Array, b: Array, *, lower: bool = True) -> Array:

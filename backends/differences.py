@@ -36,7 +36,8 @@ def directional(xp: Any, function: Callable[[Array], Array], x: Array, v: Array,
     one = xp.ones_like(size)
     scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
     h = eps**power * xp.where(scale > 1, scale, one) / xp.where(size > 0, size, one)
-    above, below = function(x + h * v), function(x - h * v)
+    above = xp.asarray(function(x + h * v), copy=True)  # a function may return the same buffer each time
+    below = function(x - h * v)
     h = h if above.ndim == x.ndim else h[..., 0]
     change = above - below
     # A change within rounding is no change: a derivative that is zero has to come out as zero, or a singular
@@ -112,7 +113,7 @@ class Differences:
             column = self.along(self.xp, function, x, unit, self.power)
             parts.append(self.xp.vecdot(self.xp.broadcast_to(column, u.shape), u))
         if not parts:
-            return self.xp.zeros((*u.shape[:-1], 0), dtype=dtype)
+            return self.xp.zeros((*u.shape[:-1], 0), dtype=dtype, device=self.backend.device(u))
         return self.backend.astype(self.xp.stack(parts, axis=-1), dtype)
 
 

@@ -95,15 +95,15 @@ class Tape:
 
     @cached_property
     def _adjoint_of_y(self) -> Any:
-        return self._adjoint(lambda y: self._function(y, self._theta), self._y)
+        return self._adjoint(lambda y: self._function(y, self._theta), self._y, self._node_y)
 
     @cached_property
     def _adjoint_of_theta(self) -> Any:
-        return self._adjoint(lambda theta: self._function(self._y, theta), self._theta)
+        return self._adjoint(lambda theta: self._function(self._y, theta), self._theta, self._node_theta)
 
-    def _adjoint(self, function: Callable[[Array], Any], x: Array) -> Any:
+    def _adjoint(self, function: Callable[[Array], Any], x: Array, node: Any) -> Any:
         """Record u -> Jᵀu, whose adjoint is v -> J v."""
-        if _record(function, x) is None:
+        if node is None:
             return None
 
         def adjoint(u: Array) -> Any:

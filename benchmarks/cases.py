@@ -106,9 +106,9 @@ def _jacobian(what: str, problem: Any, solvers: tuple[str, ...], lapack: Any, se
     def ours(name: str, **more: Any) -> Any:
         return implicit_jacobian(problem.condition, problem.y, problem.theta, args=problem.args, solver=name, **more)
 
-    times = interleave(
-        {**{name: partial(ours, name) for name in solvers}, "hand": lambda: by_hand(problem, lapack)}, setting
-    )
+    functions: dict[str, Callable[[], Any]] = {name: partial(ours, name) for name in solvers}
+    functions["hand"] = lambda: by_hand(problem, lapack)
+    times = interleave(functions, setting)
     rows = []
     for name in solvers:
         value, report = ours(name, return_report=True)
@@ -135,7 +135,7 @@ def batch(setting: Setting) -> list[Row]:
 
     truth, size, rows = problem.by_numpy(), f"{items} x n = {n}", []
     for name in ("auto", "cholesky", "lu"):
-        functions = {name: partial(ours, name), "numpy": problem.by_numpy}
+        functions: dict[str, Callable[[], Any]] = {name: partial(ours, name), "numpy": problem.by_numpy}
         times = interleave(functions, setting)
         error = relative_error(ours(name), truth)
         rows.append(timed_row(f"batch, {name} / numpy.linalg.solve", size, times, name, "numpy", 1.2, error, 1e-10))

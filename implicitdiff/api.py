@@ -46,15 +46,9 @@ def linearize(
     (array([1.]), array([[0.083333]]))
     """
     return Linearization(
-        condition, _own(y), _own(theta), args=args, solver=solver, on_failure=on_failure, backend=backend,
-        batched=batched,
+        condition, y, theta, args=args, solver=solver, on_failure=on_failure, backend=backend,
+        batched=batched, own=True,
     )  # fmt: skip
-
-
-def _own(tree: Any) -> Any:
-    from implicitdiff.pytree import map_leaves
-
-    return map_leaves(lambda leaf: leaf.copy() if type(leaf).__module__ == "numpy" else leaf, tree)
 
 
 def implicit_vjp(

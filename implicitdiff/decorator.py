@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from implicitdiff.errors import CallbackError, InputError
+from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization
 
 __all__ = ["ImplicitFunction", "implicit_function"]
@@ -29,8 +29,14 @@ class ImplicitFunction:
 
     def linearize(self, theta: Any, *args: Any, **kwargs: Any) -> Linearization:
         """Solve, and linearise the condition at the solution (``.y`` of the result)."""
-        y = self._run(theta, args, kwargs)
-        return Linearization(self._condition, y[0] if self._has_aux else y, theta, args=args, **self._options)
+        out = self._run(theta, args, kwargs)
+        y = out[0] if self._has_aux else out
+        try:
+            return Linearization(self._condition, y, theta, args=args, own=True, **self._options)
+        except (InputError, DTypeError, BackendError, CallbackError) as error:
+            if type(y) is tuple and len(y) == 2 and not self._has_aux:
+                error.args = (f"{error}\n{_name(self._solve)} returned a pair: if it is (y, aux), say has_aux=True.",)
+            raise
 
     def vjp(self, theta: Any, cotangent: Any, *args: Any, **kwargs: Any) -> Any:
         """Solve at theta and pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v, structured like theta."""
@@ -46,7 +52,7 @@ class ImplicitFunction:
 
     def _run(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self._solve(theta, *args, **kwargs)
-        name = getattr(self._solve, "__name__", "the solver")
+        name = _name(self._solve)
         if out is None:
             raise CallbackError(f"{name} returned None.\nExpected the solution y.")
         if self._has_aux and not (isinstance(out, tuple) and len(out) == 2):
@@ -54,6 +60,10 @@ class ImplicitFunction:
                 f"{name} returned {type(out).__name__}.\nExpected the pair (y, aux), since has_aux=True."
             )
         return out
+
+
+def _name(solve: Any) -> str:
+    return str(getattr(solve, "__name__", "the solver"))
 
 
 def implicit_function(

@@ -59,13 +59,14 @@ class Linearization:
 
     def __init__(
         self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-        on_failure: str = "raise", backend: Any = None, batched: bool = False,
+        on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
     ) -> None:  # fmt: skip
         check_mode(on_failure)
         engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
         self.y, self.theta = y, theta
         self._on_failure = on_failure
-        y_border, theta_border = Ravel(engine, y, "y", batched), Ravel(engine, theta, "theta", batched)
+        y_border = Ravel(engine, y, "y", batched, own)
+        theta_border = Ravel(engine, theta, "theta", batched, own)
         y_border.check_partner(theta_border)
         self._point = Point(engine, y_border, theta_border, tuple(args))
         self._bad: Array | None = None
@@ -149,7 +150,9 @@ class Linearization:
         if n == 0 or m == 0:
             return self._nest(xp.zeros((*items, n, m), dtype=p.y.dtype, device=p.y.device))
         if m <= n:
-            w, error = self._push(xp.moveaxis(self._B.dense(), -1, 0), None, self._bad)  # (m, *items, n)
+            w, error = self._push(
+                xp.moveaxis(self._B.dense(), -1, 0), None, self._bad, p.theta.vector + 1
+            )  # (m, *items, n)
             return self._deliver(self._nest(xp.moveaxis(w, 0, -1)), error)
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
@@ -196,14 +199,13 @@ class Linearization:
     def _forward(self, t: Array, x0: Array | None) -> tuple[Array, SolveError | None]:
         """−A⁻¹ B t on vectors."""
         bad = self._check_finite(t, self._point.theta, self._bad, "tangent")
-        b = self._B.matvec(t)
-        if not any_true(self._point.backend.xp, b != 0):
-            self._check_dependence(t)
-        return self._push(b, x0, bad)
+        return self._push(self._B.matvec(t), x0, bad, t)
 
-    def _push(self, b: Array, x0: Array | None, bad: Array | None) -> tuple[Array, SolveError | None]:
+    def _push(self, b: Array, x0: Array | None, bad: Array | None, t: Array) -> tuple[Array, SolveError | None]:
         """−A⁻¹ b."""
         wrong = self._product_error(b, "mixed_jvp (B t)")
+        if not any_true(self._point.backend.xp, b != 0):
+            self._check_dependence(t)
         solution, error = self._solve(-b, x0, transposed=False, bad=bad)
         return self._poisoned(solution, solution.x), wrong or error
 
@@ -253,6 +255,7 @@ class Linearization:
         found = self._point.backend.as_leaf(x0, "x0")
         if found.shape != b.shape:
             raise ShapeError(f"x0 has shape {tuple(found.shape)}; expected the raveled {tuple(b.shape)}.")
+        self._point.y.check_placed(found, "x0", b.dtype)
         return self._point.backend.astype(found, b.dtype)
 
     def _nest(self, jacobian: Array) -> Any:
@@ -313,7 +316,7 @@ class Linearization:
         """
         p = self._point
         xp = p.backend.xp
-        if self._at is None or p.theta.n == 0 or p.y.n == 0 or not any_true(xp, vector != 0):
+        if self._at is None or 0 in (p.theta.n, p.y.n, *p.items) or not any_true(xp, vector != 0):
             return
         y, theta = p.y.vector, p.theta.vector
         moved = _nearby(p.theta)
@@ -345,7 +348,10 @@ class Linearization:
         length = item_norm(xp, y)
         length = xp.where(length > 1, length, xp.ones_like(length))
         level = 1e-5 if float(xp.finfo(p.y.dtype).eps) < 1e-10 else 1e-3
-        bad = size > level * xp.astype(norm, size.dtype) * length
+        bad = size > level * xp.asarray(norm, dtype=size.dtype) * length
+        if any_true(xp, bad):  # the estimate is a lower one: a short solve may not have seen the direction of F
+            norm = xp.maximum(xp.asarray(norm, dtype=size.dtype), self._norm_along(residual, size))
+            bad = size > level * norm * length
         if any_true(xp, bad):
             self._warn_not_solution(size, bad)
         return None if self._bad is not None else self._product_error(residual, "F(y, theta)")

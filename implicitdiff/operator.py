@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from implicitdiff.arrays import Array
-from implicitdiff.errors import DerivativeError, ShapeError
+from implicitdiff.errors import CallbackError, DerivativeError, ShapeError
 
-__all__ = ["LinearMap", "Operator", "Product", "matrix_map"]
+__all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map"]
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]
@@ -236,6 +236,20 @@ def matrix_map(
     xp = backend.xp
     return kind(**common, matrix=matrix, forward=matrix_product(xp, matrix),
                 adjoint=matrix_product(xp, matrix, transposed=True))  # fmt: skip
+
+
+def checked_product(like: LinearMap, function: Callable[[Array], Any], name: str) -> Product:
+    """A user's product on vectors (*items, n) as one on (*rhs, *items, n), with its results checked."""
+    backend, shape = like.backend, (*like.items, like.columns)
+
+    def one(x: Array) -> Array:
+        y = function(backend.guard(x))
+        if not backend.is_array(y) or tuple(y.shape) != shape:
+            got = f"an array of shape {tuple(y.shape)}" if hasattr(y, "shape") else type(y).__name__
+            raise CallbackError(f"{name} returned {got}.\nExpected an array of {backend.name}, shape {shape}.")
+        return backend.astype(y, like.dtype)
+
+    return backend.batched(one, like.items)
 
 
 def _has_transpose(operator: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError, ShapeError
-from implicitdiff.operator import LinearMap, Operator, matrix_map
+from implicitdiff.operator import LinearMap, Operator, checked_product, matrix_map
 
 __all__ = ["Preconditioner", "as_preconditioner"]
 
@@ -57,15 +57,14 @@ def as_preconditioner(given: Any, operator: Operator) -> Preconditioner:
     """
     if given is None or isinstance(given, Preconditioner):
         return given or Preconditioner()
-    backend = operator.backend
     if isinstance(given, tuple):
         if len(given) != 2 or not all(callable(part) for part in given):
             raise InputError("preconditioner: a tuple is the pair of callables (M, Mᵀ).")
-        return Preconditioner(*(backend.batched(part, operator.items) for part in given))
+        return Preconditioner(*(checked_product(operator, part, "preconditioner") for part in given))
     if hasattr(given, "shape"):
         return _from_matrix(given, operator)
     if callable(given):
-        product = backend.batched(given, operator.items)
+        product = checked_product(operator, given, "preconditioner")
         return Preconditioner(product, product if operator.symmetric else None)
     raise InputError(f"preconditioner: expected a matrix or a callable, got {type(given).__name__}.")
 

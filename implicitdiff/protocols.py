@@ -53,6 +53,9 @@ class Backend(Protocol):
     def as_leaf(self, leaf: Any, where: str) -> Array:
         """A leaf of the user's tree as an array of the framework; raises for a wrong type or dtype."""
 
+    def is_array(self, x: Any) -> bool:
+        """Whether it is an array of this framework."""
+
     def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
         """What a callback returned as an array; None where it is none."""
 

@@ -12,6 +12,9 @@ from implicitdiff.pytree import Tree, flatten, same_structure
 __all__ = ["Leaf", "Ravel"]
 
 
+COMPLEX = "Complex data is unsupported: stack real and imaginary parts."
+
+
 class Leaf(NamedTuple):
     """What is known of one leaf: its shape without the batch axis, dtype, and whether it was a plain number."""
 
@@ -34,6 +37,8 @@ class Ravel:
         What the user calls it, for messages.
     batched : bool
         Whether every leaf carries a leading axis of independent items.
+    own : bool
+        Whether to copy: the vector then stays what it is when the user's arrays change.
 
     Attributes
     ----------
@@ -45,7 +50,7 @@ class Ravel:
         ``()`` or ``(number of items,)``.
     """
 
-    def __init__(self, backend: Any, tree: Any, name: str, batched: bool = False) -> None:
+    def __init__(self, backend: Any, tree: Any, name: str, batched: bool = False, own: bool = False) -> None:
         self.backend, self.name = backend, name
         self.tree = flatten(tree)
         arrays = [backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)]
@@ -59,6 +64,8 @@ class Ravel:
         self._shape = (*self.items, *self.leaves[0].shape) if self._plain else ()
         self._flat = (*self.items, self.n)
         self.vector = self._join(arrays, self.dtype)
+        if own:
+            self.vector = backend.xp.asarray(self.vector, copy=True)
 
     def _items(self, arrays: list[Array], name: str) -> tuple[int, ...]:
         counts = {a.shape[0] if len(a.shape) else None for a in arrays}
@@ -76,8 +83,9 @@ class Ravel:
     def _join(self, arrays: list[Array], dtype: Any) -> Array:
         backend = self.backend
         if not arrays:
-            return backend.xp.zeros((*self.items, 0), dtype=dtype)
-        parts = [backend.reshape(a, (*self.items, -1 if a.size else 0)) for a in arrays]
+            return backend.xp.zeros((*self.items, 0), dtype=dtype, device=self.device)
+        lead = len(self.items)
+        parts = [backend.reshape(a, (*self.items, math.prod(a.shape[lead:]))) for a in arrays]
         if dtype is not None:
             parts = [p if p.dtype == dtype else backend.astype(p, dtype) for p in parts]
         return parts[0] if len(parts) == 1 else backend.concat(parts)
@@ -124,12 +132,13 @@ class Ravel:
             Where structure or shapes differ.
         """
         if self._plain and self.backend.is_array(tree) and tuple(tree.shape) == self._shape:
+            self.check_placed(tree, name, dtype)
             array = tree if dtype is None else self.backend.astype(tree, dtype)
             return array if len(self._shape) == len(self.items) + 1 else self.backend.reshape(array, self._flat)
-        leaves = self._matching(flatten(tree), name, callback)
+        leaves = self._matching(flatten(tree), name, callback, dtype)
         return self._join(leaves, dtype)
 
-    def _matching(self, tree: Tree, name: str, callback: bool) -> list[Array]:
+    def _matching(self, tree: Tree, name: str, callback: bool, dtype: Any) -> list[Array]:
         wrong = CallbackError if callback else ShapeError
         verb = "returned" if callback else "is"
         if not same_structure(tree, self.tree) or len(tree.leaves) != len(self.leaves):
@@ -145,8 +154,19 @@ class Ravel:
                 where = self.tree.path(i, self.name)
                 hint = _broadcast_hint(array, expected) if callback else ""
                 raise wrong(f"{name} {verb} {what}.\nExpected shape {expected}, like {where}.{hint}")
+            self.check_placed(array, name, dtype)
             arrays.append(array)
         return arrays
+
+    def check_placed(self, array: Array, name: str, dtype: Any) -> None:
+        """Raise for complex numbers where real ones belong, and for another device."""
+        if dtype is not None and "complex" in str(array.dtype):
+            raise DTypeError(f"{name} is complex ({array.dtype}), and {self.name} is real.\n{COMPLEX}")
+        device = self.backend.device(array)
+        if self.device is not None and device != self.device:
+            raise BackendError(
+                f"{name} lies on {device}, {self.name} on {self.device}.\nNothing is copied across devices."
+            )
 
     def check_partner(self, other: Ravel) -> None:
         """Raise where the other tree lies on another device or has another number of items."""
@@ -180,7 +200,7 @@ def _one(x: Any) -> str:
     shape = getattr(x, "shape", None)
     if shape is None:
         return f"{x!r} ({type(x).__name__})" if isinstance(x, (str, int, float)) else type(x).__name__
-    return f"an array of shape {tuple(shape)}"
+    return f"an array of shape {tuple(shape)} ({type(x).__module__.partition('.')[0]})"
 
 
 def _describe(tree: Tree) -> str:
@@ -208,7 +228,7 @@ def reject_dtype(dtype: Any, where: str) -> DTypeError:
     """Build the error for a leaf that is not float32 or float64."""
     name = str(dtype)
     if "complex" in name:
-        advice = "Complex data is unsupported: stack real and imaginary parts."
+        advice = COMPLEX
     elif "16" in name and "int" not in name:
         advice = "Half precision is unsupported: cast to float32 around the call."
     else:

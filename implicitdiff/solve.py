@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from implicitdiff.arrays import Array, any_true, item_norm, probe_vector, to_python
-from implicitdiff.errors import NonFiniteError, ShapeError, SolveError
+from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.failure import check_mode, explain, settle
-from implicitdiff.operator import Operator, matrix_map
+from implicitdiff.operator import Operator, checked_product, matrix_map
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import get_solver
@@ -73,13 +73,13 @@ class Prepared:
         before = self._assembled()
         used, state = self._state(transposed)
         x, status, counts = self.solver.solve(state, b, x0)
-        status, counts = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
+        status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
         broken = status == int(Status.NON_FINITE)
         if any_true(xp, broken):  # NaN in, NaN out: no number that looks like an answer
             x = xp.where(xp.broadcast_to(broken, x.shape[:-1])[..., None], xp.full_like(x, float("nan")), x)
         describe = getattr(self.solver, "describe", None)
         name, reason = describe(state) if describe else (_name(self.solver), "chosen by name")
-        return _summary(op, x, status, counts, self._assembled() - before, name, reason, start)
+        return _summary(op, x, status, counts, self._assembled() - before + probes, name, reason, start)
 
     def _assembled(self) -> int:
         """Count the products that went into assembling matrices so far."""
@@ -103,10 +103,10 @@ def _empty(op: Operator, b: Array, solver: Any, start: float) -> Solution:
     return Solution(xp.zeros_like(b), code, code, code, zero, zero, None, zero, _name(solver), "n = 0", seconds)
 
 
-def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, Counts]:
+def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, Counts, int]:
     """Recompute what the solver did not tell, and check a symmetry that was only declared."""
     xp = op.backend.xp
-    if getattr(counts, "residual", None) is None:
+    if not getattr(solver, "verified", False):
         size = item_norm(xp, b)
         safe = xp.where(size > 0, size, xp.ones_like(size))
         counts = Counts(*counts)._replace(residual=item_norm(xp, b - op.matvec(x)) / safe)
@@ -116,20 +116,19 @@ def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, sol
         wrong = (claimed == 0) & ~(counts.residual <= rtol)
         status = xp.where(wrong, xp.full_like(claimed, int(Status.STAGNATED)), claimed)
     if counts.rcond is None and not op.trusted:
-        status, counts = _check_symmetry(op, b, x, status, counts, solver)
-    return status, counts
+        status, probes = _check_symmetry(op, b, x, status, counts, solver)
+        return status, counts, probes
+    return status, counts, 0
 
 
-def _check_symmetry(
-    op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any
-) -> tuple[Array, Counts]:
+def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, int]:
     # Where A is only said to be symmetric, the solve of Aᵀ u = v was replaced by one of A u = v. For a vector z
     # without structure, <A z, u> - <z, v> is the residual of the *transposed* system along z: one product
     # tells whether u solves that one, too. After a failure it tells whether asymmetry is the cause.
     xp = op.backend.xp
     failed = any_true(xp, status > int(Status.APPROXIMATE))
     if not (op.symmetric or (failed and getattr(solver, "symmetric_only", False))):
-        return status, counts
+        return status, 0
     z = probe_vector(xp, op.n, op.dtype, op.device)
     z = z if not op.items else xp.broadcast_to(z, (*op.items, op.n))
     az = op.matvec(z)
@@ -140,8 +139,12 @@ def _check_symmetry(
     relative = (1e-6 if eps < 1e-10 else 1e-3) + (0.0 if failed else counts.residual)
     allowed = item_norm(xp, z) * item_norm(xp, image) * relative + 1e3 * eps * item_norm(xp, az) * item_norm(xp, x)
     asymmetric = xp.isfinite(gap) & (gap > allowed) & (size > 0)
-    status = xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
-    return status, counts._replace(matvecs=counts.matvecs + (2 if failed else 1))
+    if any_true(xp, asymmetric):
+        status = xp.where(
+            asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status
+        )
+    rhs = x.shape[0] if len(x.shape) > len(op.items) + 1 else 1
+    return status, 1 + (rhs if failed else 0)
 
 
 def _inner(xp: Any, z: Array, x: Array) -> Array:
@@ -293,14 +296,17 @@ def _as_operator(
     if hasattr(A, "shape"):
         if not hasattr(A, "matvec") and not hasattr(A, "tocsc"):
             A = backend.as_leaf(A, "A")
+            if backend.device(A) != device:
+                raise BackendError(f"A lies on {backend.device(A)}, b on {device}.\nNothing is copied across devices.")
         op: Operator = matrix_map(Operator, backend, A, items, b.dtype, device, **tags)
         if (op.rows, op.columns) != (n, n):
             raise ShapeError(f"A has shape {tuple(A.shape)}, b {tuple(b.shape)}; expected A of shape ({n}, {n}).")
         return _tag_matrix(backend.xp, op, symmetric)
     if not callable(A):
         raise ShapeError(f"A is {type(A).__name__}; expected a matrix, a LinearOperator or a callable v -> A v.")
-    adjoint = None if transpose is None else backend.batched(transpose, items)
-    return Operator(backend, n, n, items, b.dtype, device, forward=backend.batched(A, items), adjoint=adjoint, **tags)
+    bare = Operator(backend, n, n, items, b.dtype, device, **tags)
+    adjoint = None if transpose is None else checked_product(bare, transpose, "transpose")
+    return replace(bare, forward=checked_product(bare, A, "A"), adjoint=adjoint)
 
 
 def _tag_matrix(xp: Any, op: Operator, symmetric: bool | None) -> Operator:

@@ -120,6 +120,10 @@ class ArraySpace:
         """Vector j of the basis."""
         return basis[..., j, :]
 
+    def copy_row(self, matrix: Array, j: Any) -> Array:
+        """Row j of a matrix (..., k, l), in memory of its own."""
+        return self.copy(matrix[..., j, :])
+
     def project(self, basis: Array, j: Any, x: Array) -> Array:
         """Inner products of x with vectors 0 … j, shape (..., k); zeros beyond."""
         known = (basis[..., : j + 1, :] @ x[..., None])[..., 0]

@@ -106,8 +106,9 @@ def check_all(lib: Library, problem: Problem, condition: Any, rtol: float, **opt
     return lin.report.derivatives
 
 
-@BATCHES
-@LIBS
+@pytest.mark.parametrize(  # batches of the generic library: in test_modes
+    ("lib", "items"), [(LIBRARIES[0], ()), (LIBRARIES[0], (4,)), (LIBRARIES[1], ())], ids=["numpy", "batched", "strict"]
+)
 @pytest.mark.parametrize(("name", "given", "solver"), cases(given_for))
 def test_given_derivatives(lib: Library, name: str, given: str, solver: str, items: tuple[int, ...]) -> None:
     """Whatever is given of the exact derivatives, the result is exact."""
@@ -222,6 +223,9 @@ def test_total_gradient(lib: Library, name: str, items: tuple[int, ...], dtype: 
 
 
 # -- derivatives that nobody gave ------------------------------------------------------------------------
+ENGINES = ("array_api_strict", "complex_step", "finite_differences")
+
+
 def derived_for(name: str) -> list[str]:
     return [key for key, names in DERIVED.items() if set(names) <= set(PROBLEMS[name](np, np.float64).functions)]
 
@@ -236,8 +240,13 @@ def tolerance(problem: Problem, names: tuple[str, ...], backend: str, dtype: str
     return 1e-5 if second else 1e-8
 
 
-@SETTINGS
-@pytest.mark.parametrize("backend", ["array_api_strict", "complex_step", "finite_differences"])
+@pytest.mark.parametrize(
+    ("backend", "items", "dtype"),
+    [
+        *((backend, (), dtype) for backend in ENGINES for dtype in ("float64", "float32")),
+        *((backend, (2,), "float64") for backend in ENGINES),
+    ],
+)
 @pytest.mark.parametrize(("name", "given", "solver"), cases(derived_for, TWO_SOLVERS))
 def test_derived(name: str, given: str, solver: str, backend: str, items: tuple[int, ...], dtype: str) -> None:
     """What is not given is derived: exactly where the complex step can be taken, else by differences."""

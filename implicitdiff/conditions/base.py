@@ -133,6 +133,7 @@ class _Builder:
             if array is None or array.size != n * n * (items[0] if items else 1):
                 got = type(matrix).__name__ if array is None else f"an array of shape {tuple(array.shape)}"
                 raise CallbackError(f"{name} returned {got}.\nExpected a matrix of shape {(*items, n, n)}.")
+            p.y.check_placed(array, name, p.y.dtype)
             matrix = p.backend.astype(p.backend.reshape(array, (*items, n, n)), p.y.dtype)
         elif tuple(matrix.shape) != (n, n) or items:
             raise CallbackError(

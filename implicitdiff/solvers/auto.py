@@ -65,6 +65,7 @@ class Auto(Solver):
     damping: float = 0.0
 
     name: ClassVar[str] = "auto"
+    verified: ClassVar[bool] = True
 
     def init(self, operator: Operator) -> _State:
         return _State(operator)

@@ -27,6 +27,8 @@ class Solver:
     damping: float = 0.0
     symmetric_only: ClassVar[bool] = False
     """Whether the method is wrong on an operator that is not symmetric."""
+    verified: ClassVar[bool] = False
+    """Whether the residual that the solver reports is the true one; that of any other is recomputed."""
 
     def init(self, operator: Operator) -> Any:
         """Prepare for an operator, damping included: factor, choose, build a preconditioner."""
@@ -118,6 +120,7 @@ class Krylov(Solver):
     preconditioner: Any = None
     damping: float = 0.0
 
+    verified: ClassVar[bool] = True
     stall: ClassVar[float] = 0.5
     """A cycle that leaves more than this part of the true residual has stagnated."""
 

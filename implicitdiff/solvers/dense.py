@@ -19,9 +19,11 @@ from typing import Any, ClassVar, NamedTuple
 from implicitdiff.arrays import Array, any_true, item_norm, probe_vector
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Status
+from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Solver
+from implicitdiff.solvers.checks import asymmetry, classify, skew_tolerance
 
-__all__ = ["DenseSolver", "DenseState", "asymmetry", "classify"]
+__all__ = ["DenseSolver", "DenseState"]
 
 
 class DenseState(NamedTuple):
@@ -51,6 +53,7 @@ class DenseSolver(Solver):
 
     damping: float = 0.0
 
+    verified: ClassVar[bool] = True
     symmetric: ClassVar[bool] = False
 
     def factor(self, backend: Any, matrix: Array) -> Any:
@@ -67,74 +70,62 @@ class DenseSolver(Solver):
 
     def init(self, operator: Operator) -> Any:
         if operator.sparse is not None:
-            from implicitdiff.solvers import sparse
-
             return sparse.init(operator, symmetric=self.symmetric)
         backend = operator.backend
         xp = backend.xp
-        matrix = backend.widen(operator.dense())
-        finite = xp.all(xp.isfinite(matrix), axis=(-2, -1))
-        if not any_true(xp, ~finite):
-            return self._init(operator, matrix, xp.zeros(operator.items, dtype=xp.int32, device=operator.device))
-        eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
-        bad = xp.where(
-            finite, 0, xp.full(operator.items, int(Status.NON_FINITE), dtype=xp.int32, device=operator.device)
-        )
-        return self._init(operator, xp.where(finite[..., None, None], matrix, eye), bad)
-
-    def _init(self, operator: Operator, matrix: Array, failed: Array) -> DenseState:
-        backend = operator.backend
-        xp = backend.xp
+        matrix, failed = _screened(operator, backend.widen(operator.dense()))
         if self.symmetric or operator.symmetric:
-            if not operator.trusted:
-                skew = asymmetry(xp, matrix)
-                failed = xp.where((skew > skew_tolerance(xp, operator.dtype)) & (failed == 0),
-                                  xp.full_like(failed, int(Status.NOT_SYMMETRIC)), failed)  # fmt: skip
-            # a Hessian from differences, or one declared symmetric, is so up to noise: take its symmetric part
-            matrix = 0.5 * (matrix + xp.matrix_transpose(matrix))
+            matrix, failed = _symmetrised(operator, matrix, failed)
         factor = self.factor(backend, matrix)
         broken = self.broken(xp, factor)
         if broken is not None:
-            failed = xp.where(broken & (failed == 0), xp.full_like(failed, int(Status.NOT_POSITIVE_DEFINITE)), failed)
-        flat = xp.reshape(matrix, (*operator.items, operator.n**2))
-        norm = item_norm(xp, flat)
+            failed = _mark(xp, failed, broken, Status.NOT_POSITIVE_DEFINITE)
+        norm = xp.max(xp.sum(xp.abs(matrix), axis=-1), axis=-1)
+        rcond = self._reciprocal_condition(operator, factor, matrix, norm)
+        # one probe sees ‖A⁻¹‖ up to a modest factor; at 1 % of uncertainty the solution is told singular
+        failed = _mark(xp, failed, rcond < 100 * float(xp.finfo(matrix.dtype).eps), Status.SINGULAR)
+        return DenseState(operator, matrix, factor, False, norm, rcond, failed)
+
+    def _reciprocal_condition(self, operator: Operator, factor: Any, matrix: Array, norm: Array) -> Array:
+        """Estimate 1/(‖A‖ ‖A⁻¹‖) from the image of one vector without structure under A⁻¹."""
+        xp = operator.backend.xp
         z = probe_vector(xp, operator.n, matrix.dtype, operator.device)
-        z = xp.broadcast_to(z, (*operator.items, operator.n))
-        w = self.apply(backend, factor, z[..., None], False)[..., 0]
-        inverse = math.sqrt(operator.n) * item_norm(xp, w) / item_norm(xp, z)
-        product = norm * inverse
+        columns = xp.broadcast_to(z, (*operator.items, operator.n))[..., None]
+        w = self.apply(operator.backend, factor, columns, False)[..., 0]
+        product = norm * math.sqrt(operator.n) * item_norm(xp, w) / item_norm(xp, z)
         usable = xp.isfinite(product) & (product > 0)
         one = xp.ones_like(product)
-        rcond = xp.where(usable, one / xp.where(usable, product, one), 0 * one)
-        # one probe sees ‖A⁻¹‖_F up to a modest factor; at 1 % of uncertainty the solution is told singular
-        eps = float(xp.finfo(matrix.dtype).eps)
-        failed = xp.where((rcond < 100 * eps) & (failed == 0), xp.full_like(failed, int(Status.SINGULAR)), failed)
-        return DenseState(operator, matrix, factor, False, norm, rcond, failed)
+        return xp.where(usable, one / xp.where(usable, product, one), 0 * one)
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         if not isinstance(state, DenseState):
-            from implicitdiff.solvers import sparse
-
             return sparse.solve(state, b)
         backend, items = state.operator.backend, state.operator.items
         xp = backend.xp
         size = item_norm(xp, b)
-        scale = xp.where(size > 0, size, xp.ones_like(size))
+        zero = size == 0
+        scale = xp.where(zero, xp.ones_like(size), size)
         unit = backend.widen(b / scale[..., None])
         columns = _to_columns(xp, unit, items)
-        x = self.apply(backend, state.factor, columns, state.transposed)
-        r = columns - _product(xp, state, x)
-        correction = self.apply(backend, state.factor, r, state.transposed)
-        x = x + correction  # one step of refinement: the residual was needed anyway
-        r = columns - _product(xp, state, x)
-        x, r = _from_columns(xp, x, unit.shape), _from_columns(xp, r, unit.shape)
-        residual = item_norm(xp, r)
-        residual = xp.where(size == 0, xp.zeros_like(residual), residual)
+        x, r = self._refined(state, columns, unit.shape)
+        residual = xp.sqrt(xp.vecdot(r, r))
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
-        status = xp.where(size == 0, xp.zeros_like(status), status)
-        x = xp.where((size == 0)[..., None], xp.zeros_like(x), x)
+        if any_true(xp, zero):
+            residual, status = xp.where(zero, 0 * scale, residual), xp.where(zero, xp.zeros_like(status), status)
+            x = xp.where(zero[..., None], xp.zeros_like(x), x)
         x = backend.astype(x, b.dtype) * scale[..., None]
         return x, status, Counts(0, 0, residual, state.norm / math.sqrt(state.operator.n), state.rcond, tolerance)
+
+    def _refined(self, state: DenseState, columns: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Solve, and once more for the residual where the factors left one beyond rounding."""
+        backend = state.operator.backend
+        xp = backend.xp
+        x = self.apply(backend, state.factor, columns, state.transposed)
+        r = columns - _product(xp, state, x)
+        if any_true(xp, xp.abs(r) > 1e3 * float(xp.finfo(r.dtype).eps)):
+            x = x + self.apply(backend, state.factor, r, state.transposed)
+            r = columns - _product(xp, state, x)
+        return _from_columns(xp, x, shape), _from_columns(xp, r, shape)
 
     def transpose(self, state: Any) -> Any:
         if state.operator.symmetric:
@@ -142,39 +133,34 @@ class DenseSolver(Solver):
         return state._replace(operator=state.operator.transpose(), transposed=not state.transposed)
 
 
-def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Array, Array]:
-    """Status per right-hand side, and the residual that was still called success.
-
-    A backward-stable solve leaves at most about eps κ; more than a hundredfold of that is a defect.
-    """
-    eps = float(xp.finfo(residual.dtype).eps)
-    safe = xp.where(rcond > 0, rcond, xp.ones_like(rcond))
-    tolerance = xp.where(rcond > 0, 100 * eps / safe, 0 * safe)
-    tolerance = xp.where(tolerance > 1e-10, tolerance, 0 * tolerance + 1e-10)
-    good = residual <= tolerance
-    failed = xp.broadcast_to(failed, residual.shape)
-    stagnated = xp.full(residual.shape, int(Status.STAGNATED), dtype=failed.dtype, device=_device(residual))
-    status = xp.where((failed == 0) & ~good, stagnated, failed)
-    status = xp.where((failed == 0) & xp.isnan(residual), xp.full_like(status, int(Status.NON_FINITE)), status)
-    return status, tolerance
+def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
+    """Mark items whose matrix is not finite, and put the identity in their place."""
+    xp = operator.backend.xp
+    failed = xp.zeros(operator.items, dtype=xp.int32, device=operator.device)
+    finite = xp.all(xp.isfinite(matrix), axis=(-2, -1))
+    if any_true(xp, ~finite):
+        eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
+        matrix = xp.where(finite[..., None, None], matrix, eye)
+        failed = _mark(xp, failed, ~finite, Status.NON_FINITE)
+    return matrix, failed
 
 
-def _device(x: Array) -> Any:
-    import array_api_compat
+def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Array, Array]:
+    """Check a declared symmetry, and take the symmetric part of a matrix that has it up to noise only."""
+    xp = operator.backend.xp
+    if operator.trusted and not operator.accuracy:
+        return matrix, failed
+    transpose = xp.matrix_transpose(matrix)
+    if not any_true(xp, matrix != transpose):
+        return matrix, failed
+    if not operator.trusted:
+        failed = _mark(xp, failed, asymmetry(xp, matrix) > skew_tolerance(xp, operator.dtype), Status.NOT_SYMMETRIC)
+    return 0.5 * (matrix + transpose), failed
 
-    return array_api_compat.device(x)
 
-
-def asymmetry(xp: Any, matrix: Array) -> Array:
-    """‖A − Aᵀ‖ / ‖A‖ in the largest entry, per item."""
-    skew = xp.max(xp.abs(matrix - xp.matrix_transpose(matrix)), axis=(-2, -1))
-    size = xp.max(xp.abs(matrix), axis=(-2, -1))
-    return xp.where(size > 0, skew / xp.where(size > 0, size, xp.ones_like(size)), 0 * size)
-
-
-def skew_tolerance(xp: Any, dtype: Any) -> float:
-    """Asymmetry up to which a matrix counts as symmetric: noise of finite differences passes."""
-    return 1e-5 if float(xp.finfo(dtype).eps) < 1e-10 else 1e-3
+def _mark(xp: Any, failed: Array, mask: Array, status: Status) -> Array:
+    """Give a status to the items of the mask that have none yet."""
+    return xp.where(mask & (failed == 0), xp.full_like(failed, int(status)), failed)
 
 
 def _product(xp: Any, state: DenseState, x: Array) -> Array:

@@ -27,7 +27,7 @@ __all__ = ["GMRES"]
 
 class _State(NamedTuple):
     basis: Array  # (..., m + 1, n)
-    upper: Array  # (..., m, m): the triangular factor of H; identity where a column is still missing
+    upper: Array  # (..., m, m): Rᵀ, the triangular factor of H; identity where a column is still missing
     rotation: Array  # (..., m + 1, m + 1): product of the Givens rotations
     phi: Array  # norm of the residual over that of the start
     active: Array
@@ -110,8 +110,8 @@ def _first(space: Any, r: Array, beta: Array, active: Array, m: int) -> _State:
     eye = xp.broadcast_to(eye, (*space.items, m + 1, m + 1))
     safe = space.where(beta > 0, beta, space.scalar(1.0))
     basis = space.put(space.basis(m + 1), 0, space.scale(1 / safe, space.copy(r)))
-    upper = eye[..., :m, :m]
-    return _State(basis, upper, eye, zero + 1, active, space.counter(), space.counter(), 0, zero)
+    upper = space.copy(eye[..., :m, :m])
+    return _State(basis, upper, space.copy(eye), zero + 1, active, space.counter(), space.counter(), 0, zero)
 
 
 def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Array) -> _State:
@@ -128,10 +128,9 @@ def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Arra
     broke = size <= space.eps * norm  # the space is invariant: the solution lies in it
     size = space.where(broke, zero, size)
     basis = space.put(s.basis, s.j + 1, space.scale(space.where(broke, zero, one / space.where(broke, one, size)), w))
-    column, rotation, diagonal = _rotate(space, s, h, size, m)
     go = s.active & finite
+    column, rotation, diagonal = _rotate(space, s, h, size, m, go)
     upper = _set_column(space, s, column, diagonal, go, m)
-    rotation = xp.where(xp.asarray(go)[..., None, None], rotation, s.rotation)
     phi = space.where(go, xp.abs(rotation[..., 0] @ _one_hot(space, s.j + 1, m + 1)), s.phi)
     status = space.where(s.active & ~finite, int(Status.NON_FINITE), s.status)
     singular = go & broke & (diagonal <= space.eps * norm)
@@ -144,29 +143,29 @@ def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Arra
     )  # fmt: skip
 
 
-def _rotate(space: Any, s: _State, h: Array, size: Array, m: int) -> tuple[Array, Array, Array]:
-    """Apply the rotations so far to the new column and one more that annihilates its last entry."""
+def _rotate(space: Any, s: _State, h: Array, size: Array, m: int, go: Array) -> tuple[Array, Array, Array]:
+    """Apply the rotations so far to the new column, and one more that annihilates its last entry."""
     xp = space.xp
     e0, e1 = _one_hot(space, s.j, m + 1), _one_hot(space, s.j + 1, m + 1)
     column = (s.rotation @ (h + e1 * size[..., None])[..., None])[..., 0]
-    a, b = xp.sum(column * e0, axis=-1), xp.sum(column * e1, axis=-1)
+    a, b = column @ e0, column @ e1
     d = xp.sqrt(a * a + b * b)
     safe = xp.where(d > 0, d, xp.ones_like(d))
-    c, sn = xp.where(d > 0, a / safe, xp.ones_like(d)), b / safe
-    row0, row1 = (e0 @ s.rotation), (e1 @ s.rotation)
-    c, sn = c[..., None], sn[..., None]
-    new0, new1 = c * row0 + sn * row1, c * row1 - sn * row0
-    rotation = s.rotation + e0[:, None] * (new0 - row0)[..., None, :] + e1[:, None] * (new1 - row1)[..., None, :]
+    c, sn = xp.where(d > 0, a / safe, xp.ones_like(d))[..., None], (b / safe)[..., None]
+    row0, row1 = space.copy_row(s.rotation, s.j), space.copy_row(s.rotation, s.j + 1)
+    mask = xp.asarray(go)[..., None]
+    rotation = space.put(s.rotation, s.j, xp.where(mask, c * row0 + sn * row1, row0))
+    rotation = space.put(rotation, s.j + 1, xp.where(mask, c * row1 - sn * row0, row1))
     return column + e0 * (d - a)[..., None], rotation, d
 
 
 def _set_column(space: Any, s: _State, column: Array, diagonal: Array, go: Array, m: int) -> Array:
+    """Store the rotated column as row j of Rᵀ, for the items for which it is good."""
     xp = space.xp
     rows = xp.arange(m, device=space.device)
     column = xp.where(rows <= s.j, column[..., :m], xp.zeros_like(column[..., :m]))
-    usable = xp.asarray(go & (diagonal > 0))[..., None, None]
-    here = _one_hot(space, s.j, m) > 0
-    return xp.where(usable & here, column[..., None], s.upper)
+    usable = xp.asarray(go & (diagonal > 0))[..., None]
+    return space.put(s.upper, s.j, xp.where(usable, column, space.copy_row(s.upper, s.j)))
 
 
 def _one_hot(space: Any, j: Any, m: int) -> Array:
@@ -181,4 +180,4 @@ def _triangular_solve(space: Any, end: _State, beta: Array, m: int) -> Array:
     known = xp.arange(m, device=space.device) < xp.asarray(columns)[..., None]
     g = xp.asarray(beta)[..., None] * end.rotation[..., :m, 0]
     g = xp.where(known, g, xp.zeros_like(g))
-    return xp.linalg.solve(end.upper, g[..., None])[..., 0]
+    return xp.linalg.solve(xp.matrix_transpose(end.upper), g[..., None])[..., 0]

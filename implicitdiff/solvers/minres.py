@@ -108,12 +108,15 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     gamma = space.sqrt(gbar * gbar + beta * beta)
     norm = space.sqrt(alpha * alpha + beta * beta + space.where(later, s.beta * s.beta, zero))
     finite = space.isfinite(gamma)
-    go = usable & finite & (gamma > space.eps * norm)
+    # ‖A r‖ = φ · root: where root vanishes against ‖A‖, r is orthogonal to the range of A, and x already is the
+    # least-squares solution of an inconsistent system. Another step would go along a null vector.
+    root = space.sqrt(gbar * gbar + (s.cs * beta) ** 2)
+    go = usable & finite & (root > space.eps**0.65 * norm) & (gamma > space.eps * norm)
     safe = space.where(go, gamma, one)
     cs, sn = gbar / safe, beta / safe
     x, w = _update(s, space, v, go, safe, delta, cs * s.phi)
     phi = space.where(go, sn * s.phi, s.phi)
-    status = _status(s, space, go, finite, square, space.sqrt(gbar * gbar + (s.cs * beta) ** 2), norm)
+    status = _status(s, space, go, finite, square)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & (status == 0) & (phi > target) & (iterations < budget)
     return _State(
@@ -131,14 +134,8 @@ def _update(s: _State, space: Any, v: Array, go: Array, gamma: Array, delta: Arr
     return space.axpy(space.where(go, phi, zero), w, s.x), w
 
 
-def _status(s: _State, space: Any, go: Array, finite: Array, square: Array, root: Array, norm: Array) -> Array:
-    """Why an item stops here, 0 where it does not.
-
-    ‖A r‖ = φ · root: where that vanishes against ‖A‖ φ, r is orthogonal to the range of A, and x already is
-    the least-squares solution of an inconsistent system: A is singular.
-    """
-    least_squares = go & (root <= 10 * space.eps * norm) & (norm > 0)
-    status = space.where(least_squares, int(Status.SINGULAR), s.status)
-    status = space.where(s.active & ~go, int(Status.SINGULAR), status)
+def _status(s: _State, space: Any, go: Array, finite: Array, square: Array) -> Array:
+    """Why an item stops here, 0 where it does not."""
+    status = space.where(s.active & ~go, int(Status.SINGULAR), s.status)
     status = space.where(s.active & (square < 0), int(Status.NOT_POSITIVE_DEFINITE), status)
     return space.where(s.active & ~finite, int(Status.NON_FINITE), status)

@@ -18,7 +18,7 @@ import numpy as np
 from implicitdiff.arrays import item_norm, probe_vector
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Status
-from implicitdiff.solvers.dense import classify, skew_tolerance
+from implicitdiff.solvers.checks import classify, skew_tolerance
 
 __all__ = ["SparseState", "init", "solve"]
 
