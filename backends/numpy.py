@@ -251,7 +251,7 @@ class NumpyBackend(ArrayAPIBackend):
             return np.stack([self._cholesky(m) for m in matrix])
 
     def _cholesky(self, matrix: Array) -> Array:
-        factor, info = lapack.dpotrf(matrix, lower=1, clean=1)
+        factor, info = lapack.dpotrf(matrix.T, lower=1, clean=1)  # symmetric: Aᵀ is A in LAPACK's order
         return factor if info == 0 else np.full_like(matrix, np.nan)
 
     def cho_solve(self, factor: Array, b: Array) -> Array:

@@ -13,6 +13,7 @@ __all__ = ["Array", "all_finite_items", "any_true", "item_norm", "item_numbers",
 Array = Any
 """An array of whatever framework is at work."""
 
+_SAFE = {"f": (1e-25, 1e35), "d": (1e-250, 1e300)}
 _NRM2 = {"f": blas.snrm2, "d": blas.dnrm2}
 
 
@@ -32,6 +33,11 @@ def item_norm(xp: Any, x: Array) -> Array:
     """
     if type(x) is np.ndarray and x.ndim == 1 and x.dtype.char in "fd":
         return x.dtype.type(_NRM2[x.dtype.char](x))  # BLAS scales, too
+    if type(x) is np.ndarray:
+        square = np.vecdot(x, x)
+        tiny, huge = _SAFE[x.dtype.char]
+        if np.all((square > tiny) & (square < huge)):  # neither under- nor overflow: no need to scale
+            return np.sqrt(square)
     largest = xp.max(xp.abs(x), axis=-1)
     usable = xp.isfinite(largest) & (largest > 0)
     scale = xp.where(usable, largest, xp.ones_like(largest))

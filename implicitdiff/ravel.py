@@ -160,7 +160,7 @@ class Ravel:
 
     def check_placed(self, array: Array, name: str, dtype: Any) -> None:
         """Raise for complex numbers where real ones belong, and for another device."""
-        if dtype is not None and "complex" in str(array.dtype):
+        if dtype is not None and array.dtype != dtype and "complex" in str(array.dtype):
             raise DTypeError(f"{name} is complex ({array.dtype}), and {self.name} is real.\n{COMPLEX}")
         device = self.backend.device(array)
         if self.device is not None and device != self.device:

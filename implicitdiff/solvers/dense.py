@@ -107,8 +107,7 @@ class DenseSolver(Solver):
         scale = xp.where(zero, xp.ones_like(size), size)
         unit = backend.widen(b / scale[..., None])
         columns = _to_columns(xp, unit, items)
-        x, r = self._refined(state, columns, unit.shape)
-        residual = xp.sqrt(xp.vecdot(r, r))
+        x, residual = self._refined(state, columns, unit.shape)
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
         if any_true(xp, zero):
             residual, status = xp.where(zero, 0 * scale, residual), xp.where(zero, xp.zeros_like(status), status)
@@ -117,15 +116,17 @@ class DenseSolver(Solver):
         return x, status, Counts(0, 0, residual, state.norm / math.sqrt(state.operator.n), state.rcond, tolerance)
 
     def _refined(self, state: DenseState, columns: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """Solve, and once more for the residual where the factors left one beyond rounding."""
+        """Return x and ‖b − A x‖; solve once more for the residual where the factors left one beyond rounding."""
         backend = state.operator.backend
         xp = backend.xp
         x = self.apply(backend, state.factor, columns, state.transposed)
         r = columns - _product(xp, state, x)
-        if any_true(xp, xp.abs(r) > 1e3 * float(xp.finfo(r.dtype).eps)):
+        residual = _norm(xp, _from_columns(xp, r, shape))
+        if any_true(xp, residual > 1e3 * float(xp.finfo(r.dtype).eps)):
             x = x + self.apply(backend, state.factor, r, state.transposed)
             r = columns - _product(xp, state, x)
-        return _from_columns(xp, x, shape), _from_columns(xp, r, shape)
+            residual = _norm(xp, _from_columns(xp, r, shape))
+        return _from_columns(xp, x, shape), residual
 
     def transpose(self, state: Any) -> Any:
         if state.operator.symmetric:
@@ -166,6 +167,10 @@ def _mark(xp: Any, failed: Array, mask: Array, status: Status) -> Array:
 def _product(xp: Any, state: DenseState, x: Array) -> Array:
     matrix = xp.matrix_transpose(state.matrix) if state.transposed else state.matrix
     return matrix @ x
+
+
+def _norm(xp: Any, r: Array) -> Array:
+    return xp.sqrt(xp.vecdot(r, r))
 
 
 def _to_columns(xp: Any, b: Array, items: tuple[int, ...]) -> Array:
