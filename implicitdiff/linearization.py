@@ -321,7 +321,8 @@ class Linearization:
         y, theta = p.y.vector, p.theta.vector
         moved = _nearby(p.theta)
         for at in (y, _nearby(p.y)):
-            if any_true(xp, self._at(at, moved) != self._at(at, theta)):
+            there = xp.asarray(self._at(at, moved), copy=True)  # it may be a buffer that the next call fills again
+            if any_true(xp, there != self._at(at, theta)):
                 return
         raise DerivativeError(
             "F does not depend on theta: it is the same to the last bit at another theta.\n"

@@ -176,6 +176,20 @@ def test_fault_38_differenced_function_with_a_buffer_of_its_own(lib: Library, so
     assert_right(lib, found, case.expected("vjp"), 1e-6)
 
 
+def test_fault_38_zero_derivative_of_a_function_with_a_buffer_of_its_own(lib: Library, solver: str) -> None:
+    # at θ = 0 the derivative of θ² is zero, which is told from a closure by F at another θ: in the same buffer
+    zero, buffer = lib.array(np.zeros(2)), lib.xp.zeros(2, dtype=lib.xp.float64)
+
+    def reusing(y: Any, th: Any) -> Any:
+        buffer[...] = y - th**2
+        return buffer
+
+    condition = Root(reusing, jvp=lambda y, th, v: v, vjp=lambda y, th, u: u)
+    found = outcome(lambda: implicit_vjp(condition, zero, zero, lib.array([1.0, 2.0]), solver=solver))
+    assert found.quiet, f"false alarm: {found.text}"
+    np.testing.assert_allclose(lib.numpy(found.value), np.zeros(2), atol=1e-9)
+
+
 def test_fault_38_result_is_not_the_buffer_of_a_callback(lib: Library, solver: str) -> None:
     case = make(lib)
     buffer = lib.xp.zeros(3, dtype=lib.xp.float64)
