@@ -31,7 +31,13 @@ _FACTORIES: dict[str, Callable[[], Any]] = {solver.name: solver for solver in (A
 
 
 def solver_names() -> list[str]:
-    """Names that ``solver=`` accepts."""
+    """List the names that ``solver=`` accepts.
+
+    Returns
+    -------
+    list of str
+        The built-in ones first, then those registered since.
+    """
     return list(_FACTORIES)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import array_api_compat
-
 from implicitdiff.arrays import Array
 from implicitdiff.report import Status
 
@@ -23,9 +21,7 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
     tolerance = xp.where(tolerance > 1e-10, tolerance, 0 * tolerance + 1e-10)
     good = residual <= tolerance
     failed = xp.broadcast_to(failed, residual.shape)
-    stagnated = xp.full(
-        residual.shape, int(Status.STAGNATED), dtype=failed.dtype, device=array_api_compat.device(residual)
-    )
+    stagnated = xp.full_like(failed, int(Status.STAGNATED))
     status = xp.where((failed == 0) & ~good, stagnated, failed)
     status = xp.where((failed == 0) & xp.isnan(residual), xp.full_like(status, int(Status.NON_FINITE)), status)
     return status, tolerance
