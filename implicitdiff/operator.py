@@ -16,7 +16,7 @@ import numpy as np
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError, DerivativeError, ShapeError
 
-__all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map"]
+__all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map", "matrix_product"]
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]
