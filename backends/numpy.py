@@ -239,7 +239,9 @@ class NumpyBackend(ArrayAPIBackend):
 
     def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
         if isinstance(factor, tuple):
-            return lapack.dgetrs(*factor, b, trans=int(transposed))[0]
+            lu, pivots = factor
+            # SciPy's wrapper counts the pivots up to 1-based and down again in place: threads need a copy each.
+            return lapack.dgetrs(lu, pivots.copy(), b, trans=int(transposed))[0]
         return super().lu_solve(factor, b, transposed)
 
     def cho_factor(self, matrix: Array) -> Array:

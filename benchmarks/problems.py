@@ -223,15 +223,15 @@ class Batch:
         self.theta, self.cotangent = rng.normal(size=(2, items, n))
         self.y = np.linalg.solve(self.H, self.C @ self.theta[..., None])[..., 0]
         self.condition = Stationary(
-            grad=lambda y, theta, H, C: np.matvec(H, y) - np.matvec(C, theta),
+            grad=lambda y, theta, H, C: (H @ y[..., None] - C @ theta[..., None])[..., 0],
             hessian=lambda y, theta, H, C: H,
-            mixed_vjp=lambda y, theta, u, H, C: -np.vecmat(u, C),
+            mixed_vjp=lambda y, theta, u, H, C: -(u[..., None, :] @ C)[..., 0, :],
         )
 
     def by_numpy(self) -> Array:
         """Cᵀ H⁻¹ v for the whole batch."""
         u = np.linalg.solve(self.H, self.cotangent[..., None])[..., 0]
-        return np.vecmat(u, self.C)
+        return (u[..., None, :] @ self.C)[..., 0, :]
 
 
 @dataclass

@@ -162,12 +162,13 @@ def _summary(
         if field is None or not (rhs or op.items):
             return field
         field = xp.asarray(field, device=device)
-        field = xp.broadcast_to(field, x.shape[:-1])
+        if field.shape != x.shape[:-1]:  # a copy: what a report holds is the user's to write to
+            field = xp.asarray(xp.broadcast_to(field, x.shape[:-1]), copy=True)
         return xp.max(field, axis=0) if rhs else field
 
     matvecs = counts.matvecs * max(rhs, 1) + assembled
     if op.items:
-        matvecs = xp.broadcast_to(xp.asarray(matvecs, device=device), op.items)
+        matvecs = xp.asarray(xp.broadcast_to(xp.asarray(matvecs, device=device), op.items), copy=True)
     least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
     return Solution(
         x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),

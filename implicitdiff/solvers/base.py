@@ -195,11 +195,16 @@ def _unit(space: Any, b: Array) -> tuple[Callable[[], Array], Array]:
     one = space.scalar(1.0)
     largest = space.largest(b)
     largest = space.where((largest > 0) & space.isfinite(largest), largest, one)
-    norm = space.norm(space.scale(1 / largest, space.copy(b)))
+    root = 1 / space.sqrt(largest)  # twice its root, since 1 / 1e-308 may overflow
+
+    def scaled() -> Array:
+        return space.scale(root, space.scale(root, space.copy(b)))
+
+    norm = space.norm(scaled())
     safe = space.where(norm > 0, norm, one)
 
     def unit() -> Array:
-        return space.scale(1 / safe, space.scale(1 / largest, space.copy(b)))
+        return space.scale(1 / safe, scaled())
 
     return unit, norm * largest
 
