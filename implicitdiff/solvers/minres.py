@@ -111,10 +111,11 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     # ‖A r‖ = φ · root: where root vanishes against ‖A‖, r is orthogonal to the range of A, and x already is the
     # least-squares solution of an inconsistent system. Another step would go along a null vector.
     root = space.sqrt(gbar * gbar + (s.cs * beta) ** 2)
-    # (Lost orthogonality keeps root above about sqrt(eps), which is the limit; a regular A of condition 1e8, or
+    # (Lost orthogonality keeps root above about sqrt(eps), which is the limit; a regular A of condition 3e7, or
     # 1e5 in single precision, cannot be told from a singular one here.)
-    tiny = 0.5 * (space.eps**0.5 if space.eps < 1e-10 else space.eps**0.7)
-    go = usable & finite & (root > tiny * norm) & (gamma > space.eps * norm)
+    tiny = 2 * space.eps**0.5 if space.eps < 1e-10 else 0.5 * space.eps**0.7
+    running = space.maximum(s.operator_norm, norm)
+    go = usable & finite & (root > tiny * running) & (gamma > space.eps * norm)
     safe = space.where(go, gamma, one)
     cs, sn = gbar / safe, beta / safe
     x, w = _update(s, space, v, go, safe, delta, cs * s.phi)
