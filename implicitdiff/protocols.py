@@ -46,6 +46,8 @@ class Backend(Protocol):
     """One framework."""
 
     name: str
+    traced: bool
+    """Whether values are never seen, only their shapes: nothing can be branched on, raised or warned about."""
     xp: Any
     """The array namespace, from array-api-compat."""
 
@@ -97,11 +99,26 @@ class Backend(Protocol):
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         """Let a function of (*items, n) take (k, *items, n), too."""
 
-    def while_loop(self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
-        """``while cond(state): state = body(state)``."""
+    def while_loop(
+        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
+    ) -> Any:
+        """``while cond(state): state = body(state)``, at most ``limit`` times.
 
-    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
-        """Return the space the iterative solvers work in."""
+        Items that are done are masked in the state, so a backend for which looking is expensive may run the body a
+        few times more than ``cond`` asks for, within the limit.
+        """
+
+    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+        """``function(value)`` where any of the mask holds, else ``value``: work that is seldom needed."""
+
+    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
+        """``prepared.solve``, differentiable where the framework is tracing."""
+
+    def trees(self, y: Any, theta: Any) -> bool:
+        """Whether products alone may work on the leaves of the trees, so that nothing is concatenated."""
+
+    def space(self, x: Array) -> Any:
+        """Return the space of a vector, in which the iterative solvers work."""
 
     def widen(self, x: Array) -> Array:
         """Return the array in double precision, where the framework has it."""

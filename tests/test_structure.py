@@ -27,7 +27,7 @@ LAYERS = (
     ("preconditioner", "failure"),
     ("solvers",),
     ("solve",),
-    ("conditions", "linearization"),
+    ("conditions", "rules", "judgement", "linearization"),
     ("decorator", "api"),
     ("__init__",),
     ("demo", "demo_plot", "__main__"),
