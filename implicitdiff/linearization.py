@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, to_python
 from implicitdiff.errors import SolveError
 from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
@@ -37,6 +37,8 @@ class Linearization:
         How the latest solve ended.
     """
 
+    _made: tuple[Run, Report] | None = None
+
     @quiet
     def __init__(
         self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
@@ -47,7 +49,16 @@ class Linearization:
         self.y, self.theta = y, theta
         self._task = Task(engine, condition, y, theta, tuple(args), solver, on_failure, batched, own)
         self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
-        self.report: Report | None = None
+        self._run: Run | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """How the latest solve ended; None before the first."""
+        if self._run is None:
+            return None
+        if self._made is None or self._made[0] is not self._run:
+            self._made = self._run, self._report(self._run)
+        return self._made[1]
 
     # -- public --------------------------------------------------------------------------------------
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
@@ -134,8 +145,7 @@ class Linearization:
     @quiet
     def _call(self, mode: str, direction: Any, x0: Any) -> Any:
         """Run a mode of the rules, judge what was seen, and hand the value over."""
-        run = self._runner(mode, direction, x0)
-        self.report = self._report(run)
+        self._run = run = self._runner(mode, direction, x0)
         if not run.visible:
             return run.value
         error = self._judge(run, mode, direction)
@@ -170,5 +180,9 @@ class Linearization:
         return Rules(self._task, flat=True)
 
     def _report(self, run: Run) -> Report:
-        e = run.evidence
-        return make_report(e.solution, run.damping, run.methods, run.seconds, e.stationarity, run.derivatives)
+        e, read = run.evidence, to_python if run.visible else _as_it_is
+        return make_report(e.solution, run.damping, run.methods, run.seconds, e.stationarity, run.derivatives, read)
+
+
+def _as_it_is(x: Any) -> Any:
+    return x

@@ -96,10 +96,10 @@ class Rules:
 
     def __init__(self, task: Task, *, flat: bool = False, mute: bool = False) -> None:
         engine, solver, condition = task.backend, get_solver(task.solver), as_condition(task.condition)
-        border = Ravel if flat or not _may_stay_trees(task, condition, solver) else LeafRavel
+        keep = not flat and _may_stay_trees(task, condition, solver)
         self.task, self.mute = task, mute
-        y = border(engine, task.y, "y", task.batched, task.own)
-        theta = border(engine, task.theta, "theta", task.batched, task.own)
+        y = _border(keep, task.y)(engine, task.y, "y", task.batched, task.own)
+        theta = _border(keep, task.theta)(engine, task.theta, "theta", task.batched, task.own)
         y.check_partner(theta)
         self.point = Point(engine, y, theta, tuple(task.args))
         self.inputs = self._finite(y.vector, y, "y") & self._finite(theta.vector, theta, "theta")
@@ -225,9 +225,10 @@ class Rules:
     def _evidence(
         self, solution: Solution, inputs: Array, right: Array | None, image: Array | None, vanished: Array
     ) -> Evidence:  # fmt: skip
-        if self._seen is None:
-            self._seen = self._look(solution)
-        size, finite, unsolved = self._seen
+        seen = self._seen or self._look(solution)
+        if not self.point.backend.traced:  # what is traced belongs to its own trace
+            self._seen = seen
+        size, finite, unsolved = seen
         yes = self.point.backend.xp.ones_like(inputs)
         return Evidence(
             solution, inputs, yes if right is None else right, yes if image is None else image, vanished,
@@ -322,3 +323,8 @@ def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:
         return False
     matrix_free = getattr(solver, "matrix_free", None)
     return bool(matrix_free and matrix_free(LeafRavel.length(task.y)))
+
+
+def _border(keep: bool, tree: Any) -> type[Ravel]:
+    """Return the kind of border: a bare array of one axis is a vector as it is."""
+    return LeafRavel if keep and len(getattr(tree, "shape", ())) != 1 else Ravel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class Prepared:
     solver: Any
     seconds: float = 0.0
     methods: Sequence[tuple[str, str]] = ()
+    _counted: int = 0
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
 
     @property
@@ -84,7 +85,6 @@ class Prepared:
         if op.n == 0 or 0 in b.shape:
             self.methods, self.seconds = [(_name(self.solver), "n = 0")], time.perf_counter() - start
             return _empty(op, b)
-        before = self._assembled()
         used, state = self.state(transposed)
         x, status, counts = self.solver.solve(state, b, x0)
         status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
@@ -94,13 +94,14 @@ class Prepared:
             x = space.select(xp.broadcast_to(broken, space.items), space.nan(), x)
         describe = getattr(self.solver, "describe", None)
         self.methods = describe(state) if describe else [(_name(self.solver), "chosen by name")]
-        solution = _summary(op, x, status, counts, self._assembled() - before + probes)
+        solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         self.seconds = time.perf_counter() - start
         return solution
 
-    def _assembled(self) -> int:
-        """Count the products that went into assembling matrices so far."""
-        return sum(op.n for op, _ in self._states.values() if op.assembled)
+    def _newly_assembled(self) -> int:
+        """Count the products that went into assembling matrices since the last solve."""
+        before, self._counted = self._counted, sum(op.n for op, _ in self._states.values() if op.assembled)
+        return self._counted - before
 
 
 def prepare(operator: Operator, solver: Any) -> Prepared:
@@ -210,28 +211,36 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
 
 def make_report(
     solution: Solution, damping: float, methods: Sequence[tuple[str, str]], seconds: float, stationarity: Any,
-    derivatives: dict[str, str],
+    derivatives: dict[str, str], read: Callable[[Any], Any] = to_python,
 ) -> Report:  # fmt: skip
-    """Turn a solution into the public report: Python numbers for one problem, arrays for a batch."""
-    status = to_python(solution.status)
+    """Turn a solution into the public report: Python numbers for one problem, arrays for a batch.
+
+    Inside of a compiled program, where ``read`` leaves them as they are, the fields are arrays, too.
+    """
+    status = read(solution.status)
     single = isinstance(status, int)
-    name, reason = method_of(solution, methods)
-    rcond = to_python(solution.rcond)
+    name, reason = method_of(solution, methods) if read is to_python else summary_of(methods)
+    rcond = read(solution.rcond)
     return Report(
         status=Status(status) if single else status,
         converged=status == Status.CONVERGED if single else status == int(Status.CONVERGED),
         solver=name,
         reason=reason,
-        iterations=to_python(solution.iterations),
-        matvecs=to_python(solution.matvecs),
-        residual=to_python(solution.residual),
-        stationarity=to_python(stationarity),
+        iterations=read(solution.iterations),
+        matvecs=read(solution.matvecs),
+        residual=read(solution.residual),
+        stationarity=read(stationarity),
         derivatives=derivatives,
         seconds=seconds,
         rcond=None if isinstance(rcond, float) and math.isnan(rcond) else rcond,
         damping=damping,
         solution=solution.x,
     )
+
+
+def summary_of(methods: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Return the name and the reason where it is not known yet which of the methods will be used."""
+    return " or ".join(name for name, _ in methods), "; or ".join(reason for _, reason in methods)
 
 
 def method_of(solution: Solution, methods: Sequence[tuple[str, str]]) -> tuple[str, str]:

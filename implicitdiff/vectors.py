@@ -329,6 +329,6 @@ class TreeSpace(ArraySpace):
     def combine(self, basis: TreeVector, j: Any, c: Array) -> TreeVector:
         def leaf(rows: Array) -> Array:
             weights = self.xp.reshape(c, (-1, *(1,) * (len(rows.shape) - 1)))
-            return self.xp.sum(weights * rows, axis=0)
+            return self.xp.sum(weights * rows[: c.shape[0], ...], axis=0)
 
         return basis.map(leaf)

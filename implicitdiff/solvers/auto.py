@@ -160,14 +160,10 @@ def _filled(backend: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arrays in place of what a method does not tell, so that every method's result has the same form."""
     x, status, counts = result
     xp = backend.xp
-    nan = xp.full_like(counts.residual, math.nan)
-    zero = xp.zeros_like(status)
-    fields = [nan if value is None else value for value in counts[2:-1]]
-    return (
-        x,
-        status,
-        Counts(zero + counts.iterations, zero + counts.matvecs, *fields)._replace(method=zero + (counts.method or 0)),
-    )
+    nan, zero = xp.full_like(counts.residual, math.nan), xp.zeros_like(status)
+    fields = [nan if value is None else xp.broadcast_to(value, nan.shape) for value in counts[2:-1]]
+    filled = Counts(zero + counts.iterations, zero + counts.matvecs, *fields)
+    return x, status, filled._replace(method=_code(xp, status, counts.method))
 
 
 def _code(xp: Any, status: Array, method: Any) -> Array:
