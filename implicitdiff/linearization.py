@@ -13,10 +13,10 @@ so the cotangent of θ is −Bᵀ u (reverse). One factorisation of A serves bot
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar, cast
 
 from implicitdiff.arrays import Array, all_finite_items, any_true, item_norm, item_numbers, probe_vector, to_python
 from implicitdiff.conditions import as_condition
@@ -39,9 +39,18 @@ from implicitdiff.solve import Solution, make_report, poison, prepare
 __all__ = ["Linearization"]
 
 
-# A NaN or an overflow in NumPy arithmetic is found in the result and told by name, with its cause; NumPy's own
-# warning about it would come first, and from a line of ours.
-quiet = np.errstate(all="ignore")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def numeric(method: Method) -> Method:
+    """Run a method of `Linearization` in the context in which its backend computes."""
+
+    @functools.wraps(method)
+    def run(self: Linearization, *args: Any, **kwargs: Any) -> Any:
+        with self._point.backend.computing():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class Linearization:
@@ -65,21 +74,22 @@ class Linearization:
         engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
         self.y, self.theta = y, theta
         self._on_failure = on_failure
-        y_border = Ravel(engine, y, "y", batched, own)
-        theta_border = Ravel(engine, theta, "theta", batched, own)
-        y_border.check_partner(theta_border)
-        self._point = Point(engine, y_border, theta_border, tuple(args))
         self._bad: Array | None = None
-        for border in (y_border, theta_border):
-            self._bad = self._check_finite(border.vector, border, self._bad)
-        maps = as_condition(condition).maps(self._point)
+        with engine.computing():
+            y_border = Ravel(engine, y, "y", batched, own)
+            theta_border = Ravel(engine, theta, "theta", batched, own)
+            y_border.check_partner(theta_border)
+            self._point = Point(engine, y_border, theta_border, tuple(args))
+            for border in (y_border, theta_border):
+                self._bad = self._check_finite(border.vector, border, self._bad)
+            maps = as_condition(condition).maps(self._point)
         self._B, self._residual, self._at = maps.B, maps.residual, maps.at
         self._prepared = prepare(maps.A, solver)
         self._stationarity: Array | None = None
         self.report: Report | None = None
 
     # -- public --------------------------------------------------------------------------------------
-    @quiet
+    @numeric
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
         """−Bᵀ A⁻ᵀ v.
 
@@ -104,7 +114,7 @@ class Linearization:
         g, error = self._reverse(v, x0, "cotangent")
         return self._deliver(self._point.theta.unravel(g), error)
 
-    @quiet
+    @numeric
     def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
         """Derivative of y along a tangent of θ: the solution w of A w = −B θ̇.
 
@@ -129,7 +139,7 @@ class Linearization:
         w, error = self._forward(t, x0)
         return self._deliver(self._point.y.unravel(w), error)
 
-    @quiet
+    @numeric
     def jacobian(self) -> Any:
         """Dense dy/dθ.
 
@@ -159,7 +169,7 @@ class Linearization:
         rows, error = self._pull(*self._solve(unit, None, transposed=True, bad=self._bad))
         return self._deliver(self._nest(xp.moveaxis(rows, 0, -2)), error)
 
-    @quiet
+    @numeric
     def gradient(self, outer: Any, x0: Array | None = None) -> Any:
         """Total gradient of a loss ``L(y, theta) -> scalar``: ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
 

@@ -7,6 +7,7 @@ take vectors with one more leading axis of right-hand sides. Arithmetic goes thr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from implicitdiff.arrays import Array
@@ -83,6 +84,16 @@ class Backend(Protocol):
     def astype(self, x: Array, dtype: Any) -> Array:
         """Cast, also a value that is being traced."""
 
+    # -- the user's functions ------------------------------------------------------------------------
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return the context in which everything of ours is computed: no warnings, no recording of derivatives."""
+
+    def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a user's function as it is to be called from within that context."""
+
+    vmap: Callable[[Callable[..., Array]], Callable[..., Array]] | None
+    """Turns a function of arrays into one over a leading axis of all of them; None where the framework cannot."""
+
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> Derivatives:
         """Derivatives of a vector function."""
@@ -97,8 +108,14 @@ class Backend(Protocol):
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         """Let a function of (*items, n) take (k, *items, n), too."""
 
-    def while_loop(self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
-        """``while cond(state): state = body(state)``."""
+    def while_loop(
+        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
+    ) -> Any:
+        """``while cond(state): state = body(state)``.
+
+        ``limit`` is the most bodies that may run. Where it is given, a body that runs after the condition has become
+        false does no harm, and the condition may be looked at now and then only.
+        """
 
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         """Return the space the iterative solvers work in."""

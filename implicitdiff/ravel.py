@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -89,6 +90,13 @@ class Ravel:
         if dtype is not None:
             parts = [p if p.dtype == dtype else backend.astype(p, dtype) for p in parts]
         return parts[0] if len(parts) == 1 else backend.concat(parts)
+
+    def of_one_item(self) -> Ravel:
+        """Return the border of one item of a batch: the same structure, and no vector of its own."""
+        one = copy.copy(self)
+        one.items, one._shape, one._flat = (), self._shape[len(self.items) :], (self.n,)
+        del one.vector
+        return one
 
     def unravel(self, vector: Array) -> Any:
         """Turn vectors (*lead, n) into a tree of leaves (*lead, *shape).

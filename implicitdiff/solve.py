@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from implicitdiff.arrays import Array, any_true, item_norm, probe_vector, to_python
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.failure import check_mode, explain, settle
@@ -202,7 +200,6 @@ def poison(xp: Any, solution: Solution, x: Array) -> Array:
     return xp.where(solution.failed[..., None], xp.full_like(x, float("nan")), x)
 
 
-@np.errstate(all="ignore")
 def linear_solve(
     A: Any, b: Array, *, solver: Any = "auto", symmetric: bool | None = None, positive_definite: bool | None = None,
     transpose: Any = None, x0: Array | None = None, batched: bool = False, on_failure: str = "raise",
@@ -254,29 +251,33 @@ def linear_solve(
     """
     check_mode(on_failure)
     engine = get_backend(backend) if backend is not None else backend_for({"b": [b]})
-    b = engine.as_leaf(b, "b")
-    vector = _incoming(engine, b, "b", batched)
-    op = _as_operator(engine, A, b, vector, batched, symmetric, positive_definite, transpose)
-    if not any_true(engine.xp, ~engine.xp.isfinite(vector)):
-        pass
-    elif not batched or on_failure == "raise":
-        raise NonFiniteError("b holds NaN or Inf.")
-    start = None if x0 is None else _incoming(engine, engine.as_leaf(x0, "x0"), "x0", batched)
-    if start is not None and start.shape != vector.shape:
-        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}.")  # type: ignore[union-attr]
-    prepared = prepare(op, solver)
-    solution = prepared.solve(vector, start)
-    error: SolveError | None = None
-    x = solution.x
-    if any_true(engine.xp, solution.failed):
-        error = explain(op, solution)
-        x = poison(engine.xp, solution, x) if on_failure == "nan" else x
-    x = engine.xp.matrix_transpose(x) if len(b.shape) == 2 and not batched else x
-    report = make_report(solution, prepared.solver, float("nan"), {"A": op.sources})
+    with engine.computing():
+        b = engine.as_leaf(b, "b")
+        vector, start = _right_hand_side(engine, b, x0, batched, on_failure)
+        prepared = prepare(_as_operator(engine, A, b, vector, batched, symmetric, positive_definite, transpose), solver)
+        solution = prepared.solve(vector, start)
+        error: SolveError | None = None
+        x = solution.x
+        if any_true(engine.xp, solution.failed):
+            error = explain(prepared.operator, solution)
+            x = poison(engine.xp, solution, x) if on_failure == "nan" else x
+        x = engine.xp.matrix_transpose(x) if len(b.shape) == 2 and not batched else x
+        report = make_report(solution, prepared.solver, float("nan"), {"A": prepared.operator.sources})
     if error is not None:
         error.value, error.report = x, report
     settle(error, on_failure)
     return (x, report) if return_report else x
+
+
+def _right_hand_side(backend: Any, b: Array, x0: Any, batched: bool, on_failure: str) -> tuple[Array, Array | None]:
+    """Return b and the start as vectors (*rhs, *items, n)."""
+    vector = _incoming(backend, b, "b", batched)
+    if any_true(backend.xp, ~backend.xp.isfinite(vector)) and (not batched or on_failure == "raise"):
+        raise NonFiniteError("b holds NaN or Inf.")
+    start = None if x0 is None else _incoming(backend, backend.as_leaf(x0, "x0"), "x0", batched)
+    if start is not None and start.shape != vector.shape:
+        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}.")
+    return vector, start
 
 
 def _incoming(backend: Any, b: Array, name: str, batched: bool) -> Array:

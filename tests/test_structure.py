@@ -34,7 +34,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BUILD_ON_ARRAY_API = {"numpy", "torch", "cupy"}
-HELPERS = {"differences", "tape"}
+HELPERS = {"differences", "tape", "torch_autograd", "torch_function", "torch_space"}
 
 
 def module_name(path: Path) -> str:
