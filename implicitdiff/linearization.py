@@ -36,7 +36,7 @@ from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report, Status
 from implicitdiff.solve import Solution, make_report, poison, prepare
 
-__all__ = ["Linearization"]
+__all__ = ["Linearization", "linearized"]
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -87,6 +87,11 @@ class Linearization:
         self._prepared = prepare(maps.A, solver)
         self._stationarity: Array | None = None
         self.report: Report | None = None
+
+    @property
+    def derivatives(self) -> dict[str, str]:
+        """Where the products with A and B come from."""
+        return {"A": self._prepared.operator.sources, "B": self._B.sources}
 
     # -- public --------------------------------------------------------------------------------------
     @numeric
@@ -158,16 +163,16 @@ class Linearization:
         p = self._point
         xp, n, m, items = p.backend.xp, p.y.n, p.theta.n, p.items
         if n == 0 or m == 0:
-            return self._nest(xp.zeros((*items, n, m), dtype=p.y.dtype, device=p.y.device))
+            return p.nest(xp.zeros((*items, n, m), dtype=p.y.dtype, device=p.y.device))
         if m <= n:
             w, error = self._push(
                 xp.moveaxis(self._B.dense(), -1, 0), None, self._bad, p.theta.vector + 1
             )  # (m, *items, n)
-            return self._deliver(self._nest(xp.moveaxis(w, 0, -1)), error)
+            return self._deliver(p.nest(xp.moveaxis(w, 0, -1)), error)
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
         rows, error = self._pull(*self._solve(unit, None, transposed=True, bad=self._bad))
-        return self._deliver(self._nest(xp.moveaxis(rows, 0, -2)), error)
+        return self._deliver(p.nest(xp.moveaxis(rows, 0, -2)), error)
 
     @numeric
     def gradient(self, outer: Any, x0: Array | None = None) -> Any:
@@ -199,6 +204,19 @@ class Linearization:
         if self.report is not None:
             self.report = replace(self.report, derivatives={**self.report.derivatives, "outer": kind})
         return self._deliver(p.theta.unravel(by_theta + g), error)
+
+    # -- for a framework's own derivative of the solution ----------------------------------------------
+    @numeric
+    def solve(self, b: Array, *, transposed: bool = False) -> Array:
+        """A⁻¹ b, or A⁻ᵀ b, for raveled right-hand sides (*rhs, *items, n); failures as for `vjp`."""
+        bad = self._check_finite(b, self._point.y, self._bad, "the right-hand side")
+        solution, error = self._solve(b, None, transposed=transposed, bad=bad)
+        return self._deliver(self._poisoned(solution, solution.x), error)
+
+    @numeric
+    def pullback(self, v: Array) -> Array:
+        """−Bᵀ A⁻ᵀ v for raveled cotangents (*rhs, *items, n); failures as for `vjp`."""
+        return self._deliver(*self._reverse(v, None, "cotangent"))
 
     # -- vectors -------------------------------------------------------------------------------------
     def _reverse(self, v: Array, x0: Array | None, name: str) -> tuple[Array, SolveError | None]:
@@ -245,8 +263,7 @@ class Linearization:
                 status=xp.where(bad, code, solution.status), x=xp.where(bad[..., None], nan, solution.x)
             )
         wrong = self._check_stationarity(solution)
-        kinds = {"A": operator.sources, "B": self._B.sources}
-        self.report = make_report(solution, self._prepared.solver, self._stationarity, kinds)
+        self.report = make_report(solution, self._prepared.solver, self._stationarity, self.derivatives)
         if wrong is not None or not any_true(xp, failed):
             return solution, wrong
         return solution, explain(operator, solution)
@@ -267,22 +284,6 @@ class Linearization:
             raise ShapeError(f"x0 has shape {tuple(found.shape)}; expected the raveled {tuple(b.shape)}.")
         self._point.y.check_placed(found, "x0", b.dtype)
         return self._point.backend.astype(found, b.dtype)
-
-    def _nest(self, jacobian: Array) -> Any:
-        """(*items, n, m) as the structure of y over the structure of theta."""
-        p = self._point
-        backend, lead = p.backend, tuple(jacobian.shape[:-2])
-        rows, start = [], 0
-        for leaf in p.y.leaves:
-            block = jacobian[..., start : start + leaf.size, :]
-            start += leaf.size
-            row, begin = [], 0
-            for other in p.theta.leaves:
-                part = block[..., begin : begin + other.size]
-                begin += other.size
-                row.append(backend.astype(backend.reshape(part, (*lead, *leaf.shape, *other.shape)), leaf.dtype))
-            rows.append(p.theta.tree.unflatten(row))
-        return p.y.tree.unflatten(rows)
 
     # -- checks --------------------------------------------------------------------------------------
     def _check_finite(self, vector: Array, border: Ravel, bad: Array | None, name: str | None = None) -> Array | None:
@@ -385,6 +386,13 @@ class Linearization:
             "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
             NotASolutionWarning,
         )
+
+
+def linearized(condition: Any, y: Any, theta: Any, *, backend: Any = None, **options: Any) -> Linearization:
+    """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results."""
+    engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
+    made: type[Linearization] = getattr(engine, "linearization", None) or Linearization
+    return made(condition, y, theta, backend=engine, **options)
 
 
 def _nearby(border: Ravel) -> Array:

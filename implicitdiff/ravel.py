@@ -93,10 +93,15 @@ class Ravel:
 
     def of_one_item(self) -> Ravel:
         """Return the border of one item of a batch: the same structure, and no vector of its own."""
-        one = copy.copy(self)
+        one = self.structure()
         one.items, one._shape, one._flat = (), self._shape[len(self.items) :], (self.n,)
-        del one.vector
         return one
+
+    def structure(self) -> Ravel:
+        """Return the border without its vector."""
+        bare = copy.copy(self)
+        del bare.vector
+        return bare
 
     def unravel(self, vector: Array) -> Any:
         """Turn vectors (*lead, n) into a tree of leaves (*lead, *shape).

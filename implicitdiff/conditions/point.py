@@ -96,6 +96,21 @@ class Point:
 
         return self.backend.vmap(of_one_item)(self.y.vector, self.theta.vector)
 
+    def nest(self, jacobian: Array) -> Any:
+        """Turn a matrix (*items, n, m) into the structure of y over the structure of theta."""
+        backend, lead = self.backend, tuple(jacobian.shape[:-2])
+        rows, start = [], 0
+        for leaf in self.y.leaves:
+            block = jacobian[..., start : start + leaf.size, :]
+            start += leaf.size
+            row, begin = [], 0
+            for other in self.theta.leaves:
+                part = block[..., begin : begin + other.size]
+                begin += other.size
+                row.append(backend.astype(backend.reshape(part, (*lead, *leaf.shape, *other.shape)), leaf.dtype))
+            rows.append(self.theta.tree.unflatten(row))
+        return self.y.tree.unflatten(rows)
+
     def _bilinear(
         self, function: Callable[..., Any], name: str, takes: Ravel, returns: Ravel
     ) -> Callable[[Any, Any, Array], Array]:
