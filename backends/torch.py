@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from implicitdiff.backends.torch_arrays import TorchArrays
 from implicitdiff.backends.torch_composable import Composable
 from implicitdiff.backends.torch_function import Implicit
@@ -20,6 +22,11 @@ class TorchBackend(TorchArrays):
 
     def custom_derivative(self, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the solver of an `ImplicitFunction`, and let Torch differentiate what it returns."""
+        if torch.compiler.is_compiling():  # a solve is no graph: let the compiler step over it at once
+            return torch.compiler.disable(self._recorded)(function, theta, args, kwargs)
+        return self._recorded(function, theta, args, kwargs)
+
+    def _recorded(self, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_recorded(args)
         options = {k: v for k, v in function.options.items() if k != "backend"}
         problem = Problem(self, Composable(), function.condition, options, theta, args, kwargs, function)

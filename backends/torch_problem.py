@@ -192,7 +192,7 @@ class Problem:
             )
         x = lin.solve(plain(b), transposed=transposed)
         self.report = lin.report
-        return x
+        return x.clone()  # what is returned gets to know this problem, and the report holds x
 
     # -- products that are differentiated again ------------------------------------------------------
     def composed(self, y: Array, tensors: Sequence[Array]) -> tuple[Point, Maps]:

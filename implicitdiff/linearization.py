@@ -209,7 +209,7 @@ class Linearization:
     @numeric
     def solve(self, b: Array, *, transposed: bool = False) -> Array:
         """A⁻¹ b, or A⁻ᵀ b, for raveled right-hand sides (*rhs, *items, n); failures as for `vjp`."""
-        bad = self._check_finite(b, self._point.y, self._bad, "the right-hand side")
+        bad = self._check_finite(b, self._point.y, self._bad, "b")
         solution, error = self._solve(b, None, transposed=transposed, bad=bad)
         return self._deliver(self._poisoned(solution, solution.x), error)
 
@@ -391,8 +391,7 @@ class Linearization:
 def linearized(condition: Any, y: Any, theta: Any, *, backend: Any = None, **options: Any) -> Linearization:
     """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results."""
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
-    made: type[Linearization] = getattr(engine, "linearization", None) or Linearization
-    return made(condition, y, theta, backend=engine, **options)
+    return getattr(engine, "linearization", Linearization)(condition, y, theta, backend=engine, **options)
 
 
 def _nearby(border: Ravel) -> Array:
