@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
@@ -82,6 +84,17 @@ class ArrayAPIBackend:
 
     def astype(self, x: Array, dtype: Any) -> Array:
         return self.xp.astype(x, dtype, copy=False)
+
+    # -- the user's functions ------------------------------------------------------------------------
+    vmap: Any = None
+
+    def computing(self) -> AbstractContextManager[Any]:
+        # A NaN or an overflow in NumPy arithmetic is found in the result and told by name, with its cause; NumPy's
+        # own warning about it would come first, and from a line of ours.
+        return np.errstate(all="ignore")
+
+    def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
 
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:

@@ -228,7 +228,7 @@ class JaxBackend(ArrayAPIBackend):
         return JaxTreeSpace(jnp, x) if is_tree_vector(x) else JaxSpace(jnp, x.shape, x.dtype, None)
 
     def widen(self, x: Array) -> Array:
-        return x.astype(jnp.float64) if jax.config.jax_enable_x64 else x
+        return x.astype(jnp.float64) if jax.config.read("jax_enable_x64") else x
 
     def lu_factor(self, matrix: Array) -> Any:
         lu, _, permutation = lax.linalg.lu(matrix)

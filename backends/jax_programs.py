@@ -17,7 +17,7 @@ import numpy as np
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 
-__all__ = ["Program", "Runner", "is_traced", "program_for"]
+__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -67,7 +67,7 @@ _running = _Running()
 class _Call:
     """A call with its static parts, and the arrays that go into the program.
 
-    ``arrays`` are y, theta, the leaves of args that may change from call to call, the direction and x0.
+    ``arrays`` are y, theta, the leaves of args that may change from call to call, and what else the program takes.
     """
 
     task: Task
@@ -105,6 +105,12 @@ class _Split:
         return jax.tree.unflatten(self.treedef, [next(rest) if leaf is _CHANGES else leaf for leaf in self.static])
 
 
+def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> _Call:
+    """Return a call of a program on the point, the data, and more arrays."""
+    split = _Split(task.args)
+    return _Call(task, mode, outer, split, (*point, split.dynamic, *arrays))
+
+
 _CHANGES = object()
 _programs: dict[Any, Program] = {}
 
@@ -121,7 +127,7 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     key = (
         call.mode, build, type(task.condition), *(_identity(f, found) for f in functions), task.batched,
         task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
-        jax.config.jax_enable_x64,
+        jax.config.read("jax_enable_x64"),
     )  # fmt: skip
     program, contents = _programs.get(key), _contents(functions)
     if program is not None and program.contents == contents:
@@ -233,8 +239,7 @@ class Runner:
         outer, vector = (direction, None) if mode == "gradient" else (None, direction)
         if self._direct is not None or is_traced(task.y, task.theta, task.args, vector, x0):
             return self._traced(mode, direction, x0)
-        split = _Split(task.args)
-        call = _Call(task, mode, outer, split, (task.y, task.theta, split.dynamic, vector, x0))
+        call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
         if task.own and x0 is None and mode in {"vjp", "jvp"}:
             program, out = self._factored(call)
         else:

@@ -215,14 +215,6 @@ class NumpyBackend(ArrayAPIBackend):
 
         return many
 
-    def while_loop(
-        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
-    ) -> Any:
-        with np.errstate(all="ignore"):  # a NaN or an overflow is found in the scalars and told
-            while cond(state):
-                state = body(state)
-        return state
-
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         if len(shape) == 1:
             return NumpySpace(shape, dtype)

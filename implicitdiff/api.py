@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from implicitdiff.arrays import Array
-from implicitdiff.linearization import Linearization
+from implicitdiff.linearization import Linearization, linearized
 
 __all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize"]
 
@@ -45,7 +45,7 @@ def linearize(
     >>> np.round(lin.jvp(np.array([12.0])), 6), np.round(lin.jacobian(), 6)
     (array([1.]), array([[0.083333]]))
     """
-    return Linearization(
+    return linearized(
         condition, y, theta, args=args, solver=solver, on_failure=on_failure, backend=backend,
         batched=batched, own=True,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def _at(
     condition: Any, y: Any, theta: Any, args: tuple[Any, ...], solver: Any, on_failure: str, backend: Any,
     batched: bool,
 ) -> Linearization:  # fmt: skip
-    return Linearization(
+    return linearized(
         condition, y, theta, args=args, solver=solver, on_failure=on_failure, backend=backend, batched=batched
     )
 

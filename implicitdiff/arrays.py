@@ -52,7 +52,7 @@ def all_finite_items(xp: Any, x: Array) -> Array:
 
 def any_true(xp: Any, mask: Array) -> bool:
     """Whether any entry is true, as a Python bool (a synchronisation on an accelerator)."""
-    return bool(xp.any(mask))
+    return bool(mask if isinstance(mask, (bool, np.bool_)) else xp.any(mask))
 
 
 def needed(backend: Any, mask: Array) -> bool:

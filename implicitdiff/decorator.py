@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
-from implicitdiff.linearization import Linearization
+from implicitdiff.linearization import Linearization, linearized
+from implicitdiff.registry import backend_for, get_backend
 
 __all__ = ["ImplicitFunction", "implicit_function"]
 
@@ -15,27 +17,37 @@ __all__ = ["ImplicitFunction", "implicit_function"]
 class ImplicitFunction:
     """A solver whose solution can be differentiated; made by `implicit_function`.
 
-    Calling it runs the solver. ``vjp``, ``jvp`` and ``jacobian`` run it and differentiate its solution;
-    ``linearize`` runs it once and serves many products.
+    Calling it runs the solver, and where the framework has autodiff, that differentiates the result. ``vjp``, ``jvp``
+    and ``jacobian`` run it and differentiate its solution; ``linearize`` runs it once and serves many products.
     """
 
     def __init__(self, solve: Callable[..., Any], condition: Any, has_aux: bool, options: dict[str, Any]) -> None:
         functools.update_wrapper(self, solve)
-        self._solve, self._condition, self._has_aux, self._options = solve, condition, has_aux, options
+        self.solve, self.condition, self.has_aux, self.options = solve, condition, has_aux, options
+        self.shapes: dict[Any, Any] = {}  # of solutions, by the form of the arguments
 
     def __call__(self, theta: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the solver: ``y``, or ``(y, aux)`` with ``has_aux=True``."""
-        return self._run(theta, args, kwargs)
+        backend = self.options["backend"]
+        engine = get_backend(backend) if backend is not None else backend_for({"theta": theta})
+        custom = getattr(engine, "custom_derivative", None)
+        return self.run(theta, args, kwargs) if custom is None else custom(self, theta, args, kwargs)
 
     def linearize(self, theta: Any, *args: Any, **kwargs: Any) -> Linearization:
         """Solve, and linearise the condition at the solution (``.y`` of the result)."""
-        out = self._run(theta, args, kwargs)
-        y = out[0] if self._has_aux else out
+        out = self(theta, *args, **kwargs)
+        y = out[0] if self.has_aux else out
+        with self.explaining(y):
+            return linearized(self.condition, y, theta, args=args, own=True, **self.options)
+
+    @contextlib.contextmanager
+    def explaining(self, y: Any) -> Iterator[None]:
+        """Add the likely cause to an error about a solution that is a pair."""
         try:
-            return Linearization(self._condition, y, theta, args=args, own=True, **self._options)
+            yield
         except (InputError, DTypeError, BackendError, CallbackError) as error:
-            if type(y) is tuple and len(y) == 2 and not self._has_aux:
-                error.args = (f"{error}\n{_name(self._solve)} returned a pair: if it is (y, aux), say has_aux=True.",)
+            if type(y) is tuple and len(y) == 2 and not self.has_aux:
+                error.args = (f"{error}\n{_name(self.solve)} returned a pair: if it is (y, aux), say has_aux=True.",)
             raise
 
     def vjp(self, theta: Any, cotangent: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,12 +62,13 @@ class ImplicitFunction:
         """Solve at theta and return the dense dy/dθ, shape y.shape + theta.shape."""
         return self.linearize(theta, *args, **kwargs).jacobian()
 
-    def _run(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = self._solve(theta, *args, **kwargs)
-        name = _name(self._solve)
+    def run(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the solver and no more, and check that it returned something of the right kind."""
+        out = self.solve(theta, *args, **kwargs)
+        name = _name(self.solve)
         if out is None:
             raise CallbackError(f"{name} returned None.\nExpected the solution y.")
-        if self._has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise CallbackError(
                 f"{name} returned {type(out).__name__}.\nExpected the pair (y, aux), since has_aux=True."
             )

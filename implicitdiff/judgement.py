@@ -16,7 +16,7 @@ from implicitdiff.errors import (
 from implicitdiff.failure import explain, warn
 from implicitdiff.ravel import Ravel
 
-__all__ = ["judge", "reject_non_finite"]
+__all__ = ["judge", "reject_non_finite", "warn_not_solution"]
 
 
 def reject_non_finite(task: Any, border: Ravel, vector: Any, name: str) -> None:
@@ -47,7 +47,7 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
     good = evidence.inputs  # the others have been told already
     if not rules.told and any_true(xp, evidence.unsolved & good):
         rules.told = True  # once for a point
-        _warn_not_solution(rules.point, evidence)
+        warn_not_solution(xp, evidence.stationarity, evidence.unsolved, batched=bool(rules.point.items))
     right = _product_error(rules.point, evidence.right | ~good, _right_name(rules))
     if right is not None:
         return right
@@ -99,10 +99,10 @@ def _check_dependence(rules: Any) -> None:
     )
 
 
-def _warn_not_solution(point: Any, evidence: Any) -> None:
-    xp, size = point.backend.xp, evidence.stationarity
-    if point.items:
-        bad = item_numbers(xp, evidence.unsolved)
+def warn_not_solution(xp: Any, size: Array, unsolved: Array, *, batched: bool) -> None:
+    """Warn with ‖F(y, theta)‖ that y is not a solution."""
+    if batched:
+        bad = item_numbers(xp, unsolved)
         head = f"y is not a solution in items {bad}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
     else:
         head = f"y is not a solution: ‖F(y, theta)‖ = {to_python(size):.3g}."

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from implicitdiff.arrays import Array, to_python
 from implicitdiff.errors import SolveError
 from implicitdiff.failure import check_mode, settle
@@ -16,12 +14,7 @@ from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.solve import make_report, method_of
 
-__all__ = ["Linearization"]
-
-
-# A NaN or an overflow in NumPy arithmetic is found in the result and told by name, with its cause; NumPy's own
-# warning about it would come first, and from a line of ours.
-quiet = np.errstate(all="ignore")
+__all__ = ["Linearization", "linearized"]
 
 
 class Linearization:
@@ -37,9 +30,8 @@ class Linearization:
         How the latest solve ended.
     """
 
-    _made: tuple[Run, Report] | None = None
+    _shown: Report | None = None
 
-    @quiet
     def __init__(
         self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
         on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
@@ -48,17 +40,16 @@ class Linearization:
         engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
         self.y, self.theta = y, theta
         self._task = Task(engine, condition, y, theta, tuple(args), solver, on_failure, batched, own)
-        self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
+        with engine.computing():
+            self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
         self._run: Run | None = None
 
     @property
     def report(self) -> Report | None:
         """How the latest solve ended; None before the first."""
-        if self._run is None:
-            return None
-        if self._made is None or self._made[0] is not self._run:
-            self._made = self._run, self._report(self._run)
-        return self._made[1]
+        if self._run is not None:
+            self._shown, self._run = self._report(self._run), None
+        return self._shown
 
     # -- public --------------------------------------------------------------------------------------
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
@@ -141,14 +132,28 @@ class Linearization:
         """
         return self._call("gradient", outer, x0)
 
+    @property
+    def derivatives(self) -> dict[str, str]:
+        """Where the products came from that were used so far."""
+        return self._runner.derivatives
+
+    # -- for a framework's own derivative of the solution ----------------------------------------------
+    def solve(self, b: Array, *, transposed: bool = False) -> Array:
+        """A⁻¹ b, or A⁻ᵀ b, for raveled right-hand sides (*rhs, *items, n); failures as for `vjp`."""
+        return self._call("solve_adjoint" if transposed else "solve", b, None)
+
+    def pullback(self, v: Array) -> Array:
+        """−Bᵀ A⁻ᵀ v for raveled cotangents (*rhs, *items, n); failures as for `vjp`."""
+        return self._call("pullback", v, None)
+
     # -- inside --------------------------------------------------------------------------------------
-    @quiet
     def _call(self, mode: str, direction: Any, x0: Any) -> Any:
         """Run a mode of the rules, judge what was seen, and hand the value over."""
-        self._run = run = self._runner(mode, direction, x0)
-        if not run.visible:
-            return run.value
-        error = self._judge(run, mode, direction)
+        with self._task.backend.computing():
+            self._run = run = self._runner(mode, direction, x0)
+            if not run.visible:
+                return run.value
+            error = self._judge(run, mode, direction)
         if error is not None:  # with the value attached: nothing is lost
             error.value, error.report = run.value, self.report
             settle(error, self._task.on_failure)
@@ -186,3 +191,9 @@ class Linearization:
 
 def _as_it_is(x: Any) -> Any:
     return x
+
+
+def linearized(condition: Any, y: Any, theta: Any, *, backend: Any = None, **options: Any) -> Linearization:
+    """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results."""
+    engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
+    return getattr(engine, "linearization", Linearization)(condition, y, theta, backend=engine, **options)

@@ -7,6 +7,7 @@ take vectors with one more leading axis of right-hand sides. Arithmetic goes thr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from implicitdiff.arrays import Array
@@ -85,6 +86,16 @@ class Backend(Protocol):
     def astype(self, x: Array, dtype: Any) -> Array:
         """Cast, also a value that is being traced."""
 
+    # -- the user's functions ------------------------------------------------------------------------
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return the context in which everything of ours is computed: no warnings, no recording of derivatives."""
+
+    def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a user's function as it is to be called from within that context."""
+
+    vmap: Callable[[Callable[..., Array]], Callable[..., Array]] | None
+    """Turns a function of arrays into one over a leading axis of all of them; None where the framework cannot."""
+
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> Derivatives:
         """Derivatives of a vector function."""
@@ -102,10 +113,10 @@ class Backend(Protocol):
     def while_loop(
         self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
     ) -> Any:
-        """``while cond(state): state = body(state)``, at most ``limit`` times.
+        """``while cond(state): state = body(state)``.
 
-        Items that are done are masked in the state, so a backend for which looking is expensive may run the body a
-        few times more than ``cond`` asks for, within the limit.
+        ``limit`` is the most bodies that may run. Where it is given, a body that runs after the condition has become
+        false does no harm, and the condition may be looked at now and then only.
         """
 
     def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:

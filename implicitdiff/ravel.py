@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -100,6 +101,18 @@ class Ravel:
     def divide(self, vector: Array) -> Any:
         """Return a raveled vector in the form of this border's vectors."""
         return vector
+
+    def of_one_item(self) -> Ravel:
+        """Return the border of one item of a batch: the same structure, and no vector of its own."""
+        one = self.structure()
+        one.items, one._shape, one._flat = (), self._shape[len(self.items) :], (self.n,)
+        return one
+
+    def structure(self) -> Ravel:
+        """Return the border without its vector."""
+        bare = copy.copy(self)
+        del bare.vector
+        return bare
 
     def unravel(self, vector: Array) -> Any:
         """Turn vectors (*lead, n) into a tree of leaves (*lead, *shape).

@@ -105,7 +105,7 @@ class Rules:
         self.inputs = self._finite(y.vector, y, "y") & self._finite(theta.vector, theta, "theta")
         maps = condition.maps(self.point)
         self.B, self.value, self.at = maps.B, maps.residual, maps.at
-        self.prepared = prepare(maps.A, solver)
+        self.prepared = prepare(maps.A, solver, mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
         self.told = False
         self._seen: tuple[Array, Array, Array] | None = None
@@ -117,7 +117,7 @@ class Rules:
 
     def _finite(self, x: Any, border: Ravel, name: str) -> Array:
         """Whether the items of a vector are finite; where values are seen, one that is not is told at once."""
-        finite = border.space.finite(x)
+        finite = self.task.backend.space(x).finite(x)
         if not self.task.backend.traced and any_true(self.task.backend.xp, ~finite):
             reject_non_finite(self.task, border, x, name)
         return finite
@@ -136,6 +136,13 @@ class Rules:
         t = border.like(tangent, "tangent", dtype=border.dtype)
         w, evidence = self._push(self.B.matvec(t), x0, self.inputs & self._finite(t, border, "tangent"), t)
         return self.point.y.unravel(w), evidence
+
+    def tangent(self, tangent: Any) -> Any:
+        """w of A w = −B θ̇, as a linear function of θ̇ and nothing else: no look at what θ̇ is."""
+        border = self.point.theta
+        b = self.B.matvec(border.like(tangent, "tangent", dtype=border.dtype))
+        solution = self.point.backend.linear(self.prepared, -b, None, False)
+        return self.point.y.unravel(solution.x)
 
     def gradient(self, outer: Any, x0: Any = None) -> tuple[Any, Evidence]:
         """∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y."""
@@ -156,11 +163,29 @@ class Rules:
             if n and m:
                 b = xp.moveaxis(self.B.dense(), -1, 0)
             w, evidence = self._push(b, None, self.inputs, p.theta.vector + 1)
-            return nest(p, xp.moveaxis(w, 0, -1)), evidence
+            return p.nest(xp.moveaxis(w, 0, -1)), evidence
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
         rows, evidence = self._pull(unit, None, self.inputs)
-        return nest(p, xp.moveaxis(rows, 0, -2)), evidence
+        return p.nest(xp.moveaxis(rows, 0, -2)), evidence
+
+    def solve(self, b: Any, x0: None = None) -> tuple[Any, Evidence]:
+        """A⁻¹ b for raveled vectors."""
+        return self._solved(b, transposed=False)
+
+    def solve_adjoint(self, b: Any, x0: None = None) -> tuple[Any, Evidence]:
+        """A⁻ᵀ b for raveled vectors."""
+        return self._solved(b, transposed=True)
+
+    def pullback(self, v: Any, x0: None = None) -> tuple[Any, Evidence]:
+        """−Bᵀ A⁻ᵀ v for raveled vectors."""
+        return self._pull(v, None, self.inputs & self._per_item(self._finite(v, self.point.y, "cotangent")))
+
+    def _solved(self, b: Any, *, transposed: bool) -> tuple[Any, Evidence]:
+        inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))
+        solution = self._solve(b, None, inputs, transposed=transposed)
+        no = ~self.point.backend.xp.any(inputs | ~inputs)
+        return self._poisoned(solution.x, solution), self._evidence(solution, inputs, None, None, no)
 
     # -- vectors -------------------------------------------------------------------------------------
     def _push(self, b: Any, x0: Any, inputs: Array, t: Any) -> tuple[Any, Evidence]:
@@ -225,7 +250,7 @@ class Rules:
     def _evidence(
         self, solution: Solution, inputs: Array, right: Array | None, image: Array | None, vanished: Array
     ) -> Evidence:  # fmt: skip
-        seen = self._seen or self._look(solution)
+        seen = self._seen or self.look(solution.operator_norm)
         if not self.point.backend.traced:  # what is traced belongs to its own trace
             self._seen = seen
         size, finite, unsolved = seen
@@ -235,8 +260,8 @@ class Rules:
             size, finite, unsolved,
         )  # fmt: skip
 
-    def _look(self, solution: Solution) -> tuple[Array, Array, Array]:
-        """‖F‖, whether it is finite, and whether it is far from zero."""
+    def look(self, known: Array | None) -> tuple[Array, Array, Array]:
+        """‖F‖, whether it is finite, and whether it is far from zero; ``known`` is a lower estimate of ‖A‖."""
         # F near y is A δ for an error δ of y, so ‖F‖ is held against ‖A‖ max(‖y‖, 1), with the lower estimate
         # of ‖A‖ that the solve brought along: scaling F scales both sides.
         p = self.point
@@ -256,7 +281,6 @@ class Rules:
             unit = space.scale(1 / safe, space.copy(residual))
             return xp.maximum(norm, space.size(self.prepared.operator.matvec(unit)))
 
-        known = solution.operator_norm
         norm = xp.zeros_like(size) if known is None else xp.asarray(known, dtype=size.dtype)
         norm = backend.rescue(~(size <= level * norm * length), along, norm)
         return size, space.finite(residual), size > level * norm * length
@@ -292,6 +316,11 @@ class Direct:
         self._task, self._mute = task, mute
         self._rules = Rules(task, mute=mute)
 
+    @property
+    def derivatives(self) -> dict[str, str]:
+        """Where the products came from that were used so far."""
+        return self._rules.derivatives
+
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
         rules = self._rules
         if mode == "jacobian" and isinstance(rules.point.y, LeafRavel):  # dense: there is no keeping leaves apart
@@ -299,22 +328,6 @@ class Direct:
         value, evidence = getattr(rules, mode)(direction, x0)
         p = rules.prepared
         return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, not self._mute)
-
-
-def nest(point: Point, jacobian: Array) -> Any:
-    """(*items, n, m) as the structure of y over the structure of theta."""
-    backend, lead = point.backend, tuple(jacobian.shape[:-2])
-    rows, start = [], 0
-    for leaf in point.y.leaves:
-        block = jacobian[..., start : start + leaf.size, :]
-        start += leaf.size
-        row, begin = [], 0
-        for other in point.theta.leaves:
-            part = block[..., begin : begin + other.size]
-            begin += other.size
-            row.append(backend.astype(backend.reshape(part, (*lead, *leaf.shape, *other.shape)), leaf.dtype))
-        rows.append(point.theta.tree.unflatten(row))
-    return point.y.tree.unflatten(rows)
 
 
 def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:

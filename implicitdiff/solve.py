@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from implicitdiff.arrays import Array, any_true, item_norm, needed, to_python
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.failure import check_mode, explain, settle
@@ -51,10 +49,13 @@ class Prepared:
     ----------
     operator : Operator
     solver : Solver
+    mute : bool
+        Whether the items that failed come out as NaN, since nothing will be told.
     """
 
     operator: Operator
     solver: Any
+    mute: bool = False
     seconds: float = 0.0
     methods: Sequence[tuple[str, str]] = ()
     _counted: int = 0
@@ -95,6 +96,10 @@ class Prepared:
         describe = getattr(self.solver, "describe", None)
         self.methods = describe(state) if describe else [(_name(self.solver), "chosen by name")]
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
+        if self.mute:
+            space = op.backend.space(x)
+            failed = xp.broadcast_to(solution.failed, space.items)
+            solution = solution._replace(x=space.select(failed, space.nan(), x))
         self.seconds = time.perf_counter() - start
         return solution
 
@@ -104,9 +109,9 @@ class Prepared:
         return self._counted - before
 
 
-def prepare(operator: Operator, solver: Any) -> Prepared:
+def prepare(operator: Operator, solver: Any, *, mute: bool = False) -> Prepared:
     """Pair an operator with the solver of that name, or with the instance."""
-    return Prepared(operator, get_solver(solver))
+    return Prepared(operator, get_solver(solver), mute)
 
 
 def _name(solver: Any) -> str:
@@ -258,7 +263,6 @@ def poison(xp: Any, solution: Solution, x: Array) -> Array:
     return xp.where(solution.failed[..., None], xp.full_like(x, float("nan")), x)
 
 
-@np.errstate(all="ignore")
 def linear_solve(
     A: Any, b: Array, *, solver: Any = "auto", symmetric: bool | None = None, positive_definite: bool | None = None,
     transpose: Any = None, x0: Array | None = None, batched: bool = False, on_failure: str = "raise",
@@ -310,31 +314,36 @@ def linear_solve(
     """
     check_mode(on_failure)
     engine = get_backend(backend) if backend is not None else backend_for({"b": [b]})
-    b = engine.as_leaf(b, "b")
-    vector = _incoming(engine, b, "b", batched)
-    op = _as_operator(engine, A, b, vector, batched, symmetric, positive_definite, transpose)
-    if not any_true(engine.xp, ~engine.xp.isfinite(vector)):
-        pass
-    elif not batched or on_failure == "raise":
-        raise NonFiniteError("b holds NaN or Inf.")
-    start = None if x0 is None else _incoming(engine, engine.as_leaf(x0, "x0"), "x0", batched)
-    if start is not None and start.shape != vector.shape:
-        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}.")  # type: ignore[union-attr]
-    prepared = prepare(op, solver)
-    solution = prepared.solve(vector, start)
-    error: SolveError | None = None
-    x = solution.x
-    if any_true(engine.xp, solution.failed):
-        error = explain(op, solution, method_of(solution, prepared.methods)[0])
-        x = poison(engine.xp, solution, x) if on_failure == "nan" else x
-    x = engine.xp.matrix_transpose(x) if len(b.shape) == 2 and not batched else x
-    report = make_report(
-        solution, prepared.damping, prepared.methods, prepared.seconds, float("nan"), {"A": op.sources}
-    )  # fmt: skip
+    with engine.computing():
+        b = engine.as_leaf(b, "b")
+        vector, start = _right_hand_side(engine, b, x0, batched, on_failure)
+        prepared = prepare(_as_operator(engine, A, b, vector, batched, symmetric, positive_definite, transpose), solver)
+        solution = prepared.solve(vector, start)
+        error: SolveError | None = None
+        x = solution.x
+        if any_true(engine.xp, solution.failed):
+            error = explain(prepared.operator, solution, method_of(solution, prepared.methods)[0])
+            x = poison(engine.xp, solution, x) if on_failure == "nan" else x
+        x = engine.xp.matrix_transpose(x) if len(b.shape) == 2 and not batched else x
+        kinds = {"A": prepared.operator.sources}
+        report = make_report(
+            solution, prepared.damping, prepared.methods, prepared.seconds, float("nan"), kinds
+        )  # fmt: skip
     if error is not None:
         error.value, error.report = x, report
     settle(error, on_failure)
     return (x, report) if return_report else x
+
+
+def _right_hand_side(backend: Any, b: Array, x0: Any, batched: bool, on_failure: str) -> tuple[Array, Array | None]:
+    """Return b and the start as vectors (*rhs, *items, n)."""
+    vector = _incoming(backend, b, "b", batched)
+    if any_true(backend.xp, ~backend.xp.isfinite(vector)) and (not batched or on_failure == "raise"):
+        raise NonFiniteError("b holds NaN or Inf.")
+    start = None if x0 is None else _incoming(backend, backend.as_leaf(x0, "x0"), "x0", batched)
+    if start is not None and start.shape != vector.shape:
+        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}.")
+    return vector, start
 
 
 def _incoming(backend: Any, b: Array, name: str, batched: bool) -> Array:

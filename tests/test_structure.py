@@ -33,7 +33,7 @@ LAYERS = (
     ("demo", "demo_plot", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-BUILD_ON_ARRAY_API = {"numpy", "torch", "cupy"}
+BUILD_ON_ARRAY_API = {"numpy", "torch_arrays", "torch_composable", "jax", "cupy"}
 HELPERS = {"differences", "tape"}
 
 
@@ -136,12 +136,19 @@ def docstring_nodes(tree: ast.Module) -> Iterator[ast.Constant]:
             yield node.value
 
 
+def layer_of_backend(name: str) -> str:
+    """Name of a backend's file."""
+    return name.split(".")[2]
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_backends_stand_alone(name: str) -> None:
     """No backend imports another, but for those that build on array_api, and their helpers."""
     own = name.rpartition(".")[2]
-    targets = {t.split(".")[2] for t in imports(name) if t.startswith("implicitdiff.backends.")}
+    targets = {layer_of_backend(t) for t in imports(name) if t.startswith("implicitdiff.backends.")}
     allowed = HELPERS | ({"array_api"} if own in BUILD_ON_ARRAY_API else set())
+    family = own.partition("_")[0]
+    allowed |= {t for t in map(layer_of_backend, ADAPTERS) if t.partition("_")[0] == family in {"torch", "jax"}}
     assert targets - {own} <= allowed
     assert not any(t.partition(".")[0] == "backends" for t in imports(name)), "import implicitdiff.backends, absolutely"
 

@@ -6,6 +6,7 @@ used; what is missing is derived by the backend. The signs of the condition come
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -92,7 +93,7 @@ class _Builder:
         forward = None if fwd is None else p.product(fwd, fname, p.y, p.y)
         adjoint = None if adj is None else p.product(adj, aname, p.y, p.y)
         if function is not None:  # products that are given beside a matrix stay the user's
-            op = self._matrix(name, p.call(function))
+            op = self._matrix(name, p.call(function, name))
             forward = forward or op.forward
             adjoint = forward if self.symmetric else adjoint or op.adjoint
             return replace(op, forward=forward, adjoint=adjoint, derive=self._missing("jvp_y", "vjp_y"))
@@ -135,7 +136,7 @@ class _Builder:
             raise BackendError(f"{name} returned a SciPy matrix, and y is an array of {p.backend.name}.")
         if not sparse and not linear:
             array = p.backend.as_array(matrix, p.y.device, p.y.dtype)
-            if array is None or array.size != n * n * (items[0] if items else 1):
+            if array is None or math.prod(array.shape) != n * n * math.prod(items):
                 got = type(matrix).__name__ if array is None else f"an array of shape {tuple(array.shape)}"
                 raise CallbackError(f"{name} returned {got}.\nExpected a matrix of shape {(*items, n, n)}.")
             p.y.check_placed(array, name, p.y.dtype)

@@ -15,12 +15,15 @@ __all__ = ["Point"]
 class Point:
     """The solution, the parameters and the data, raveled.
 
+    The functions made here take and return vectors with the leading axis of items. Where the framework has a vmap,
+    the user's own functions are those of one item, and the vmap is ours.
+
     Parameters
     ----------
     backend : Backend
     y, theta : Ravel
     args : tuple
-        Data handed to every callback after y and theta.
+        Data handed to every callback after y and theta; the same for all items.
 
     Attributes
     ----------
@@ -31,12 +34,18 @@ class Point:
     def __init__(self, backend: Any, y: Ravel, theta: Ravel, args: tuple[Any, ...]) -> None:
         self.backend, self.y, self.theta, self.args = backend, y, theta, args
         self.items = y.items
+        self._one: Point | None = None
+        if self.items and backend.vmap is not None:
+            self._one = Point(backend, y.of_one_item(), theta.of_one_item(), args)
 
     def vector_function(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
         """``f(y, theta, *args) -> like y`` as a function of two vectors."""
+        if self._one is not None:
+            return self.backend.vmap(self._one.vector_function(function, name))
+        call = self.backend.callback(function)
 
         def flat(y: Array, theta: Array) -> Array:
-            out = function(*self._trees(y, theta), *self.args)
+            out = call(*self._trees(y, theta), *self.args)
             native = y.dtype == self.y.dtype and theta.dtype == self.theta.dtype
             return self.y.like(out, name, dtype=self.y.dtype if native else None, callback=True)
 
@@ -46,10 +55,12 @@ class Point:
         self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None = None
     ) -> Callable[[Array, Array], Array]:
         """``f(y, theta, *args) -> scalar`` (one per item) as a function of two vectors."""
-        given = self.args if args is None else args
+        if self._one is not None:
+            return self.backend.vmap(self._one.scalar_function(function, name, args))
+        call, given = self.backend.callback(function), self.args if args is None else args
 
         def flat(y: Array, theta: Array) -> Array:
-            out = self.backend.as_array(value := function(*self._trees(y, theta), *given), self.y.device, self.y.dtype)
+            out = self.backend.as_array(value := call(*self._trees(y, theta), *given), self.y.device, self.y.dtype)
             if out is None or tuple(out.shape) != self.items:
                 got = type(value).__name__ if out is None else f"an array of shape {tuple(out.shape)}"
                 what = "a scalar" if not self.items else f"one scalar per item, shape {self.items}"
@@ -62,18 +73,54 @@ class Point:
         self, function: Callable[..., Any], name: str, takes: Ravel, returns: Ravel
     ) -> Callable[[Array], Array]:
         """``f(y, theta, v, *args)`` as a linear map on vectors (*rhs, *items, k)."""
-        guard = self.backend.guard
-        y, theta = self._trees(self.y.vector, self.theta.vector)
+        y, theta, item = self.y.vector, self.theta.vector, self._one
+        if item is not None:
+            of_item = item._bilinear(function, name, takes.of_one_item(), returns.of_one_item())
+            many = self.backend.vmap(lambda y, theta, v: of_item(*item._trees(y, theta), v))
+            return self.backend.batched(lambda v: many(y, theta, v), self.items)
+        of_trees, trees = self._bilinear(function, name, takes, returns), self._trees(y, theta)
+        return self.backend.batched(lambda v: of_trees(*trees, v), self.items)
 
-        def one(v: Array) -> Array:
-            out = function(y, theta, takes.unravel(guard(v)), *self.args)
+    def call(self, function: Callable[..., Any], name: str) -> Any:
+        """``f(y, theta, *args)`` at the point, as the user wrote it: a matrix, per item."""
+        call, item = self.backend.callback(function), self._one
+        if item is None:
+            return call(*self._trees(self.y.vector, self.theta.vector), *self.args)
+
+        def of_one_item(y: Array, theta: Array) -> Array:
+            value = call(*item._trees(y, theta), *self.args)
+            out = self.backend.as_array(value, self.y.device, self.y.dtype)
+            if out is None:
+                raise CallbackError(f"{name} returned {type(value).__name__}.\nExpected a matrix.")
+            return out
+
+        return self.backend.vmap(of_one_item)(self.y.vector, self.theta.vector)
+
+    def nest(self, jacobian: Array) -> Any:
+        """Turn a matrix (*items, n, m) into the structure of y over the structure of theta."""
+        backend, lead = self.backend, tuple(jacobian.shape[:-2])
+        rows, start = [], 0
+        for leaf in self.y.leaves:
+            block = jacobian[..., start : start + leaf.size, :]
+            start += leaf.size
+            row, begin = [], 0
+            for other in self.theta.leaves:
+                part = block[..., begin : begin + other.size]
+                begin += other.size
+                row.append(backend.astype(backend.reshape(part, (*lead, *leaf.shape, *other.shape)), leaf.dtype))
+            rows.append(self.theta.tree.unflatten(row))
+        return self.y.tree.unflatten(rows)
+
+    def _bilinear(
+        self, function: Callable[..., Any], name: str, takes: Ravel, returns: Ravel
+    ) -> Callable[[Any, Any, Array], Array]:
+        call, guard = self.backend.callback(function), self.backend.guard
+
+        def one(y: Any, theta: Any, v: Array) -> Array:
+            out = call(y, theta, takes.unravel(guard(v)), *self.args)
             return returns.like(out, name, dtype=returns.dtype, callback=True)
 
-        return self.backend.batched(one, self.items)
-
-    def call(self, function: Callable[..., Any]) -> Any:
-        """``f(y, theta, *args)`` at the point, as the user wrote it."""
-        return function(*self._trees(self.y.vector, self.theta.vector), *self.args)
+        return one
 
     def _trees(self, y: Array, theta: Array) -> tuple[Any, Any]:
         guard = self.backend.guard

@@ -146,6 +146,10 @@ class Krylov(Solver):
     def matrix_free(self, n: int) -> bool:
         return self.preconditioner is None
 
+    def most(self, n: int) -> int:
+        """Return the most iterations for n unknowns."""
+        return self.maxiter or min(max(10 * n, 1000), 100_000)
+
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run the method once."""
         raise NotImplementedError
@@ -159,7 +163,7 @@ class Krylov(Solver):
         space = backend.space(b)
         default = max(1e-10 if space.eps < 1e-10 else 1e-5, 30 * op.accuracy)
         rtol, noise = space.scalar(self.rtol or default), max(space.eps, op.accuracy)
-        maxiter = self.maxiter or min(max(10 * op.n, 1000), 100_000)
+        maxiter = self.most(op.n)
         unit, scale = _unit(space, b)
         state_0 = _start(space, op, unit, x0, scale, rtol)
 

@@ -1,0 +1,130 @@
+"""Torch tensors: exact derivatives from one recorded graph, torch.linalg, in-place vector work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+
+from implicitdiff.arrays import Array
+from implicitdiff.backends import torch_autograd
+from implicitdiff.backends.array_api import ArrayAPIBackend
+from implicitdiff.backends.torch_space import TorchItemsSpace, TorchSpace
+from implicitdiff.errors import BackendError
+
+__all__ = ["TorchArrays"]
+
+LOOK_EVERY = 10
+"""Bodies of a loop between two looks at its condition on an accelerator, where each look waits for the device."""
+
+
+class TorchArrays(ArrayAPIBackend):
+    """What the core needs of Torch, on plain tensors; `TorchBackend` adds how Torch differentiates our results."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        super().__init__(xp)
+        self.name = "torch"
+
+    # -- arrays at the border ------------------------------------------------------------------------
+    def is_array(self, x: Any) -> bool:
+        return isinstance(x, torch.Tensor)
+
+    def as_leaf(self, leaf: Any, where: str) -> Array:
+        found = super().as_leaf(leaf, where)
+        if found.layout != torch.strided:
+            raise BackendError(f"{where} is a sparse tensor ({found.layout}); expected a dense one: x.to_dense().")
+        return torch_autograd.recordable(found.detach())
+
+    def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
+        found = super().as_array(x, device, dtype)
+        if found is None or found.is_floating_point() or found.is_complex():
+            return found
+        return found.to(dtype)
+
+    def common_dtype(self, dtypes: Sequence[Any]) -> Any:
+        return torch.float32 if dtypes and all(d == torch.float32 for d in dtypes) else torch.float64
+
+    def device(self, x: Array) -> Any:
+        return x.device
+
+    def guard(self, x: Array) -> Array:
+        return x.clone()  # a callback that works in place on its argument would silently spoil the iteration
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return x.reshape(shape)
+
+    def concat(self, parts: Sequence[Array]) -> Array:
+        return torch.cat(list(parts), dim=-1)
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        return x.to(dtype)
+
+    # -- the user's functions ------------------------------------------------------------------------
+    def computing(self) -> AbstractContextManager[Any]:
+        return torch_autograd.computing()
+
+    def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch_autograd.callback(function)
+
+    def vmap(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """Turn a function of one item into one over a leading axis of items."""
+        return torch_autograd.over_items(function)
+
+    # -- derivatives ---------------------------------------------------------------------------------
+    def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        return torch_autograd.differentiate(self, function, y, theta)
+
+    def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        return torch_autograd.differentiate_gradient(self, function, y, theta)
+
+    def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        return torch_autograd.gradients(self, function, y, theta)
+
+    # -- loops and linear algebra ----------------------------------------------------------------------
+    def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
+        many_of = torch_autograd.over_items(product)
+
+        def many(x: Array) -> Array:
+            # What a callback returns may be recorded, through a tensor of its own that requires a gradient.
+            return (product if x.ndim == len(items) + 1 else many_of)(x).detach()
+
+        return many
+
+    def while_loop(
+        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
+    ) -> Any:
+        done, stride = 0, 1
+        while (limit is None or done < limit) and bool(held := cond(state)):
+            if limit is not None and isinstance(held, torch.Tensor) and held.device.type != "cpu":
+                stride = min(LOOK_EVERY, limit - done)
+            for _ in range(stride):
+                state = body(state)
+            done += stride
+        return state
+
+    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        if len(shape) == 1 and torch.device(device).type == "cpu":
+            return TorchSpace(shape, dtype)
+        return TorchItemsSpace(xp, shape, dtype, device)
+
+    def widen(self, x: Array) -> Array:
+        return x.to(torch.float64)
+
+    def lu_factor(self, matrix: Array) -> Any:
+        return torch.linalg.lu_factor_ex(matrix)[:2]
+
+    def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
+        lu, pivots = factor
+        return torch.linalg.lu_solve(lu, pivots, b, adjoint=transposed)
+
+    def cho_factor(self, matrix: Array) -> Array:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor.masked_fill(info[..., None, None] != 0, float("nan"))
+
+    def cho_solve(self, factor: Array, b: Array) -> Array:
+        return torch.cholesky_solve(b, factor)

@@ -1,0 +1,101 @@
+"""`linearize` and the functions over it, on tensors of which Torch records derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from implicitdiff.arrays import Array
+from implicitdiff.backends.torch_composable import Composable
+from implicitdiff.backends.torch_function import Known, Solve, pull, push
+from implicitdiff.backends.torch_problem import Problem, Slots, is_recorded, refuse_recorded, under_transform
+from implicitdiff.conditions.point import Point
+from implicitdiff.failure import check_mode
+from implicitdiff.linearization import Linearization
+from implicitdiff.pytree import flatten
+from implicitdiff.ravel import Ravel
+
+__all__ = ["TorchLinearization"]
+
+Tensors = Sequence[Array]
+
+
+class TorchLinearization(Linearization):
+    """A linearisation whose products Torch differentiates where it records y, θ or the vector.
+
+    y and θ are then independent of each other, as they are as arguments. The numbers are those of the core. Only under
+    a transform of ``torch.func``, which hides the numbers, are they made by the functions that compose.
+    """
+
+    def __init__(
+        self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+        on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
+    ) -> None:  # fmt: skip
+        check_mode(on_failure)
+        refuse_recorded(args)
+        options = {"solver": solver, "on_failure": on_failure, "batched": batched}
+        self.y, self.theta, self._run = y, theta, None
+        self._problem = Problem(backend, Composable(), condition, options, theta, args, {})
+        if not under_transform():
+            super().__init__(condition, y, theta, args=args, backend=backend, own=own, **options)
+
+    def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
+        def rule(point: Point, tensors: Tensors, cotangent: Any) -> Any:
+            v = point.y.like(cotangent, "cotangent", dtype=point.y.dtype)
+            return point.theta.unravel(pull(self._problem, point.y.vector, v, tensors))
+
+        return self._recorded(rule, cotangent, lambda: super(TorchLinearization, self).vjp(cotangent, x0=x0))
+
+    def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
+        def rule(point: Point, tensors: Tensors, tangent: Any) -> Any:
+            t = point.theta.like(tangent, "tangent", dtype=point.theta.dtype)
+            return point.y.unravel(push(self._problem, point.y.vector, t, tensors))
+
+        return self._recorded(rule, tangent, lambda: super(TorchLinearization, self).jvp(tangent, x0=x0))
+
+    def jacobian(self) -> Any:
+        def rule(point: Point, tensors: Tensors, _: Any) -> Any:
+            B = self._problem.composed(point.y.vector, tensors)[1].B.dense()
+            columns = Solve.apply(self._problem, False, point.y.vector, -B.movedim(-1, 0), *tensors)
+            return point.nest(columns.movedim(0, -1))
+
+        return self._recorded(rule, (), super().jacobian)
+
+    def gradient(self, outer: Any, x0: Array | None = None) -> Any:
+        def rule(point: Point, tensors: Tensors, _: Any) -> Any:
+            loss = point.scalar_function(outer, "outer", args=())
+            by_y, by_theta, _ = point.backend.gradients(loss, point.y.vector, point.theta.vector)
+            return point.theta.unravel(by_theta + pull(self._problem, point.y.vector, by_y, tensors))
+
+        return self._recorded(rule, (), lambda: super(TorchLinearization, self).gradient(outer, x0))
+
+    def _recorded(self, rule: Callable[..., Any], vector: Any, numbers: Callable[[], Any]) -> Any:
+        """Return the numbers, with the rule to differentiate them by where somebody may ask."""
+        y, v, problem = Slots(self.y), Slots(vector), self._problem
+
+        def function(*tensors: Array) -> Any:
+            at, rest = tensors[: y.count], tensors[y.count :]
+            point = self._point_at(y.filled(at), rest[v.count :])
+            return rule(point, rest[v.count :], v.filled(rest[: v.count]))
+
+        inputs = (*y.tensors, *v.tensors, *problem.tensors)
+        if under_transform():
+            found = function(*inputs)
+            self._shown = problem.report
+            return found
+        found = numbers()
+        if not any(map(is_recorded, inputs)):
+            return found
+        tree = flatten(found)
+        outputs = Known.apply(lambda *x: tuple(flatten(function(*x)).leaves), len(tree.leaves), *tree.leaves, *inputs)
+        return tree.unflatten(outputs)
+
+    def _point_at(self, y: Any, tensors: Sequence[Array]) -> Point:
+        """Ravel y and θ without detaching them."""
+        problem = self._problem
+        engine, batched = problem.composable, problem.options["batched"]
+        border = Ravel(engine, y, "y", batched)
+        problem.y = border.structure()
+        theta = Ravel(engine, problem.theta.filled(problem.split(tensors)[0]), "theta", batched)
+        border.check_partner(theta)
+        return Point(engine, border, theta, ())
