@@ -14,12 +14,13 @@ from jax import lax
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
-from implicitdiff.backends.jax_programs import Runner
+from implicitdiff.backends.jax_programs import Runner, solved
 from implicitdiff.errors import BackendError
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import reject_dtype
 from implicitdiff.report import Report
 from implicitdiff.rules import Task
+from implicitdiff.system import System, Told
 from implicitdiff.vectors import ArraySpace, TreeSpace, TreeVector, is_tree_vector
 
 __all__ = ["INLINE", "JaxBackend"]
@@ -254,6 +255,10 @@ class JaxBackend(ArrayAPIBackend):
     # -- calls ---------------------------------------------------------------------------------------
     def runner(self, task: Task) -> Runner:
         return Runner(task, INLINE)
+
+    def solved(self, system: System) -> Told:
+        """Solve a linear system: compiled where values are at hand."""
+        return solved(system, INLINE)
 
     def custom_derivative(self, call: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from implicitdiff.backends.jax_function import differentiable_call

@@ -47,7 +47,7 @@ class _Statics:
 def differentiable_call(backend: Any, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the solver of an `ImplicitFunction`, and let JAX differentiate what it returns."""
     statics, aux = _Statics((args, kwargs)), list[Any]()
-    run = jax.custom_jvp(lambda theta, arrays: _solution(function, theta, *statics.join(arrays), aux))
+    run = jax.custom_jvp(lambda theta, arrays: _solution(function, theta, statics.join(arrays), aux))
 
     def rule(primals: Any, tangents: Any) -> Any:
         (theta, arrays), (theta_dot, arrays_dot) = primals, tangents
@@ -68,8 +68,9 @@ def differentiable_call(backend: Any, function: Any, theta: Any, args: tuple[Any
 
 
 # -- the solver ----------------------------------------------------------------------------------------
-def _solution(function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any], aux: list[Any]) -> Any:
+def _solution(function: Any, theta: Any, arguments: tuple[Any, Any], aux: list[Any]) -> Any:
     """y, or the pair (y, aux), as JAX arrays; an aux that JAX cannot carry goes around it."""
+    args, kwargs = arguments
     if is_traced(theta, args, kwargs):
         out = _traced(function, theta, args, kwargs)
     else:

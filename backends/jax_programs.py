@@ -16,8 +16,9 @@ import numpy as np
 
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
+from implicitdiff.system import System, Told
 
-__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for"]
+__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for", "solved"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -331,3 +332,35 @@ def _build_parts(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any
 
 def _evaluator(jaxpr: Any) -> Callable[[Any, Any], Any]:
     return lambda constants, leaves: jax.core.eval_jaxpr(jaxpr, constants, *leaves)
+
+
+# -- linear systems ------------------------------------------------------------------------------------
+def solved(system: System, inline: Any) -> Told:
+    """Solve a linear system: compiled where values are at hand, inline where JAX is tracing."""
+    if is_traced(system.A, system.b, system.x0):
+        return replace(system, backend=inline).solved(mute=system.on_failure != "ignore")._replace(visible=False)
+    matrix, product = (system.A, None) if hasattr(system.A, "shape") else (None, system.A)
+    if matrix is not None and system.symmetric is None and matrix.ndim >= 2:
+        same = matrix.shape[-1] == matrix.shape[-2] and bool(jnp.all(matrix == jnp.swapaxes(matrix, -1, -2)))
+        system = replace(system, symmetric=same)
+    static = (system.symmetric, system.positive_definite)
+    task = Task(system.backend, product, None, None, static, system.solver, system.on_failure, system.batched)
+    call = _Call(task, "solve", system.transpose, _Split(static), (matrix, system.b, system.x0))
+    program = program_for(call, _build_solve)
+    start = time.perf_counter()
+    solution = program(call)
+    if is_traced(solution):
+        return replace(system, backend=inline).solved(mute=system.on_failure != "ignore")._replace(visible=False)
+    return Told(solution, {**program.facts["told"], "seconds": time.perf_counter() - start})
+
+
+def _build_solve(program: Program, call: _Call, matrix: Any, b: Any, x0: Any) -> Any:
+    task = call.task
+    A = task.condition if matrix is None else matrix
+    symmetric, definite = task.args
+    system = System(
+        task.backend, A, b, x0, task.solver, symmetric, definite, call.outer, task.batched, task.on_failure
+    )  # fmt: skip
+    solution, facts, _ = system.solved()
+    program.facts["told"] = {name: facts[name] for name in ("methods", "derivatives", "damping")}
+    return solution

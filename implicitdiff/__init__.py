@@ -30,7 +30,6 @@ from implicitdiff.errors import (
 )
 from implicitdiff.linearization import Linearization
 from implicitdiff.report import Counts, Report, Status
-from implicitdiff.solve import linear_solve
 from implicitdiff.solvers import (
     CG,
     GMRES,
@@ -42,6 +41,7 @@ from implicitdiff.solvers import (
     register_solver,
     solver_names,
 )
+from implicitdiff.system import linear_solve
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from implicitdiff.arrays import Array, to_python
+from implicitdiff.arrays import Array
 from implicitdiff.errors import SolveError
 from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
@@ -185,12 +185,8 @@ class Linearization:
         return Rules(self._task, flat=True)
 
     def _report(self, run: Run) -> Report:
-        e, read = run.evidence, to_python if run.visible else _as_it_is
-        return make_report(e.solution, run.damping, run.methods, run.seconds, e.stationarity, run.derivatives, read)
-
-
-def _as_it_is(x: Any) -> Any:
-    return x
+        e, see = run.evidence, run.visible
+        return make_report(e.solution, run.damping, run.methods, run.seconds, e.stationarity, run.derivatives, see)
 
 
 def linearized(condition: Any, y: Any, theta: Any, *, backend: Any = None, **options: Any) -> Linearization:

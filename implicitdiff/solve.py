@@ -1,22 +1,19 @@
-"""The one door to a linear solve: validate, choose, run, classify."""
+"""Every linear solve: an operator with its solver, how it ended, and the report of that."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, item_norm, needed, to_python
-from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
-from implicitdiff.failure import check_mode, explain, settle
-from implicitdiff.operator import Operator, checked_product, matrix_map
-from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.arrays import Array, item_norm, needed, to_python
+from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import get_solver
 
-__all__ = ["Prepared", "Solution", "linear_solve", "make_report", "method_of", "prepare"]
+__all__ = ["Prepared", "Solution", "make_report", "method_of", "poison", "prepare"]
 
 
 class Solution(NamedTuple):
@@ -204,9 +201,7 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
             field = xp.asarray(xp.broadcast_to(field, lead), copy=True)
         return xp.max(field, axis=0) if rhs else field
 
-    matvecs = counts.matvecs * max(rhs, 1) + assembled
-    if op.items:
-        matvecs = xp.asarray(xp.broadcast_to(xp.asarray(matvecs, device=device), op.items), copy=True)
+    matvecs = worst(counts.matvecs) * max(rhs, 1) + assembled
     least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
     return Solution(
         x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),
@@ -216,15 +211,16 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
 
 def make_report(
     solution: Solution, damping: float, methods: Sequence[tuple[str, str]], seconds: float, stationarity: Any,
-    derivatives: dict[str, str], read: Callable[[Any], Any] = to_python,
+    derivatives: dict[str, str], visible: bool = True,
 ) -> Report:  # fmt: skip
     """Turn a solution into the public report: Python numbers for one problem, arrays for a batch.
 
-    Inside of a compiled program, where ``read`` leaves them as they are, the fields are arrays, too.
+    Inside of a compiled program, where values are not visible, the fields are arrays, too.
     """
+    read = to_python if visible else _as_it_is
     status = read(solution.status)
     single = isinstance(status, int)
-    name, reason = method_of(solution, methods) if read is to_python else summary_of(methods)
+    name, reason = method_of(solution, methods) if visible else summary_of(methods)
     rcond = read(solution.rcond)
     return Report(
         status=Status(status) if single else status,
@@ -241,6 +237,10 @@ def make_report(
         damping=damping,
         solution=solution.x,
     )
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
 
 
 def summary_of(methods: Sequence[tuple[str, str]]) -> tuple[str, str]:
@@ -261,128 +261,3 @@ def method_of(solution: Solution, methods: Sequence[tuple[str, str]]) -> tuple[s
 def poison(xp: Any, solution: Solution, x: Array) -> Array:
     """NaN in the failed items."""
     return xp.where(solution.failed[..., None], xp.full_like(x, float("nan")), x)
-
-
-def linear_solve(
-    A: Any, b: Array, *, solver: Any = "auto", symmetric: bool | None = None, positive_definite: bool | None = None,
-    transpose: Any = None, x0: Array | None = None, batched: bool = False, on_failure: str = "raise",
-    backend: Any = None, return_report: bool = False,
-) -> Any:  # fmt: skip
-    """Solve A x = b with a solver named at the call.
-
-    Parameters
-    ----------
-    A : array (n, n), sparse matrix, LinearOperator or callable
-        With ``batched=True`` an array (items, n, n), or a callable on (items, n). A callable is the product
-        ``v -> A v`` on vectors of shape (n,).
-    b : array, shape (n,) or (n, k)
-        Right-hand side, or k of them as columns (as in `numpy.linalg.solve`); (items, n) with ``batched=True``.
-    solver : str or Solver
-        Name or instance.
-    symmetric, positive_definite : bool, optional
-        What is known of A. A matrix is compared with its transpose; a claim about products is checked.
-    transpose : callable, optional
-        The product with Aᵀ, where A is a callable.
-    x0 : array, like b, optional
-        Where an iterative solver starts.
-    batched : bool
-        Whether A and b carry a leading axis of independent systems.
-    on_failure : {"raise", "warn", "nan", "ignore"}
-    backend : str or Backend, optional
-        Default: read off ``b``.
-    return_report : bool
-        Return ``(x, Report)``.
-
-    Returns
-    -------
-    array, like b
-        With ``return_report=True`` the pair (x, Report).
-
-    Raises
-    ------
-    SolveError
-        Where the solve failed, under ``on_failure="raise"``.
-    ShapeError, NonFiniteError, DTypeError
-        For a bad argument.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> A = np.array([[2.0, 1.0], [1.0, 3.0]])
-    >>> linear_solve(A, np.array([3.0, 4.0]), solver="cholesky")
-    array([1., 1.])
-    """
-    check_mode(on_failure)
-    engine = get_backend(backend) if backend is not None else backend_for({"b": [b]})
-    with engine.computing():
-        b = engine.as_leaf(b, "b")
-        vector, start = _right_hand_side(engine, b, x0, batched, on_failure)
-        prepared = prepare(_as_operator(engine, A, b, vector, batched, symmetric, positive_definite, transpose), solver)
-        solution = prepared.solve(vector, start)
-        error: SolveError | None = None
-        x = solution.x
-        if any_true(engine.xp, solution.failed):
-            error = explain(prepared.operator, solution, method_of(solution, prepared.methods)[0])
-            x = poison(engine.xp, solution, x) if on_failure == "nan" else x
-        x = engine.xp.matrix_transpose(x) if len(b.shape) == 2 and not batched else x
-        kinds = {"A": prepared.operator.sources}
-        report = make_report(
-            solution, prepared.damping, prepared.methods, prepared.seconds, float("nan"), kinds
-        )  # fmt: skip
-    if error is not None:
-        error.value, error.report = x, report
-    settle(error, on_failure)
-    return (x, report) if return_report else x
-
-
-def _right_hand_side(backend: Any, b: Array, x0: Any, batched: bool, on_failure: str) -> tuple[Array, Array | None]:
-    """Return b and the start as vectors (*rhs, *items, n)."""
-    vector = _incoming(backend, b, "b", batched)
-    if any_true(backend.xp, ~backend.xp.isfinite(vector)) and (not batched or on_failure == "raise"):
-        raise NonFiniteError("b holds NaN or Inf.")
-    start = None if x0 is None else _incoming(backend, backend.as_leaf(x0, "x0"), "x0", batched)
-    if start is not None and start.shape != vector.shape:
-        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}.")
-    return vector, start
-
-
-def _incoming(backend: Any, b: Array, name: str, batched: bool) -> Array:
-    """Turn b (n,) or (n, k) into (n,) or (k, n); leave (items, n) as it is."""
-    if len(b.shape) not in ((2,) if batched else (1, 2)):
-        expected = "(items, n)" if batched else "(n,) or (n, k)"
-        raise ShapeError(f"{name} has shape {tuple(b.shape)}; expected {expected}.")
-    return b if batched or len(b.shape) == 1 else backend.xp.matrix_transpose(b)
-
-
-def _as_operator(
-    backend: Any, A: Any, b: Array, vector: Array, batched: bool, symmetric: bool | None,
-    definite: bool | None, transpose: Any,
-) -> Operator:  # fmt: skip
-    n, items = vector.shape[-1], tuple(vector.shape[:-1]) if batched else ()
-    device = backend.device(b)
-    tags: dict[str, Any] = {"symmetric": True if definite else symmetric, "positive_definite": definite}
-    if hasattr(A, "shape"):
-        if not hasattr(A, "matvec") and not hasattr(A, "tocsc"):
-            A = backend.as_leaf(A, "A")
-            if backend.device(A) != device:
-                raise BackendError(f"A lies on {backend.device(A)}, b on {device}.\nNothing is copied across devices.")
-        op: Operator = matrix_map(Operator, backend, A, items, b.dtype, device, **tags)
-        if (op.rows, op.columns) != (n, n):
-            raise ShapeError(f"A has shape {tuple(A.shape)}, b {tuple(b.shape)}; expected A of shape ({n}, {n}).")
-        return _tag_matrix(backend.xp, op, symmetric)
-    if not callable(A):
-        raise ShapeError(f"A is {type(A).__name__}; expected a matrix, a LinearOperator or a callable v -> A v.")
-    bare = Operator(backend, n, n, items, b.dtype, device, **tags)
-    adjoint = None if transpose is None else checked_product(bare, transpose, "transpose")
-    return replace(bare, forward=checked_product(bare, A, "A"), adjoint=adjoint)
-
-
-def _tag_matrix(xp: Any, op: Operator, symmetric: bool | None) -> Operator:
-    """Compare a matrix with its transpose, unless the user said that it is not symmetric."""
-    if symmetric is not None or (op.matrix is None and op.sparse is None):
-        return op
-    if op.sparse is not None:
-        same = abs(op.sparse - op.sparse.T).nnz == 0 or not abs(op.sparse - op.sparse.T).max()
-    else:
-        same = not any_true(xp, op.matrix != xp.matrix_transpose(op.matrix))
-    return replace(op, symmetric=bool(same), trusted=bool(same))

@@ -27,7 +27,7 @@ LAYERS = (
     ("preconditioner", "failure"),
     ("solvers",),
     ("solve",),
-    ("conditions", "rules", "judgement", "linearization"),
+    ("conditions", "rules", "judgement", "linearization", "system"),
     ("decorator", "api"),
     ("__init__",),
     ("demo", "demo_plot", "__main__"),

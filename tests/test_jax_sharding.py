@@ -1,0 +1,39 @@
+"""JAX past one device: the leaves keep their sharding, and nothing is gathered."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+if find_spec("jax") is None:
+    pytest.skip("needs jax", allow_module_level=True)
+
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples_distributed" / "jax_sharded.py"
+LINE = re.compile(r"(\w+): error (\S+), sharding kept: (\w+), gathers in the program: (\d+), sums: (\w+)")
+
+
+@pytest.fixture(scope="module")
+def lines() -> dict[str, tuple[str, ...]]:
+    """What the documented example prints, on eight devices made of the CPU."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)], capture_output=True, text=True, env=environment, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {found[1]: found.groups() for found in LINE.finditer(done.stdout)}
+
+
+@pytest.mark.parametrize("layout", ["examples", "features"])
+def test_sharded_gradient(lines: dict[str, tuple[str, ...]], layout: str) -> None:
+    """The gradient is that of one device; the compiled program sums over devices, and gathers nothing."""
+    _, error, kept, gathers, sums = lines[layout]
+    assert float(error) <= 1e-10
+    assert kept == "True"
+    assert gathers == "0"
+    assert sums == "True"
