@@ -193,6 +193,19 @@ def test_a_callback_may_work_in_place(solver: str) -> None:
     close(got, p.truth.vjp, 1e-8)
 
 
+def test_a_function_may_return_a_buffer_of_its_own() -> None:
+    """The next call of it overwrites the value, and must not take the recorded graph along."""
+    p = build("exponential_root")
+    held = torch.zeros(5, dtype=F64)
+
+    def fun(y: Any, theta: Any) -> Any:
+        held[...] = p.functions["fun"](y, theta)
+        return held
+
+    for solver in ("lu", "gmres"):
+        close(implicit_vjp(Root(fun), p.y, p.theta, p.cotangent, solver=solver), p.truth.vjp, 1e-8)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("given", ["fun", "all"])
 def test_no_grad_and_inference_mode(mode: Any, given: str) -> None:

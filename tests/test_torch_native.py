@@ -31,8 +31,7 @@ torch = pytest.importorskip("torch")
 from torch.autograd import grad, gradcheck, gradgradcheck  # noqa: E402
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E402
 
-# Torch's forward mode loads its decompositions through torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from Torch's forward mode
 
 F64 = torch.float64
 _numbers = np.random.default_rng(0)
@@ -359,7 +358,6 @@ def test_derivatives_of_differences_are_refused() -> None:
         value.sum().backward()
 
 
-# -- threads and memory ----------------------------------------------------------------------------------
 def test_eight_threads() -> None:
     """First and second order by reverse mode (Torch's own forward mode is not safe in threads)."""
     expected, wrong = jacrev(jacrev(loss(truth)))(THETA), []
