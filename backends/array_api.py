@@ -28,6 +28,7 @@ class ArrayAPIBackend:
     """
 
     name = "array_api"
+    traced = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -121,6 +122,18 @@ class ArrayAPIBackend:
         while cond(state):
             state = body(state)
         return state
+
+    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+        return function(value) if any_true(self.xp, wanted) else value
+
+    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
+        return prepared.solve(b, x0, transposed=transposed)
+
+    def trees(self, y: Any, theta: Any) -> bool:
+        return False
+
+    def space(self, x: Array) -> Any:
+        return self.vector_space(x.shape, x.dtype, self.device(x))
 
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         return ArraySpace(self.xp, shape, dtype, device)

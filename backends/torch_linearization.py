@@ -34,7 +34,7 @@ class TorchLinearization(Linearization):
         check_mode(on_failure)
         refuse_recorded(args)
         options = {"solver": solver, "on_failure": on_failure, "batched": batched}
-        self.y, self.theta, self.report = y, theta, None
+        self.y, self.theta, self._run = y, theta, None
         self._problem = Problem(backend, Composable(), condition, options, theta, args, {})
         if not under_transform():
             super().__init__(condition, y, theta, args=args, backend=backend, own=own, **options)
@@ -81,7 +81,7 @@ class TorchLinearization(Linearization):
         inputs = (*y.tensors, *v.tensors, *problem.tensors)
         if under_transform():
             found = function(*inputs)
-            self.report = problem.report
+            self._shown = problem.report
             return found
         found = numbers()
         if not any(map(is_recorded, inputs)):

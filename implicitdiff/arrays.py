@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import blas
 
-__all__ = ["Array", "all_finite_items", "any_true", "item_norm", "item_numbers", "probe_vector", "to_python"]
+__all__ = ["Array", "all_finite_items", "any_true", "item_norm", "item_numbers", "needed", "probe_vector", "to_python"]
 
 Array = Any
 """An array of whatever framework is at work."""
@@ -53,6 +53,11 @@ def all_finite_items(xp: Any, x: Array) -> Array:
 def any_true(xp: Any, mask: Array) -> bool:
     """Whether any entry is true, as a Python bool (a synchronisation on an accelerator)."""
     return bool(mask if isinstance(mask, (bool, np.bool_)) else xp.any(mask))
+
+
+def needed(backend: Any, mask: Array) -> bool:
+    """Whether work on the items of a mask is needed, or may be: where values are not seen, it has to be done."""
+    return backend.traced or any_true(backend.xp, mask)
 
 
 def probe_vector(xp: Any, n: int, dtype: Any, device: Any) -> Array:

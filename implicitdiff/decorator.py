@@ -24,6 +24,7 @@ class ImplicitFunction:
     def __init__(self, solve: Callable[..., Any], condition: Any, has_aux: bool, options: dict[str, Any]) -> None:
         functools.update_wrapper(self, solve)
         self.solve, self.condition, self.has_aux, self.options = solve, condition, has_aux, options
+        self.shapes: dict[Any, Any] = {}  # of solutions, by the form of the arguments
 
     def __call__(self, theta: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the solver: ``y``, or ``(y, aux)`` with ``has_aux=True``."""

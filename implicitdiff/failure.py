@@ -62,14 +62,14 @@ def settle(error: SolveError | None, on_failure: str) -> None:
         warn(f"{type(error).__name__}: {error}", SolveWarning)
 
 
-def explain(operator: Operator, solution: Any) -> SolveError:
-    """Build the error for a solve of which at least one item failed."""
+def explain(operator: Operator, solution: Any, solver: str) -> SolveError:
+    """Build the error for a solve of which at least one item failed, with the method of that name."""
     xp = operator.backend.xp
     codes = xp.asarray(solution.status)
     worst = Status(int(xp.max(codes)))
     facts = _facts(xp, solution, codes, worst)
     head, hint = _TEXTS[worst]
-    head = head.format(solver=solution.solver, A=operator.label, **facts)
+    head = head.format(solver=solver, A=operator.label, **facts)
     if worst is not Status.NON_FINITE and worst is not Status.NOT_SYMMETRIC and _is_zero(operator):
         worst = Status.SINGULAR
         head = f"{operator.label} v = 0 for a probe vector v: F does not depend on y, or its Hessian is zero."

@@ -1,56 +1,20 @@
-"""A condition linearised at a point: the four maps, the two solves, the report.
-
-The invariant is F(y*(θ), θ) = 0 for all θ near the point. Differentiating it along θ̇,
-
-    A w + B θ̇ = 0   with  A = ∂F/∂y,  B = ∂F/∂θ,  w = dy along θ̇,
-
-so w solves A w = −B θ̇ (forward), and for a cotangent v of y
-
-    ⟨v, w⟩ = −⟨v, A⁻¹ B θ̇⟩ = ⟨−Bᵀ u, θ̇⟩   with  Aᵀ u = v,
-
-so the cotangent of θ is −Bᵀ u (reverse). One factorisation of A serves both.
-"""
+"""A condition linearised at a point, as users hold it: derivatives on trees, the report, what a failure does."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, TypeVar, cast
+from functools import cached_property
+from typing import Any
 
-from implicitdiff.arrays import Array, all_finite_items, any_true, item_norm, item_numbers, probe_vector, to_python
-from implicitdiff.conditions import as_condition
-from implicitdiff.conditions.point import Point
-from implicitdiff.errors import (
-    DerivativeError,
-    NonFiniteError,
-    NonFiniteProductError,
-    NotASolutionWarning,
-    ShapeError,
-    SolveError,
-    SolveWarning,
-)
-from implicitdiff.failure import check_mode, explain, settle, warn
-from implicitdiff.ravel import Ravel
+from implicitdiff.arrays import Array, to_python
+from implicitdiff.errors import SolveError
+from implicitdiff.failure import check_mode, settle
+from implicitdiff.judgement import judge, reject_non_finite
 from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.report import Report, Status
-from implicitdiff.solve import Solution, make_report, poison, prepare
+from implicitdiff.report import Report
+from implicitdiff.rules import Direct, Rules, Run, Task
+from implicitdiff.solve import make_report, method_of
 
 __all__ = ["Linearization", "linearized"]
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def numeric(method: Method) -> Method:
-    """Run a method of `Linearization` in the context in which its backend computes."""
-
-    @functools.wraps(method)
-    def run(self: Linearization, *args: Any, **kwargs: Any) -> Any:
-        with self._point.backend.computing():
-            return method(self, *args, **kwargs)
-
-    return cast(Method, run)
 
 
 class Linearization:
@@ -66,6 +30,8 @@ class Linearization:
         How the latest solve ended.
     """
 
+    _shown: Report | None = None
+
     def __init__(
         self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
         on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
@@ -73,28 +39,19 @@ class Linearization:
         check_mode(on_failure)
         engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
         self.y, self.theta = y, theta
-        self._on_failure = on_failure
-        self._bad: Array | None = None
+        self._task = Task(engine, condition, y, theta, tuple(args), solver, on_failure, batched, own)
         with engine.computing():
-            y_border = Ravel(engine, y, "y", batched, own)
-            theta_border = Ravel(engine, theta, "theta", batched, own)
-            y_border.check_partner(theta_border)
-            self._point = Point(engine, y_border, theta_border, tuple(args))
-            for border in (y_border, theta_border):
-                self._bad = self._check_finite(border.vector, border, self._bad)
-            maps = as_condition(condition).maps(self._point)
-        self._B, self._residual, self._at = maps.B, maps.residual, maps.at
-        self._prepared = prepare(maps.A, solver)
-        self._stationarity: Array | None = None
-        self.report: Report | None = None
+            self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
+        self._run: Run | None = None
 
     @property
-    def derivatives(self) -> dict[str, str]:
-        """Where the products with A and B come from."""
-        return {"A": self._prepared.operator.sources, "B": self._B.sources}
+    def report(self) -> Report | None:
+        """How the latest solve ended; None before the first."""
+        if self._run is not None:
+            self._shown, self._run = self._report(self._run), None
+        return self._shown
 
     # -- public --------------------------------------------------------------------------------------
-    @numeric
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
         """−Bᵀ A⁻ᵀ v.
 
@@ -114,12 +71,8 @@ class Linearization:
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        border = self._point.y
-        v = border.like(cotangent, "cotangent", dtype=border.dtype)
-        g, error = self._reverse(v, x0, "cotangent")
-        return self._deliver(self._point.theta.unravel(g), error)
+        return self._call("vjp", cotangent, x0)
 
-    @numeric
     def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
         """Derivative of y along a tangent of θ: the solution w of A w = −B θ̇.
 
@@ -139,12 +92,8 @@ class Linearization:
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        border = self._point.theta
-        t = border.like(tangent, "tangent", dtype=border.dtype)
-        w, error = self._forward(t, x0)
-        return self._deliver(self._point.y.unravel(w), error)
+        return self._call("jvp", tangent, x0)
 
-    @numeric
     def jacobian(self) -> Any:
         """Dense dy/dθ.
 
@@ -160,21 +109,8 @@ class Linearization:
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        p = self._point
-        xp, n, m, items = p.backend.xp, p.y.n, p.theta.n, p.items
-        if n == 0 or m == 0:
-            return p.nest(xp.zeros((*items, n, m), dtype=p.y.dtype, device=p.y.device))
-        if m <= n:
-            w, error = self._push(
-                xp.moveaxis(self._B.dense(), -1, 0), None, self._bad, p.theta.vector + 1
-            )  # (m, *items, n)
-            return self._deliver(p.nest(xp.moveaxis(w, 0, -1)), error)
-        unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
-        unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
-        rows, error = self._pull(*self._solve(unit, None, transposed=True, bad=self._bad))
-        return self._deliver(p.nest(xp.moveaxis(rows, 0, -2)), error)
+        return self._call("jacobian", None, None)
 
-    @numeric
     def gradient(self, outer: Any, x0: Array | None = None) -> Any:
         """Total gradient of a loss ``L(y, theta) -> scalar``: ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
 
@@ -194,207 +130,70 @@ class Linearization:
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        p = self._point
-        loss = p.scalar_function(outer, "outer", args=())
-        by_y, by_theta, kind = p.backend.gradients(loss, p.y.vector, p.theta.vector)
-        wrong = self._product_error(by_y, "the gradient of outer with respect to y")
-        wrong = wrong or self._product_error(by_theta, "the gradient of outer with respect to theta")
-        g, error = self._pull(*self._solve(by_y, x0, transposed=True, bad=self._bad))
-        error = wrong or error
-        if self.report is not None:
-            self.report = replace(self.report, derivatives={**self.report.derivatives, "outer": kind})
-        return self._deliver(p.theta.unravel(by_theta + g), error)
+        return self._call("gradient", outer, x0)
+
+    @property
+    def derivatives(self) -> dict[str, str]:
+        """Where the products came from that were used so far."""
+        return self._runner.derivatives
 
     # -- for a framework's own derivative of the solution ----------------------------------------------
-    @numeric
     def solve(self, b: Array, *, transposed: bool = False) -> Array:
         """A⁻¹ b, or A⁻ᵀ b, for raveled right-hand sides (*rhs, *items, n); failures as for `vjp`."""
-        bad = self._check_finite(b, self._point.y, self._bad, "b")
-        solution, error = self._solve(b, None, transposed=transposed, bad=bad)
-        return self._deliver(self._poisoned(solution, solution.x), error)
+        return self._call("solve_adjoint" if transposed else "solve", b, None)
 
-    @numeric
     def pullback(self, v: Array) -> Array:
         """−Bᵀ A⁻ᵀ v for raveled cotangents (*rhs, *items, n); failures as for `vjp`."""
-        return self._deliver(*self._reverse(v, None, "cotangent"))
+        return self._call("pullback", v, None)
 
-    # -- vectors -------------------------------------------------------------------------------------
-    def _reverse(self, v: Array, x0: Array | None, name: str) -> tuple[Array, SolveError | None]:
-        """−Bᵀ A⁻ᵀ v on vectors."""
-        bad = self._check_finite(v, self._point.y, self._bad, name)
-        return self._pull(*self._solve(v, x0, transposed=True, bad=bad))
+    # -- inside --------------------------------------------------------------------------------------
+    def _call(self, mode: str, direction: Any, x0: Any) -> Any:
+        """Run a mode of the rules, judge what was seen, and hand the value over."""
+        with self._task.backend.computing():
+            self._run = run = self._runner(mode, direction, x0)
+            if not run.visible:
+                return run.value
+            error = self._judge(run, mode, direction)
+        if error is not None:  # with the value attached: nothing is lost
+            error.value, error.report = run.value, self.report
+            settle(error, self._task.on_failure)
+        return run.value
 
-    def _forward(self, t: Array, x0: Array | None) -> tuple[Array, SolveError | None]:
-        """−A⁻¹ B t on vectors."""
-        bad = self._check_finite(t, self._point.theta, self._bad, "tangent")
-        return self._push(self._B.matvec(t), x0, bad, t)
-
-    def _push(self, b: Array, x0: Array | None, bad: Array | None, t: Array) -> tuple[Array, SolveError | None]:
-        """−A⁻¹ b."""
-        wrong = self._product_error(b, "mixed_jvp (B t)")
-        if not any_true(self._point.backend.xp, b != 0):
-            self._check_dependence(t)
-        solution, error = self._solve(-b, x0, transposed=False, bad=bad)
-        return self._poisoned(solution, solution.x), wrong or error
-
-    def _pull(self, solution: Solution, error: SolveError | None) -> tuple[Array, SolveError | None]:
-        """−Bᵀ u."""
-        u = solution.x
-        g = -self._B.rmatvec(u)
-        if error is None and not any_true(self._point.backend.xp, solution.failed):
-            error = self._product_error(g, "mixed_vjp (Bᵀ u)")
-        if not any_true(self._point.backend.xp, g != 0):
-            self._check_dependence(u)
-        return self._poisoned(solution, g), error
-
-    def _solve(
-        self, b: Array, x0: Array | None, *, transposed: bool, bad: Array | None
-    ) -> tuple[Solution, SolveError | None]:
-        if x0 is not None:
-            x0 = self._start(x0, b)
-        solution = self._prepared.solve(b, x0, transposed=transposed)
-        xp, operator = self._point.backend.xp, self._prepared.operator
-        failed = solution.failed
-        if bad is not None:  # items with NaN among their inputs have been told: NaN out, and no second message
-            failed = failed & ~bad
-            code = xp.full_like(solution.status, int(Status.NON_FINITE))
-            nan = xp.full_like(solution.x, float("nan"))
-            solution = solution._replace(
-                status=xp.where(bad, code, solution.status), x=xp.where(bad[..., None], nan, solution.x)
-            )
-        wrong = self._check_stationarity(solution)
-        self.report = make_report(solution, self._prepared.solver, self._stationarity, self.derivatives)
-        if wrong is not None or not any_true(xp, failed):
-            return solution, wrong
-        return solution, explain(operator, solution)
-
-    def _poisoned(self, solution: Solution, x: Array) -> Array:
-        return poison(self._point.backend.xp, solution, x) if self._on_failure == "nan" else x
-
-    def _deliver(self, value: Any, error: SolveError | None) -> Any:
-        """Hand the value over, or raise or warn with the value attached: nothing is lost."""
-        if error is not None:
-            error.value, error.report = value, self.report
-            settle(error, self._on_failure)
-        return value
-
-    def _start(self, x0: Any, b: Array) -> Array:
-        found = self._point.backend.as_leaf(x0, "x0")
-        if found.shape != b.shape:
-            raise ShapeError(f"x0 has shape {tuple(found.shape)}; expected the raveled {tuple(b.shape)}.")
-        self._point.y.check_placed(found, "x0", b.dtype)
-        return self._point.backend.astype(found, b.dtype)
-
-    # -- checks --------------------------------------------------------------------------------------
-    def _check_finite(self, vector: Array, border: Ravel, bad: Array | None, name: str | None = None) -> Array | None:
-        """Raise where an input is not finite; in a batch that need not raise, return the bad items so far."""
-        xp = self._point.backend.xp
-        finite = xp.isfinite(vector)
-        if not any_true(xp, ~finite):
-            return bad
-        where = border.finite_leaf(finite)
-        if name is not None:
-            where = name + where.removeprefix(border.name)
-        error = NonFiniteError(f"{where} holds NaN or Inf.\nNext: check what produced it; a diverged solver often has.")
-        if self._on_failure == "raise" or not self._point.items:
-            raise error
-        if self._on_failure == "warn":
-            warn(str(error), SolveWarning)
-        here = ~xp.all(finite, axis=-1)
-        return here if bad is None else bad | here
-
-    def _product_error(self, product: Array, what: str) -> SolveError | None:
-        """Return the error for a product that holds NaN or Inf, None where it is finite."""
-        xp = self._point.backend.xp
-        bad = ~all_finite_items(xp, product)
-        if not any_true(xp, bad):
+    def _judge(self, run: Run, mode: str, direction: Any) -> SolveError | None:
+        if run.rules is not None:
+            return judge(run.evidence, run.rules, method_of(run.evidence.solution, run.methods)[0])
+        if bool(run.sound):  # one look at what a compiled program found
             return None
-        items = ""
-        if self._point.items:
-            last = xp.any(xp.reshape(bad, (-1, self._point.items[0])), axis=0)
-            items = f"items {item_numbers(xp, last)}: "
-        return NonFiniteProductError(
-            f"{items}{what} holds NaN or Inf, although y and theta are finite.\n"
-            "Likely cause: a derivative that does not exist at this point (a square root or a log at 0).\n"
-            "Next: evaluate that product at (y, theta), and smooth the function there."
-        )
+        return self._inquire(run, mode, direction)
 
-    def _check_dependence(self, vector: Array) -> None:
-        """Raise where the product with B vanishes because F does not see θ at all.
+    def _inquire(self, run: Run, mode: str, direction: Any) -> SolveError | None:
+        """Find out outside of a compiled program what is wrong, where the functions can be asked again."""
+        rules, task = self._rules, self._task
+        point = rules.point
+        borders = [(point.y, point.y.vector, "y"), (point.theta, point.theta.vector, "theta")]
+        if mode in {"vjp", "jvp"}:
+            border, name = (point.y, "cotangent") if mode == "vjp" else (point.theta, "tangent")
+            borders.append((border, border.like(direction, name, dtype=border.dtype), name))
+        for border, vector, name in borders:
+            if not bool(point.backend.xp.all(border.space.finite(vector))):
+                reject_non_finite(task, border, vector, name)
+        rules.kinds.update({"outer": ""} if mode == "gradient" else {})
+        return judge(run.evidence, rules, method_of(run.evidence.solution, run.methods)[0])
 
-        A derivative that happens to be zero is fine, so F itself is asked: at another θ, is it the same to the bit,
-        here and at another y? (y = 0 may be a solution for every θ, and then F(0, θ) tells nothing.)
-        """
-        p = self._point
-        xp = p.backend.xp
-        if self._at is None or 0 in (p.theta.n, p.y.n, *p.items) or not any_true(xp, vector != 0):
-            return
-        y, theta = p.y.vector, p.theta.vector
-        moved = _nearby(p.theta)
-        for at in (y, _nearby(p.y)):
-            there = xp.asarray(self._at(at, moved), copy=True)  # it may be a buffer that the next call fills again
-            if any_true(xp, there != self._at(at, theta)):
-                return
-        raise DerivativeError(
-            "F does not depend on theta: it is the same to the last bit at another theta.\n"
-            "Likely cause: the function uses a theta from the enclosing scope (a closure) instead of its argument.\n"
-            "Next: write it as f(y, theta, *args) and use that theta."
-        )
+    @cached_property
+    def _rules(self) -> Rules:
+        return Rules(self._task, flat=True)
 
-    def _check_stationarity(self, solution: Solution) -> SolveError | None:
-        # F near y is A δ for an error δ of y, so ‖F‖ is held against ‖A‖ max(‖y‖, 1), with the lower estimate
-        # of ‖A‖ that the solve brought along: scaling F scales both sides.
-        if self._stationarity is not None:
-            return None
-        p = self._point
-        xp, y = p.backend.xp, p.y.vector
-        if self._residual is None or p.y.n == 0:
-            self._stationarity = xp.full(p.items, float("nan") if p.y.n else 0.0, dtype=p.y.dtype, device=p.y.device)
-            return None
-        residual = self._residual()
-        size = item_norm(xp, residual)
-        self._stationarity = size
-        norm = solution.operator_norm
-        if norm is None or any_true(xp, norm == 0):
-            norm = self._norm_along(residual, size)
-        length = item_norm(xp, y)
-        length = xp.where(length > 1, length, xp.ones_like(length))
-        level = 1e-5 if float(xp.finfo(p.y.dtype).eps) < 1e-10 else 1e-3
-        bad = size > level * xp.asarray(norm, dtype=size.dtype) * length
-        if any_true(xp, bad):  # the estimate is a lower one: a short solve may not have seen the direction of F
-            norm = xp.maximum(xp.asarray(norm, dtype=size.dtype), self._norm_along(residual, size))
-            bad = size > level * norm * length
-        if any_true(xp, bad):
-            self._warn_not_solution(size, bad)
-        return None if self._bad is not None else self._product_error(residual, "F(y, theta)")
+    def _report(self, run: Run) -> Report:
+        e, read = run.evidence, to_python if run.visible else _as_it_is
+        return make_report(e.solution, run.damping, run.methods, run.seconds, e.stationarity, run.derivatives, read)
 
-    def _norm_along(self, residual: Array, size: Array) -> Array:
-        xp = self._point.backend.xp
-        safe = xp.where(size > 0, size, xp.ones_like(size))
-        return item_norm(xp, self._prepared.operator.matvec(residual / safe[..., None]))
 
-    def _warn_not_solution(self, size: Array, bad: Array) -> None:
-        xp = self._point.backend.xp
-        if self._point.items:
-            head = (
-                f"y is not a solution in items {item_numbers(xp, bad)}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
-            )
-        else:
-            head = f"y is not a solution: ‖F(y, theta)‖ = {to_python(size):.3g}."
-        warn(
-            f"{head}\nThe derivative is that of a solution at y, and is off by as much as y is.\n"
-            "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
-            NotASolutionWarning,
-        )
+def _as_it_is(x: Any) -> Any:
+    return x
 
 
 def linearized(condition: Any, y: Any, theta: Any, *, backend: Any = None, **options: Any) -> Linearization:
     """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results."""
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
     return getattr(engine, "linearization", Linearization)(condition, y, theta, backend=engine, **options)
-
-
-def _nearby(border: Ravel) -> Array:
-    """Return another point, one percent away."""
-    xp, x = border.backend.xp, border.vector
-    return x + 0.01 * probe_vector(xp, border.n, x.dtype, border.device) * (1 + xp.abs(x))

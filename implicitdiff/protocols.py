@@ -47,6 +47,8 @@ class Backend(Protocol):
     """One framework."""
 
     name: str
+    traced: bool
+    """Whether values are never seen, only their shapes: nothing can be branched on, raised or warned about."""
     xp: Any
     """The array namespace, from array-api-compat."""
 
@@ -117,8 +119,17 @@ class Backend(Protocol):
         false does no harm, and the condition may be looked at now and then only.
         """
 
-    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
-        """Return the space the iterative solvers work in."""
+    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+        """``function(value)`` where any of the mask holds, else ``value``: work that is seldom needed."""
+
+    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
+        """``prepared.solve``, differentiable where the framework is tracing."""
+
+    def trees(self, y: Any, theta: Any) -> bool:
+        """Whether products alone may work on the leaves of the trees, so that nothing is concatenated."""
+
+    def space(self, x: Array) -> Any:
+        """Return the space of a vector, in which the iterative solvers work."""
 
     def widen(self, x: Array) -> Array:
         """Return the array in double precision, where the framework has it."""

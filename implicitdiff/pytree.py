@@ -7,6 +7,7 @@ the most common tree, is recognised without importing ``optree``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,39 @@ def flatten(tree: Any) -> Tree:
     import optree  # a bare array needs none of it
 
     leaves, spec = optree.tree_flatten(tree)
+    if "jax" in sys.modules and not all(map(is_leaf, leaves)):
+        return _registered_with_jax(tree)
     return Tree(leaves, None if spec.is_leaf() else spec)
+
+
+class _JaxSpec:
+    """The structure of a tree with containers that only JAX knows."""
+
+    def __init__(self, paths: list[str], treedef: Any) -> None:
+        self.paths, self.treedef = paths, treedef
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        return self.treedef.unflatten(leaves)
+
+    def accessors(self) -> list[_JaxSpec]:
+        return [_JaxSpec([path], None) for path in self.paths]
+
+    def codify(self, name: str) -> str:
+        return name + self.paths[0]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _JaxSpec) and bool(self.treedef == other.treedef)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _registered_with_jax(tree: Any) -> Tree:
+    """Flatten a tree with containers that were registered with JAX (dataclasses), which is loaded already."""
+    trees = sys.modules["jax"].tree_util
+    found, treedef = trees.tree_flatten_with_path(tree)
+    if treedef == trees.tree_structure(0):
+        return Tree([tree], None)
+    return Tree([leaf for _, leaf in found], _JaxSpec([trees.keystr(path) for path, _ in found], treedef))
 
 
 def same_structure(a: Tree, b: Tree) -> bool:

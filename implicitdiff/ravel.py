@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, item_numbers
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, ShapeError
 from implicitdiff.pytree import Tree, flatten, same_structure
+from implicitdiff.vectors import TreeVector
 
-__all__ = ["Leaf", "Ravel"]
+__all__ = ["Leaf", "LeafRavel", "Ravel"]
 
 
 COMPLEX = "Complex data is unsupported: stack real and imaginary parts."
@@ -90,6 +92,15 @@ class Ravel:
         if dtype is not None:
             parts = [p if p.dtype == dtype else backend.astype(p, dtype) for p in parts]
         return parts[0] if len(parts) == 1 else backend.concat(parts)
+
+    @property
+    def space(self) -> Any:
+        """Return the space of the vector."""
+        return self.backend.space(self.vector)
+
+    def divide(self, vector: Array) -> Any:
+        """Return a raveled vector in the form of this border's vectors."""
+        return vector
 
     def of_one_item(self) -> Ravel:
         """Return the border of one item of a batch: the same structure, and no vector of its own."""
@@ -194,19 +205,49 @@ class Ravel:
                 "with batched=True both carry the same leading axis."
             )
 
-    def finite_leaf(self, finite: Any) -> str:
-        """Name the first leaf that is not finite, and the items where there is a batch."""
+    def parts(self, vector: Array) -> list[Array]:
+        """Cut a vector into the raveled leaves."""
+        ends = list(itertools.accumulate(leaf.size for leaf in self.leaves))
+        return [vector[..., end - leaf.size : end] for leaf, end in zip(self.leaves, ends, strict=True)]
+
+    def bad_leaf(self, vector: Any) -> str:
+        """Name the first leaf of a vector that is not finite, and the items where there is a batch."""
         xp = self.backend.xp
-        start = 0
-        for i, leaf in enumerate(self.leaves):
-            part = finite[..., start : start + leaf.size]
-            start += leaf.size
+        for i, part in enumerate(self.parts(vector)):
+            part = xp.isfinite(part)
             if not bool(xp.all(part)):
                 where = self.tree.path(i, self.name)
                 if not self.items:
                     return where
                 return f"{where} (items {item_numbers(xp, ~xp.all(part, axis=-1))})"
         return self.name
+
+
+class LeafRavel(Ravel):
+    """A border that keeps the leaves apart: its vectors are `TreeVector`, of leaves of one dtype."""
+
+    @staticmethod
+    def length(tree: Any) -> int:
+        """Number of entries of all leaves."""
+        return sum(math.prod(leaf.shape) for leaf in flatten(tree).leaves)
+
+    def _join(self, arrays: list[Array], dtype: Any) -> Any:
+        if dtype is None:
+            return TreeVector(arrays)
+        return TreeVector([a if a.dtype == dtype else self.backend.astype(a, dtype) for a in arrays])
+
+    def divide(self, vector: Array) -> Any:
+        pieces = zip(super().parts(vector), self.leaves, strict=True)
+        return TreeVector([self.backend.reshape(part, leaf.shape) for part, leaf in pieces])
+
+    def parts(self, vector: Any) -> list[Array]:
+        return list(vector.leaves)
+
+    def unravel(self, vector: Any) -> Any:
+        return self.tree.unflatten(vector.leaves)
+
+    def like(self, tree: Any, name: str, *, dtype: Any = None, callback: bool = False) -> Any:
+        return self._join(self._matching(flatten(tree), name, callback, dtype), dtype)
 
 
 def _one(x: Any) -> str:

@@ -13,12 +13,13 @@ __all__ = ["BACKENDS", "backend_for", "get_backend"]
 
 BACKENDS: dict[str, str] = {
     "numpy": "implicitdiff.backends.numpy:NumpyBackend",
+    "jax": "implicitdiff.backends.jax:JaxBackend",
     "torch": "implicitdiff.backends.torch:TorchBackend",
     "array_api": "implicitdiff.backends.array_api:ArrayAPIBackend",
 }
 """Name to ``module:class``. A backend is loaded when its arrays, or its name, are first met."""
 
-_ROOTS = {"numpy": "numpy", "torch": "torch"}
+_ROOTS = {"numpy": "numpy", "jax": "jax", "jaxlib": "jax", "torch": "torch"}
 """Top-level module of an array type to the name of its backend."""
 
 _cache: dict[str, Any] = {}

@@ -46,6 +46,8 @@ class Counts(NamedTuple):
         Estimate of the reciprocal condition number (direct methods).
     tolerance : float or array, optional
         The relative residual that the solver called success.
+    method : int or array, optional
+        Which of the methods that ``Solver.describe`` lists was used, where it lists several.
     """
 
     iterations: Any = 0
@@ -54,6 +56,7 @@ class Counts(NamedTuple):
     operator_norm: Any = None
     rcond: Any = None
     tolerance: Any = None
+    method: Any = None
 
 
 @dataclass(frozen=True)

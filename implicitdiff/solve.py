@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, item_norm, probe_vector, to_python
+from implicitdiff.arrays import Array, any_true, item_norm, needed, to_python
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.failure import check_mode, explain, settle
 from implicitdiff.operator import Operator, checked_product, matrix_map
@@ -14,11 +16,14 @@ from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import get_solver
 
-__all__ = ["Prepared", "Solution", "linear_solve", "prepare"]
+__all__ = ["Prepared", "Solution", "linear_solve", "make_report", "method_of", "prepare"]
 
 
 class Solution(NamedTuple):
-    """A solved system; the fields after ``x`` have the shape of the items, the worst over right-hand sides."""
+    """A solved system; the fields after ``x`` have the shape of the items, the worst over right-hand sides.
+
+    Arrays only, so that it may leave a compiled program; ``method`` is the index into `Prepared.methods`.
+    """
 
     x: Array
     status: Array
@@ -28,9 +33,7 @@ class Solution(NamedTuple):
     tolerance: Any
     rcond: Any
     operator_norm: Any
-    solver: str
-    reason: str
-    seconds: float
+    method: Any
 
     @property
     def failed(self) -> Array:
@@ -46,20 +49,34 @@ class Prepared:
     ----------
     operator : Operator
     solver : Solver
+    mute : bool
+        Whether the items that failed come out as NaN, since nothing will be told.
     """
 
     operator: Operator
     solver: Any
+    mute: bool = False
+    seconds: float = 0.0
+    methods: Sequence[tuple[str, str]] = ()
+    _counted: int = 0
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
 
-    def _state(self, transposed: bool) -> tuple[Operator, Any]:
+    @property
+    def damping(self) -> float:
+        """The δ of (A + δI) that is solved with."""
+        return float(getattr(self.solver, "damping", 0.0))
+
+    def state(self, transposed: bool) -> tuple[Operator, Any]:
         """Return A or Aᵀ, damping included, and the solver's state for it."""
         if False not in self._states:
-            op = self.operator.damped(getattr(self.solver, "damping", 0.0))
+            op = self.operator.damped(self.damping)
             self._states[False] = (op, self.solver.init(op))
         if transposed and True not in self._states:
             op, state = self._states[False]
             self._states[True] = (op.transpose(), self.solver.transpose(state))
+        used = self._states[transposed][0]
+        if used.backend.traced and used.n:
+            _ = used.matvec  # derived here, not first inside a loop, where what is traced cannot be kept
         return self._states[transposed]
 
     def solve(self, b: Array, x0: Array | None = None, *, transposed: bool = False) -> Solution:
@@ -67,47 +84,54 @@ class Prepared:
         start = time.perf_counter()
         op, xp = self.operator, self.operator.backend.xp
         if op.n == 0 or 0 in b.shape:
-            return _empty(op, b, self.solver, start)
-        before = self._assembled()
-        used, state = self._state(transposed)
+            self.methods, self.seconds = [(_name(self.solver), "n = 0")], time.perf_counter() - start
+            return _empty(op, b)
+        used, state = self.state(transposed)
         x, status, counts = self.solver.solve(state, b, x0)
         status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
         broken = status == int(Status.NON_FINITE)
-        if any_true(xp, broken):  # NaN in, NaN out: no number that looks like an answer
-            x = xp.where(xp.broadcast_to(broken, x.shape[:-1])[..., None], xp.full_like(x, float("nan")), x)
+        if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
+            space = op.backend.space(x)
+            x = space.select(xp.broadcast_to(broken, space.items), space.nan(), x)
         describe = getattr(self.solver, "describe", None)
-        name, reason = describe(state) if describe else (_name(self.solver), "chosen by name")
-        return _summary(op, x, status, counts, self._assembled() - before + probes, name, reason, start)
+        self.methods = describe(state) if describe else [(_name(self.solver), "chosen by name")]
+        solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
+        if self.mute:
+            space = op.backend.space(x)
+            failed = xp.broadcast_to(solution.failed, space.items)
+            solution = solution._replace(x=space.select(failed, space.nan(), x))
+        self.seconds = time.perf_counter() - start
+        return solution
 
-    def _assembled(self) -> int:
-        """Count the products that went into assembling matrices so far."""
-        return sum(op.n for op, _ in self._states.values() if op.assembled)
+    def _newly_assembled(self) -> int:
+        """Count the products that went into assembling matrices since the last solve."""
+        before, self._counted = self._counted, sum(op.n for op, _ in self._states.values() if op.assembled)
+        return self._counted - before
 
 
-def prepare(operator: Operator, solver: Any) -> Prepared:
+def prepare(operator: Operator, solver: Any, *, mute: bool = False) -> Prepared:
     """Pair an operator with the solver of that name, or with the instance."""
-    return Prepared(operator, get_solver(solver))
+    return Prepared(operator, get_solver(solver), mute)
 
 
 def _name(solver: Any) -> str:
     return str(getattr(solver, "name", type(solver).__name__))
 
 
-def _empty(op: Operator, b: Array, solver: Any, start: float) -> Solution:
+def _empty(op: Operator, b: Array) -> Solution:
     xp = op.backend.xp
     zero = xp.zeros(op.items, dtype=op.dtype, device=op.device)
     code = xp.zeros(op.items, dtype=xp.int32, device=op.device)
-    seconds = time.perf_counter() - start
-    return Solution(xp.zeros_like(b), code, code, code, zero, zero, None, zero, _name(solver), "n = 0", seconds)
+    return Solution(xp.zeros_like(b), code, code, code, zero, zero, None, zero, None)
 
 
 def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, Counts, int]:
     """Recompute what the solver did not tell, and check a symmetry that was only declared."""
     xp = op.backend.xp
     if not getattr(solver, "verified", False):
-        size = item_norm(xp, b)
+        size, residual = item_norm(xp, b), item_norm(xp, b - op.matvec(x))
         safe = xp.where(size > 0, size, xp.ones_like(size))
-        counts = Counts(*counts)._replace(residual=item_norm(xp, b - op.matvec(x)) / safe)
+        counts = Counts(*counts)._replace(residual=residual / safe)
         rtol = getattr(solver, "rtol", None) or (1e-8 if xp.finfo(b.dtype).eps < 1e-10 else 1e-4)
         counts = counts._replace(tolerance=rtol + 0 * counts.residual, matvecs=counts.matvecs + 1)
         claimed = xp.broadcast_to(status, counts.residual.shape)
@@ -123,45 +147,61 @@ def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Cou
     # Where A is only said to be symmetric, the solve of Aᵀ u = v was replaced by one of A u = v. For a vector z
     # without structure, <A z, u> - <z, v> is the residual of the *transposed* system along z: one product
     # tells whether u solves that one, too. After a failure it tells whether asymmetry is the cause.
-    xp = op.backend.xp
-    failed = any_true(xp, status > int(Status.APPROXIMATE))
+    backend = op.backend
+    failing = status > int(Status.APPROXIMATE)
+    failed = needed(backend, failing)
     if not (op.symmetric or (failed and getattr(solver, "symmetric_only", False))):
         return status, 0
-    z = probe_vector(xp, op.n, op.dtype, op.device)
-    z = z if not op.items else xp.broadcast_to(z, (*op.items, op.n))
-    az = op.matvec(z)
-    size = item_norm(xp, b)
-    image = op.matvec(x) if failed else b  # after a success A x = b up to the residual
-    gap = xp.abs(_inner(xp, az, x) - _inner(xp, z, image))
-    eps = float(xp.finfo(op.dtype).eps)
-    relative = (1e-6 if eps < 1e-10 else 1e-3) + (0.0 if failed else counts.residual)
-    allowed = item_norm(xp, z) * item_norm(xp, image) * relative + 1e3 * eps * item_norm(xp, az) * item_norm(xp, x)
-    asymmetric = xp.isfinite(gap) & (gap > allowed) & (size > 0)
-    if any_true(xp, asymmetric):
-        status = xp.where(
-            asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status
-        )
+    # after a success A x = b up to the residual
+    image = backend.rescue(failing, lambda _: op.matvec(x), b) if failed else b
+
+    def compare(status: Array) -> Array:
+        return _compare(op, b, x, image, status, counts, failing)
+
+    # where nothing was said of A, and the method is one for symmetric matrices: worth it after a failure only
+    status = compare(status) if op.symmetric else backend.rescue(failing, compare, status)
     rhs = x.shape[0] if len(x.shape) > len(op.items) + 1 else 1
-    return status, 1 + (rhs if failed else 0)
+    return status, 1 + (rhs if failed and not backend.traced else 0)
 
 
-def _inner(xp: Any, z: Array, x: Array) -> Array:
-    return xp.vecdot(z if z.shape == x.shape else xp.broadcast_to(z, x.shape), x)
+def _compare(
+    op: Operator, b: Array, x: Array, image: Array, status: Array, counts: Counts, failing: Array
+) -> Array:  # fmt: skip
+    """NOT_SYMMETRIC where <A z, x> differs from <z, A x>."""
+    xp = op.backend.xp
+    space = op.backend.space(x)
+    one = op.backend.space(_first(op, x))
+    z = one.probe()
+    az = op.matvec(z)
+    gap = xp.abs(_inner(space, az, x) - _inner(space, z, image))
+    eps = float(xp.finfo(op.dtype).eps)
+    relative = (1e-6 if eps < 1e-10 else 1e-3) + xp.where(failing, 0 * counts.residual, counts.residual)
+    allowed = one.size(z) * space.size(image) * relative + 1e3 * eps * one.size(az) * space.size(x)
+    asymmetric = xp.isfinite(gap) & (gap > allowed) & (space.size(b) > 0)
+    return xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
 
 
-def _summary(
-    op: Operator, x: Array, status: Array, counts: Counts, assembled: int, name: str, reason: str, start: float
-) -> Solution:
+def _first(op: Operator, x: Array) -> Array:
+    """Return the first right-hand side of several, for its shape."""
+    return x[0, ...] if len(x.shape) > len(op.items) + 1 else x
+
+
+def _inner(space: Any, z: Array, x: Array) -> Array:
+    return space.inner(z if z.shape == x.shape else space.xp.broadcast_to(z, x.shape), x)
+
+
+def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: Any) -> Solution:
     """Reduce over right-hand sides: the worst residual, the largest count, all products."""
     xp, device = op.backend.xp, op.device
-    rhs = x.shape[0] if len(x.shape) > len(op.items) + 1 else 0
+    lead = tuple(x.shape[:-1])
+    rhs = lead[0] if len(lead) > len(op.items) else 0
 
     def worst(field: Any) -> Any:
         if field is None or not (rhs or op.items):
             return field
         field = xp.asarray(field, device=device)
-        if field.shape != x.shape[:-1]:  # a copy: what a report holds is the user's to write to
-            field = xp.asarray(xp.broadcast_to(field, x.shape[:-1]), copy=True)
+        if field.shape != lead:  # a copy: what a report holds is the user's to write to
+            field = xp.asarray(xp.broadcast_to(field, lead), copy=True)
         return xp.max(field, axis=0) if rhs else field
 
     matvecs = counts.matvecs * max(rhs, 1) + assembled
@@ -170,29 +210,52 @@ def _summary(
     least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
     return Solution(
         x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),
-        worst(counts.tolerance), least, worst(counts.operator_norm), name, reason, time.perf_counter() - start,
+        worst(counts.tolerance), least, worst(counts.operator_norm), worst(counts.method),
     )  # fmt: skip
 
 
-def make_report(solution: Solution, solver: Any, stationarity: Any, derivatives: dict[str, str]) -> Report:
-    """Turn a solution into the public report: Python numbers for one problem, arrays for a batch."""
-    status = to_python(solution.status)
+def make_report(
+    solution: Solution, damping: float, methods: Sequence[tuple[str, str]], seconds: float, stationarity: Any,
+    derivatives: dict[str, str], read: Callable[[Any], Any] = to_python,
+) -> Report:  # fmt: skip
+    """Turn a solution into the public report: Python numbers for one problem, arrays for a batch.
+
+    Inside of a compiled program, where ``read`` leaves them as they are, the fields are arrays, too.
+    """
+    status = read(solution.status)
     single = isinstance(status, int)
+    name, reason = method_of(solution, methods) if read is to_python else summary_of(methods)
+    rcond = read(solution.rcond)
     return Report(
         status=Status(status) if single else status,
         converged=status == Status.CONVERGED if single else status == int(Status.CONVERGED),
-        solver=solution.solver,
-        reason=solution.reason,
-        iterations=to_python(solution.iterations),
-        matvecs=to_python(solution.matvecs),
-        residual=to_python(solution.residual),
-        stationarity=to_python(stationarity),
+        solver=name,
+        reason=reason,
+        iterations=read(solution.iterations),
+        matvecs=read(solution.matvecs),
+        residual=read(solution.residual),
+        stationarity=read(stationarity),
         derivatives=derivatives,
-        seconds=solution.seconds,
-        rcond=to_python(solution.rcond),
-        damping=float(getattr(solver, "damping", 0.0)),
+        seconds=seconds,
+        rcond=None if isinstance(rcond, float) and math.isnan(rcond) else rcond,
+        damping=damping,
         solution=solution.x,
     )
+
+
+def summary_of(methods: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Return the name and the reason where it is not known yet which of the methods will be used."""
+    return " or ".join(name for name, _ in methods), "; or ".join(reason for _, reason in methods)
+
+
+def method_of(solution: Solution, methods: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Return name and reason of the sturdiest method that any item needed; of the first where that is not seen."""
+    codes = solution.method
+    if codes is None or len(methods) == 1:
+        return methods[0]
+    if hasattr(codes, "shape") and codes.shape:
+        return methods[max(int(codes[i]) for i in range(codes.shape[0]))]
+    return methods[int(codes)]
 
 
 def poison(xp: Any, solution: Solution, x: Array) -> Array:
@@ -259,10 +322,13 @@ def linear_solve(
         error: SolveError | None = None
         x = solution.x
         if any_true(engine.xp, solution.failed):
-            error = explain(prepared.operator, solution)
+            error = explain(prepared.operator, solution, method_of(solution, prepared.methods)[0])
             x = poison(engine.xp, solution, x) if on_failure == "nan" else x
         x = engine.xp.matrix_transpose(x) if len(b.shape) == 2 and not batched else x
-        report = make_report(solution, prepared.solver, float("nan"), {"A": prepared.operator.sources})
+        kinds = {"A": prepared.operator.sources}
+        report = make_report(
+            solution, prepared.damping, prepared.methods, prepared.seconds, float("nan"), kinds
+        )  # fmt: skip
     if error is not None:
         error.value, error.report = x, report
     settle(error, on_failure)

@@ -11,11 +11,13 @@ before it is handed over.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, all_finite_items, item_norm, probe_vector
 
-__all__ = ["ArraySpace"]
+__all__ = ["ArraySpace", "TreeSpace", "TreeVector", "is_tree_vector"]
 
 
 class ArraySpace:
@@ -105,6 +107,32 @@ class ArraySpace:
         """Return the larger of two scalars; NaN where either is."""
         return self.xp.maximum(a, b)
 
+    # -- around a solve ----------------------------------------------------------------------------
+    def size(self, x: Array) -> Array:
+        """2-norm per item, also of entries so small or large that their squares are lost."""
+        return item_norm(self.xp, x)
+
+    def finite(self, x: Array) -> Array:
+        """Whether every entry is finite, per item."""
+        return all_finite_items(self.xp, x)
+
+    def vanishes(self, x: Array) -> Array:
+        """Whether x is exactly zero in every item."""
+        return ~self.xp.any(x != 0)
+
+    def probe(self) -> Array:
+        """Return a fixed vector without structure, the same in every item."""
+        z = probe_vector(self.xp, self.shape[-1], self.dtype, self.device)
+        return z if not self.items else self.xp.broadcast_to(z, self.shape)
+
+    def nan(self) -> Array:
+        """Return a vector of NaN."""
+        return self.xp.full(self.shape, math.nan, dtype=self.dtype, device=self.device)
+
+    def nearby(self, x: Array) -> Array:
+        """Return another point, one percent away."""
+        return x + 0.01 * self.probe() * (1 + self.xp.abs(x))
+
     # -- a basis of k vectors, shape (..., k, n), for Arnoldi ---------------------------------------
     def basis(self, k: int) -> Array:
         """Return k zero vectors."""
@@ -113,8 +141,12 @@ class ArraySpace:
 
     def put(self, basis: Array, j: Any, x: Array) -> Array:
         """Store x as vector j of the basis; the basis may be overwritten."""
-        basis[..., j, :] = x
-        return basis
+        return self.put_row(basis, j, x)
+
+    def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
+        """Store row j of a matrix (..., k, l), which may be overwritten."""
+        matrix[..., j, :] = row
+        return matrix
 
     def take(self, basis: Array, j: Any) -> Array:
         """Vector j of the basis."""
@@ -133,3 +165,170 @@ class ArraySpace:
     def combine(self, basis: Array, j: Any, c: Array) -> Array:
         """Σ c_i v_i over vectors 0 … j."""
         return (c[..., None, : j + 1] @ basis[..., : j + 1, :])[..., 0, :]
+
+
+class TreeVector:
+    """A vector that is a tuple of leaves, which are never concatenated.
+
+    Concatenating leaves that are spread over devices would gather them on each. Sums, differences and multiples
+    are taken leaf by leaf.
+
+    Parameters
+    ----------
+    leaves : sequence of array
+    """
+
+    def __init__(self, leaves: Sequence[Array]) -> None:
+        self.leaves = tuple(leaves)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype, the same for all leaves."""
+        return self.leaves[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the vector that the leaves would make, (n,)."""
+        return (sum(math.prod(leaf.shape) for leaf in self.leaves),)
+
+    def map(self, function: Callable[..., Array], *others: TreeVector) -> TreeVector:
+        """Apply a function leaf by leaf."""
+        return TreeVector([function(*leaves) for leaves in zip(self.leaves, *(o.leaves for o in others), strict=True)])
+
+    def __add__(self, other: TreeVector) -> TreeVector:
+        return self.map(lambda a, b: a + b, other)
+
+    def __sub__(self, other: TreeVector) -> TreeVector:
+        return self.map(lambda a, b: a - b, other)
+
+    def __neg__(self) -> TreeVector:
+        return self.map(lambda a: -a)
+
+    def __mul__(self, number: Any) -> TreeVector:
+        return self.map(lambda a: number * a)
+
+    __rmul__ = __mul__
+
+
+def is_tree_vector(x: Any) -> bool:
+    """Whether a vector is a tuple of leaves."""
+    return isinstance(x, TreeVector)
+
+
+class TreeSpace(ArraySpace):
+    """Vectors that are tuples of leaves; scalars are 0-d arrays.
+
+    Only reduced scalars decide when a method stops, so every process of a distributed program takes the same number
+    of iterations.
+
+    Parameters
+    ----------
+    xp : module
+        Array namespace.
+    like : TreeVector
+        Gives shapes, dtype and placement of the leaves.
+    """
+
+    def __init__(self, xp: Any, like: TreeVector) -> None:
+        super().__init__(xp, like.shape, like.dtype, None)
+        self.like = like
+
+    def total(self, x: Array) -> Array:
+        """Sum of all entries of one leaf, as a scalar."""
+        return self.xp.sum(x)
+
+    def top(self, x: Array) -> Array:
+        """Largest entry of one leaf, as a scalar."""
+        return self.xp.max(x)
+
+    def inner(self, x: TreeVector, y: TreeVector) -> Array:
+        parts = [self.total(a * b) for a, b in zip(x.leaves, y.leaves, strict=True)]
+        return sum(parts[1:], start=parts[0])
+
+    def largest(self, x: TreeVector) -> Array:
+        found = [self.top(self.xp.abs(leaf)) for leaf in x.leaves if math.prod(leaf.shape)]
+        out = self.scalar(0.0)
+        for part in found:
+            out = self.maximum(out, part)
+        return out
+
+    def size(self, x: TreeVector) -> Array:
+        largest = self.largest(x)
+        usable = self.xp.isfinite(largest) & (largest > 0)
+        scale = self.where(usable, largest, self.scalar(1.0))
+        return scale * self.norm((1 / scale) * x)
+
+    def finite(self, x: TreeVector) -> Array:
+        return self.xp.isfinite(self.largest(x))
+
+    def vanishes(self, x: TreeVector) -> Array:
+        return self.largest(x) == 0
+
+    def axpy(self, a: Any, x: TreeVector, y: TreeVector) -> TreeVector:
+        return x.map(lambda p, q: a * p + q, y)
+
+    def subtract(self, x: TreeVector, y: TreeVector) -> TreeVector:
+        return x - y
+
+    def scale(self, a: Any, x: TreeVector) -> TreeVector:
+        return a * x
+
+    def copy(self, x: TreeVector) -> TreeVector:
+        return x
+
+    def zeros(self) -> TreeVector:
+        return self.like.map(self.xp.zeros_like)
+
+    def nan(self) -> TreeVector:
+        return self.like.map(lambda leaf: self.xp.full_like(leaf, math.nan))
+
+    def select(self, mask: Array, x: TreeVector, y: TreeVector) -> TreeVector:
+        return x.map(lambda a, b: self.xp.where(mask, a, b), y)
+
+    def probe(self) -> TreeVector:
+        return TreeVector([self._wave(leaf, i) for i, leaf in enumerate(self.like.leaves)])
+
+    def _wave(self, leaf: Array, number: int) -> Array:
+        """Return a leaf of numbers without structure, made axis by axis so that nothing is gathered."""
+        out = self.xp.ones_like(leaf)
+        for axis, k in enumerate(leaf.shape):
+            shape = [1] * len(leaf.shape)
+            shape[axis] = k
+            wave = probe_vector(self.xp, k + number, leaf.dtype, None)[number:]
+            out = out * self.xp.reshape(wave, tuple(shape))
+        return out
+
+    def nearby(self, x: TreeVector) -> TreeVector:
+        return x.map(lambda leaf, z: leaf + 0.01 * z * (1 + self.xp.abs(leaf)), self.probe())
+
+    def basis(self, k: int) -> TreeVector:
+        return self.like.map(lambda leaf: self.xp.stack([self.xp.zeros_like(leaf)] * k))
+
+    def put(self, basis: TreeVector, j: Any, x: TreeVector) -> TreeVector:
+        return basis.map(lambda rows, row: self.put_leaf(rows, j, row), x)
+
+    def put_leaf(self, rows: Array, j: Any, leaf: Array) -> Array:
+        """Store a leaf as row j of the leaf of a basis."""
+        rows[j] = leaf
+        return rows
+
+    def take(self, basis: TreeVector, j: Any) -> TreeVector:
+        return basis.map(lambda rows: rows[j])
+
+    def project(self, basis: TreeVector, j: Any, x: TreeVector) -> Array:
+        # vectors beyond j are zero, and so are their inner products
+        parts = [
+            self.rows_total(rows * leaf[None]) for rows, leaf in zip(basis.leaves, x.leaves, strict=True)
+        ]  # fmt: skip
+        return sum(parts[1:], start=parts[0])
+
+    def rows_total(self, rows: Array) -> Array:
+        """Sum of each row's entries, shape (k,)."""
+        return self.xp.sum(rows, axis=tuple(range(1, len(rows.shape))))
+
+    def combine(self, basis: TreeVector, j: Any, c: Array) -> TreeVector:
+        def leaf(rows: Array) -> Array:
+            weights = self.xp.reshape(c, (-1, *(1,) * (len(rows.shape) - 1)))
+            return self.xp.sum(weights * rows[: c.shape[0], ...], axis=0)
+
+        return basis.map(leaf)

@@ -27,13 +27,13 @@ LAYERS = (
     ("preconditioner", "failure"),
     ("solvers",),
     ("solve",),
-    ("conditions", "linearization"),
+    ("conditions", "rules", "judgement", "linearization"),
     ("decorator", "api"),
     ("__init__",),
     ("demo", "demo_plot", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-BUILD_ON_ARRAY_API = {"numpy", "torch_arrays", "torch_composable", "cupy"}
+BUILD_ON_ARRAY_API = {"numpy", "torch_arrays", "torch_composable", "jax", "cupy"}
 HELPERS = {"differences", "tape"}
 
 
@@ -147,7 +147,8 @@ def test_backends_stand_alone(name: str) -> None:
     own = name.rpartition(".")[2]
     targets = {layer_of_backend(t) for t in imports(name) if t.startswith("implicitdiff.backends.")}
     allowed = HELPERS | ({"array_api"} if own in BUILD_ON_ARRAY_API else set())
-    allowed |= {t for t in map(layer_of_backend, ADAPTERS) if t.partition("_")[0] == own.partition("_")[0] == "torch"}
+    family = own.partition("_")[0]
+    allowed |= {t for t in map(layer_of_backend, ADAPTERS) if t.partition("_")[0] == family in {"torch", "jax"}}
     assert targets - {own} <= allowed
     assert not any(t.partition(".")[0] == "backends" for t in imports(name)), "import implicitdiff.backends, absolutely"
 

@@ -38,6 +38,11 @@ class Maps(NamedTuple):
 class Condition:
     """A condition F(y, θ) = 0; subclasses say how F and its derivatives come from the user's functions."""
 
+    @property
+    def has_matrix(self) -> bool:
+        """Whether A was given as a matrix."""
+        return False
+
     def maps(self, point: Point) -> Maps:
         """F, A = ∂F/∂y and B = ∂F/∂θ at a point."""
         raise NotImplementedError

@@ -62,6 +62,10 @@ class Root(Condition):
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def has_matrix(self) -> bool:
+        return self.jacobian is not None
+
     def maps(self, point: Point) -> Maps:
         function = point.vector_function(self.fun, "fun")
         given = Given(("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp)

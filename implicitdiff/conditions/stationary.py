@@ -69,6 +69,10 @@ class Stationary(Condition):
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def has_matrix(self) -> bool:
+        return self.hessian is not None
+
     def maps(self, point: Point) -> Maps:
         given = Given(("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp)
         backend, y, theta = point.backend, point.y.vector, point.theta.vector

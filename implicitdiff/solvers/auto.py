@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from implicitdiff.arrays import Array, any_true
+from implicitdiff.arrays import Array
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.base import Solver
@@ -30,13 +31,12 @@ DENSE_LIMIT = 4096
 
 @dataclass
 class _State:
-    """The operator, the methods prepared so far (shared with the transposed state), and what happened."""
+    """The operator, the methods prepared so far (shared with the transposed state), and what may have been used."""
 
     operator: Operator
     prepared: dict[str, Any] = field(default_factory=dict)
     transposed: bool = False
-    used: str = "auto"
-    reason: str = ""
+    methods: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,22 @@ class Auto(Solver):
     verified: ClassVar[bool] = True
 
     def init(self, operator: Operator) -> _State:
-        return _State(operator)
+        state = _State(operator)
+        if self.preconditioner is None and _dense_reason(operator, 1) is not None:
+            first: Solver = Cholesky() if operator.symmetric else LU()
+            state.prepared[first.name] = first.init(operator)
+        return state
 
     def transpose(self, state: _State) -> _State:
         if state.operator.symmetric:
             return state
         return _State(state.operator, state.prepared, not state.transposed)
 
-    def describe(self, state: _State) -> tuple[str, str]:
-        return state.used, state.reason
+    def describe(self, state: _State) -> list[tuple[str, str]]:
+        return state.methods
+
+    def matrix_free(self, n: int) -> bool:
+        return n > DENSE_LIMIT
 
     def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         op = state.operator
@@ -87,36 +94,48 @@ class Auto(Solver):
         return self._iterative(state, b, x0)
 
     def _direct(self, state: _State, b: Array, why: str) -> tuple[Array, Any, Counts]:
-        op = state.operator
-        xp = op.backend.xp
-        if not op.symmetric:
-            state.used, state.reason = "lu", f"{why}; A is not symmetric"
+        if not state.operator.symmetric:
+            state.methods = [("lu", f"{why}; A is not symmetric")]
             return self._run(state, LU(), b, None)
-        x, status, counts = self._run(state, Cholesky(), b, None)
-        indefinite = status == int(Status.NOT_POSITIVE_DEFINITE)
-        if not any_true(xp, indefinite):
-            state.used, state.reason = "cholesky", f"{why}; A is symmetric"
-            return x, status, counts
-        state.used, state.reason = "lu", f"{why}; A is not positive definite"
-        return _merge(xp, indefinite, self._run(state, LU(), b, None), (x, status, counts))
+        first = self._run(state, Cholesky(), b, None)
+        state.methods = [("cholesky", f"{why}; A is symmetric"), ("lu", f"{why}; A is not positive definite")]
+        indefinite = first[1] == int(Status.NOT_POSITIVE_DEFINITE)
+        return self._rescue(state, indefinite, LU(), b, first, 1)
 
     def _iterative(self, state: _State, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         op = state.operator
         xp = op.backend.xp
         options = {"rtol": self.rtol, "maxiter": self.maxiter, "preconditioner": self.preconditioner}
         first: Solver = CG(**options) if op.symmetric else GMRES(**options)
-        state.used = first.name
-        state.reason = f"n = {op.n} > {SMALL}; A is {'' if op.symmetric else 'not '}symmetric"
+        why = f"n = {op.n} > {SMALL}; A is {'' if op.symmetric else 'not '}symmetric"
+        state.methods = methods = [(first.name, why)]
         result = self._run(state, first, b, x0)
-        negative = xp.asarray(result[1] == int(Status.NOT_POSITIVE_DEFINITE))
-        if op.symmetric and any_true(xp, negative):
-            state.used, state.reason = "minres", f"{state.reason}; CG met zero or negative curvature"
-            result = _merge(xp, negative, self._run(state, MINRES(**options), b, None), result)
-        failed = xp.asarray((result[1] == int(Status.MAX_ITERATIONS)) | (result[1] == int(Status.STAGNATED)))
-        if op.n > DENSE_LIMIT or not any_true(xp, failed):
+        if op.symmetric:
+            negative = xp.asarray(result[1] == int(Status.NOT_POSITIVE_DEFINITE))
+            methods.append(("minres", f"{why}; CG met zero or negative curvature"))
+            result = self._rescue(state, negative, MINRES(**options), b, result, 1)
+        if op.n > DENSE_LIMIT:
             return result
-        why = f"{state.reason}; {state.used} did not reach the tolerance"
-        return _merge(xp, failed, self._direct(state, b, why), result)
+        failed = xp.asarray((result[1] == int(Status.MAX_ITERATIONS)) | (result[1] == int(Status.STAGNATED)))
+        for solver in (Cholesky(), LU()) if op.symmetric else (LU(),):
+            methods.append((solver.name, f"{why}; {first.name} did not reach the tolerance"))
+            result = self._rescue(state, failed, solver, b, result, len(methods) - 1)
+            failed = xp.asarray(failed & (result[1] == int(Status.NOT_POSITIVE_DEFINITE)))
+        return result
+
+    def _rescue(
+        self, state: _State, mask: Array, solver: Solver, b: Array, result: tuple[Any, ...], method: int
+    ) -> tuple[Array, Any, Counts]:
+        """Solve again, with a sturdier method, where the mask holds."""
+        backend = state.operator.backend
+
+        def again(old: tuple[Any, ...]) -> tuple[Any, ...]:
+            inner = state if not backend.traced else _State(replace(state.operator, _cache={}), {}, state.transposed)
+            target = backend.space(b).select(mask, b, 0 * b) if isinstance(solver, MINRES) else b
+            x, status, counts = self._run(inner, solver, target, None)
+            return _merge(backend, mask, (x, status, counts._replace(method=method)), old)
+
+        return backend.rescue(mask, again, _filled(backend, result) if backend.traced else result)
 
     def _run(self, state: _State, solver: Solver, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         if solver.name not in state.prepared:
@@ -137,16 +156,35 @@ def _dense_reason(op: Operator, rhs: int) -> str | None:
     return None
 
 
-def _merge(xp: Any, mask: Array, new: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
+def _filled(backend: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arrays in place of what a method does not tell, so that every method's result has the same form."""
+    x, status, counts = result
+    xp = backend.xp
+    nan, zero = xp.full_like(counts.residual, math.nan), xp.zeros_like(status)
+    fields = [nan if value is None else xp.broadcast_to(value, nan.shape) for value in counts[2:-1]]
+    filled = Counts(zero + counts.iterations, zero + counts.matvecs, *fields)
+    return x, status, filled._replace(method=_code(xp, status, counts.method))
+
+
+def _code(xp: Any, status: Array, method: Any) -> Array:
+    """Return a method's number as an array like the status, on its device."""
+    return method if hasattr(method, "shape") else xp.full_like(status, method or 0)
+
+
+def _merge(backend: Any, mask: Array, new: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
     """Items of ``new`` where the mask holds, of ``old`` elsewhere; counts add up."""
     (x1, status1, c1), (x0, status0, c0) = new, old
+    xp = backend.xp
     mask = xp.asarray(mask)
 
     def pick(a: Any, b: Any) -> Any:
+        if a is None and backend.traced:
+            return b
         return a if b is None or a is None else xp.where(mask, xp.asarray(a), xp.asarray(b))
 
     counts = Counts(
         c1.iterations + c0.iterations, c1.matvecs + c0.matvecs,
-        *(pick(a, b) for a, b in zip(c1[2:], c0[2:], strict=True)),
+        *(pick(a, b) for a, b in zip(c1[2:-1], c0[2:-1], strict=True)),
     )  # fmt: skip
-    return xp.where(mask[..., None], x1, x0), pick(status1, status0), counts
+    counts = counts._replace(method=xp.where(mask, _code(xp, status1, c1.method), _code(xp, status1, c0.method)))
+    return backend.space(x0).select(mask, x1, x0), pick(status1, status0), counts

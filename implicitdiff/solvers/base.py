@@ -49,9 +49,13 @@ class Solver:
         """Return the state for Aᵀ."""
         raise NotImplementedError
 
-    def describe(self, state: Any) -> tuple[str, str]:
-        """Name of the method really used, and why."""
-        return self.name, "chosen by name"
+    def matrix_free(self, n: int) -> bool:
+        """Whether for n unknowns it needs products with A and the operations of a vector space, and nothing else."""
+        return False
+
+    def describe(self, state: Any) -> list[tuple[str, str]]:
+        """Names of the methods that may be used, and why; ``Counts.method`` tells which was, by default the first."""
+        return [(self.name, "chosen by name")]
 
 
 class Start(NamedTuple):
@@ -139,6 +143,13 @@ class Krylov(Solver):
             return state
         return KrylovState(operator, state.preconditioner.transpose())
 
+    def matrix_free(self, n: int) -> bool:
+        return self.preconditioner is None
+
+    def most(self, n: int) -> int:
+        """Return the most iterations for n unknowns."""
+        return self.maxiter or min(max(10 * n, 1000), 100_000)
+
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run the method once."""
         raise NotImplementedError
@@ -149,10 +160,10 @@ class Krylov(Solver):
         # computed; where that is still too large but fell, the next cycle starts from it. Restarted
         # GMRES is the same loop with many cycles; CG and MINRES nearly always take one.
         op, backend = state.operator, state.operator.backend
-        space = backend.vector_space(b.shape, b.dtype, op.device)
+        space = backend.space(b)
         default = max(1e-10 if space.eps < 1e-10 else 1e-5, 30 * op.accuracy)
         rtol, noise = space.scalar(self.rtol or default), max(space.eps, op.accuracy)
-        maxiter = self.maxiter or min(max(10 * op.n, 1000), 100_000)
+        maxiter = self.most(op.n)
         unit, scale = _unit(space, b)
         state_0 = _start(space, op, unit, x0, scale, rtol)
 

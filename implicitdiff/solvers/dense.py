@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, item_norm, probe_vector
+from implicitdiff.arrays import Array, item_norm, needed, probe_vector
 from implicitdiff.operator import Operator, matrix_product
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers import sparse
@@ -108,7 +108,7 @@ class DenseSolver(Solver):
         unit = backend.widen(b / scale[..., None])
         x, residual = self._refined(state, unit)
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
-        if any_true(xp, zero):
+        if needed(backend, zero):
             residual, status = xp.where(zero, 0 * scale, residual), xp.where(zero, xp.zeros_like(status), status)
             x = xp.where(zero[..., None], xp.zeros_like(x), x)
         x = backend.astype(x, b.dtype) * scale[..., None]
@@ -116,18 +116,24 @@ class DenseSolver(Solver):
 
     def _refined(self, state: DenseState, b: Array) -> tuple[Array, Array]:
         """Return x and ‖b − A x‖; solve once more for the residual where the factors left one beyond rounding."""
-        xp = state.operator.backend.xp
+        backend = state.operator.backend
+        xp = backend.xp
         product = matrix_product(xp, state.matrix, transposed=state.transposed)
         x = self._apply_rows(state, b)
         r = b - product(x)
         residual = xp.sqrt(xp.vecdot(r, r))
         # The size of b − A x that rounding explains is eps ‖A‖ ‖x‖; factors that are stable leave no more.
         rounding = float(xp.finfo(r.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
-        if any_true(xp, ~(residual <= 100 * rounding)):
-            x = x + self._apply_rows(state, r)
-            r = b - product(x)
-            residual = xp.sqrt(xp.vecdot(r, r))
-        return x, residual
+
+        def refine(x: Array) -> Array:
+            return x + self._apply_rows(state, b - product(x))
+
+        poor = ~(residual <= 100 * rounding)
+        if not needed(backend, poor):
+            return x, residual
+        x = backend.rescue(poor, refine, x)
+        r = b - product(x)
+        return x, xp.sqrt(xp.vecdot(r, r))
 
     def _apply_rows(self, state: DenseState, b: Array) -> Array:
         """Solve for b of shape (*rhs, *items, n), whose right-hand sides are columns to LAPACK."""
@@ -149,7 +155,7 @@ def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
     xp = operator.backend.xp
     failed = xp.zeros(operator.items, dtype=xp.int32, device=operator.device)
     finite = xp.all(xp.isfinite(matrix), axis=(-2, -1))
-    if any_true(xp, ~finite):
+    if needed(operator.backend, ~finite):
         eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
         matrix = xp.where(finite[..., None, None], matrix, eye)
         failed = _mark(xp, failed, ~finite, Status.NON_FINITE)
@@ -162,7 +168,7 @@ def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Arra
     if operator.trusted and not operator.accuracy:
         return matrix, failed
     transpose = xp.matrix_transpose(matrix)
-    if not any_true(xp, matrix != transpose):
+    if not needed(operator.backend, matrix != transpose):
         return matrix, failed
     if not operator.trusted:
         failed = _mark(xp, failed, asymmetry(xp, matrix) > skew_tolerance(xp, operator.dtype), Status.NOT_SYMMETRIC)

@@ -97,7 +97,7 @@ class GMRES(Krylov):
             return _step(s, space, apply, m, target, start.budget)
 
         first = _first(space, r, beta, start.active, m)
-        end = state.operator.backend.while_loop(lambda s: space.any(s.active), step, first)
+        end = state.operator.backend.while_loop(lambda s: space.any(s.active), step, first, limit=m)
         y = _triangular_solve(space, end, beta, m)
         d = space.combine(end.basis, m - 1, y)
         x = space.axpy(space.scalar(1.0), d if left else precondition(d), start.x)
@@ -154,8 +154,8 @@ def _rotate(space: Any, s: _State, h: Array, size: Array, m: int, go: Array) -> 
     c, sn = xp.where(d > 0, a / safe, xp.ones_like(d))[..., None], (b / safe)[..., None]
     row0, row1 = space.copy_row(s.rotation, s.j), space.copy_row(s.rotation, s.j + 1)
     mask = xp.asarray(go)[..., None]
-    rotation = space.put(s.rotation, s.j, xp.where(mask, c * row0 + sn * row1, row0))
-    rotation = space.put(rotation, s.j + 1, xp.where(mask, c * row1 - sn * row0, row1))
+    rotation = space.put_row(s.rotation, s.j, xp.where(mask, c * row0 + sn * row1, row0))
+    rotation = space.put_row(rotation, s.j + 1, xp.where(mask, c * row1 - sn * row0, row1))
     return column + e0 * (d - a)[..., None], rotation, d
 
 
@@ -165,7 +165,7 @@ def _set_column(space: Any, s: _State, column: Array, diagonal: Array, go: Array
     rows = xp.arange(m, device=space.device)
     column = xp.where(rows <= s.j, column[..., :m], xp.zeros_like(column[..., :m]))
     usable = xp.asarray(go & (diagonal > 0))[..., None]
-    return space.put(s.upper, s.j, xp.where(usable, column, space.copy_row(s.upper, s.j)))
+    return space.put_row(s.upper, s.j, xp.where(usable, column, space.copy_row(s.upper, s.j)))
 
 
 def _one_hot(space: Any, j: Any, m: int) -> Array:

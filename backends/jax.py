@@ -1,0 +1,291 @@
+"""JAX: traced from end to end, compiled when called eagerly, differentiable to any order where it is being traced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from implicitdiff.arrays import Array
+from implicitdiff.backends.array_api import ArrayAPIBackend
+from implicitdiff.backends.jax_programs import Runner
+from implicitdiff.errors import BackendError
+from implicitdiff.pytree import flatten
+from implicitdiff.ravel import reject_dtype
+from implicitdiff.report import Report
+from implicitdiff.rules import Task
+from implicitdiff.vectors import ArraySpace, TreeSpace, TreeVector, is_tree_vector
+
+__all__ = ["INLINE", "JaxBackend"]
+
+jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambda _, leaves: TreeVector(leaves))
+
+_TOLD = ("status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solution")
+_NAMED = ("solver", "reason", "seconds", "damping")
+
+
+def _report_parts(report: Report) -> tuple[tuple[Any, ...], Any]:
+    kinds = tuple(sorted(report.derivatives.items()))
+    return tuple(getattr(report, name) for name in _TOLD), (kinds, *(getattr(report, name) for name in _NAMED))
+
+
+def _report_whole(static: Any, arrays: Any) -> Report:
+    kinds, *named = static
+    fields = {**dict(zip(_TOLD, arrays, strict=True)), **dict(zip(_NAMED, named, strict=True))}
+    return Report(derivatives=dict(kinds), **fields)
+
+
+jax.tree_util.register_pytree_node(Report, _report_parts, _report_whole)
+
+
+class JaxSpace(ArraySpace):
+    """Vectors of shape (..., n); nothing is written in place, and an index may be traced."""
+
+    def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
+        return matrix.at[..., j, :].set(row)
+
+    def copy(self, x: Array) -> Array:
+        return x  # nobody can change it
+
+    def project(self, basis: Array, j: Any, x: Array) -> Array:
+        return (basis @ x[..., None])[..., 0]  # vectors beyond j are zero
+
+    def combine(self, basis: Array, j: Any, c: Array) -> Array:
+        return (c[..., None, :] @ basis[..., : c.shape[-1], :])[..., 0, :]
+
+
+class JaxTreeSpace(TreeSpace):
+    """Vectors that are tuples of leaves, each with the sharding that it has."""
+
+    def put_leaf(self, rows: Array, j: Any, leaf: Array) -> Array:
+        return rows.at[j].set(leaf)
+
+    def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
+        return matrix.at[..., j, :].set(row)
+
+
+class Derivatives:
+    """Derivatives of a vector function at one point, by JAX's own transformations.
+
+    A product is derived where it is asked for, not where it is first applied: that may be inside of a loop.
+    """
+
+    kind = "autodiff"
+    accuracy = 0.0
+
+    def __init__(self, backend: JaxBackend, function: Callable[..., Any], y: Any, theta: Any) -> None:
+        self._backend, self._function, self._y, self._theta = backend, function, y, theta
+        self._items = () if is_tree_vector(y) else tuple(y.shape[:-1])
+
+    @cached_property
+    def _by_y(self) -> tuple[Any, Callable[..., Any]]:
+        return jax.linearize(lambda y: self._function(y, self._theta), self._y)
+
+    def value(self) -> Any:
+        """G(y, θ)."""
+        return self._by_y[0]
+
+    @property
+    def jvp_y(self) -> Callable[[Any], Any]:
+        """(∂G/∂y) v."""
+        return self._backend.batched(self._by_y[1], self._items)
+
+    hvp = jvp_y  # a Hessian is linearised once, forward over reverse
+
+    @cached_property
+    def vjp_y(self) -> Callable[[Any], Any]:
+        """(∂G/∂y)ᵀ u."""
+        return self._pullback(lambda y: self._function(y, self._theta), self._y)
+
+    @cached_property
+    def jvp_theta(self) -> Callable[[Any], Any]:
+        """(∂G/∂θ) t."""
+        forward = jax.linearize(lambda theta: self._function(self._y, theta), self._theta)[1]
+        return self._backend.batched(forward, self._items)
+
+    @cached_property
+    def vjp_theta(self) -> Callable[[Any], Any]:
+        """(∂G/∂θ)ᵀ u."""
+        return self._pullback(lambda theta: self._function(self._y, theta), self._theta)
+
+    def _pullback(self, function: Callable[[Any], Any], x: Any) -> Callable[[Any], Any]:
+        pull = jax.vjp(function, x)[1]
+        return self._backend.batched(lambda u: pull(u)[0], self._items)
+
+
+class JaxBackend(ArrayAPIBackend):
+    """Backend for JAX arrays.
+
+    Called with arrays it compiles the whole derivative once for each condition, loss, solver and structure, and keeps
+    the program as long as the user's functions live. Called while JAX is tracing (under ``jit``, ``grad``, ``vmap``)
+    it becomes part of what is traced: then nothing can be raised or warned about, and a failed solve is NaN.
+    """
+
+    traced = True
+
+    def __init__(self) -> None:
+        super().__init__(jnp)
+        self.name = "jax"
+        self._supported = (np.dtype(np.float32), np.dtype(np.float64))
+
+    # -- arrays at the border ------------------------------------------------------------------------
+    def as_leaf(self, leaf: Any, where: str) -> Array:
+        if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
+            return jnp.asarray(leaf)
+        if self.is_array(leaf) or isinstance(leaf, (bool, int, complex)):
+            dtype = getattr(leaf, "dtype", type(leaf).__name__)
+            if dtype not in self._supported:
+                raise reject_dtype(dtype, where)
+            return leaf
+        kind = type(leaf).__module__.partition(".")[0] if hasattr(leaf, "dtype") else type(leaf).__name__
+        raise BackendError(f"{where} is {kind}; expected an array of jax.")
+
+    def is_array(self, x: Any) -> bool:
+        return isinstance(x, jax.Array)
+
+    def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
+        if isinstance(x, (int, float, np.ndarray, np.generic)):
+            return jnp.asarray(x, dtype=dtype)
+        if not self.is_array(x):
+            return None
+        return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
+
+    def common_dtype(self, dtypes: Sequence[Any]) -> Any:
+        return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
+
+    def device(self, x: Array) -> Any:
+        return None  # not known of what is traced; JAX itself refuses arrays of several devices
+
+    def guard(self, x: Array) -> Array:
+        return x
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        return x.astype(dtype)
+
+    def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def trees(self, y: Any, theta: Any) -> bool:
+        leaves = [flatten(tree).leaves for tree in (y, theta)]
+        if not all(leaves) or not all(self.is_array(leaf) for group in leaves for leaf in group):
+            return False
+        return all(len({leaf.dtype for leaf in group}) == 1 for group in leaves)
+
+    # -- derivatives ---------------------------------------------------------------------------------
+    def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        return Derivatives(self, function, y, theta)
+
+    def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        def gradient(z: Any, t: Any) -> Any:
+            value, pull = jax.vjp(lambda w: function(w, t), z)
+            return pull(jnp.ones_like(value))[0]
+
+        return Derivatives(self, gradient, y, theta)
+
+    def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        value, pull = jax.vjp(function, y, theta)
+        return (*pull(jnp.ones_like(value)), "autodiff")
+
+    # -- loops and linear algebra ----------------------------------------------------------------------
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.vmap(function)
+
+    def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
+        def many(x: Any) -> Any:
+            return product(x) if is_tree_vector(x) or x.ndim == len(items) + 1 else jax.vmap(product)(x)
+
+        return many
+
+    def while_loop(
+        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
+    ) -> Any:
+        state = jax.tree.map(jnp.asarray, state)
+
+        def step(old: Any) -> Any:
+            return _like(old, body(old))
+
+        return lax.while_loop(cond, step, state)
+
+    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+        # A loop of one turn and not a cond: under vmap a cond does both branches for every item, always.
+        value = jax.tree.map(jnp.asarray, value)
+
+        def once(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            return jnp.zeros_like(carry[0]), _like(value, function(carry[1]))
+
+        return lax.while_loop(lambda carry: carry[0], once, (jnp.any(wanted), value))[1]
+
+    def space(self, x: Any) -> Any:
+        return JaxTreeSpace(jnp, x) if is_tree_vector(x) else JaxSpace(jnp, x.shape, x.dtype, None)
+
+    def widen(self, x: Array) -> Array:
+        return x.astype(jnp.float64) if jax.config.read("jax_enable_x64") else x
+
+    def lu_factor(self, matrix: Array) -> Any:
+        lu, _, permutation = lax.linalg.lu(matrix)
+        return lu, permutation
+
+    def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
+        lu, permutation = factor
+        if transposed:
+            b = lax.linalg.triangular_solve(lu, b, left_side=True, lower=False, transpose_a=True)
+            b = lax.linalg.triangular_solve(lu, b, left_side=True, lower=True, transpose_a=True, unit_diagonal=True)
+            return jnp.take_along_axis(b, jnp.argsort(permutation, axis=-1)[..., None], axis=-2)
+        b = jnp.take_along_axis(b, permutation[..., None], axis=-2)
+        b = lax.linalg.triangular_solve(lu, b, left_side=True, lower=True, unit_diagonal=True)
+        return lax.linalg.triangular_solve(lu, b, left_side=True, lower=False)
+
+    def cho_factor(self, matrix: Array) -> Array:
+        return lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+    def cho_solve(self, factor: Array, b: Array) -> Array:
+        half = lax.linalg.triangular_solve(factor, b, left_side=True, lower=True)
+        return lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+
+    # -- calls ---------------------------------------------------------------------------------------
+    def runner(self, task: Task) -> Runner:
+        return Runner(task, INLINE)
+
+    def custom_derivative(self, call: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from implicitdiff.backends.jax_function import differentiable_call
+
+        return differentiable_call(self, call, theta, args, kwargs)
+
+
+class _Inline(JaxBackend):
+    """The same inside of what is being traced: a solve has derivatives of its own."""
+
+    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
+        if not prepared.operator.n or 0 in b.shape:
+            return prepared.solve(b, x0, transposed=transposed)
+        (operator, _), _ = prepared.state(transposed), prepared.state(not transposed)
+        product = operator.matvec
+
+        def solver(flipped: bool) -> Callable[[Any, Any], Any]:
+            def solve(_: Any, right: Any) -> tuple[Any, Any]:
+                solution = prepared.solve(right, None if flipped else x0, transposed=transposed ^ flipped)
+                return solution.x, solution._replace(x=None)
+
+            return solve
+
+        x, rest = lax.custom_linear_solve(
+            product, b, solver(False), transpose_solve=solver(True), symmetric=bool(operator.symmetric), has_aux=True
+        )
+        return rest._replace(x=x)
+
+
+INLINE = _Inline()
+
+
+def _like(old: Any, new: Any) -> Any:
+    """Give what a turn of a loop returned the dtypes that it was given."""
+    return jax.tree.map(lambda a, b: jnp.asarray(b, dtype=a.dtype), old, new)

@@ -1,0 +1,219 @@
+"""The solution as a function that JAX differentiates: forward, in reverse, under any transformation, to any order.
+
+Let y*(θ) solve F(y, θ) = 0, with A = ∂F/∂y and B = ∂F/∂θ. One rule is enough: the tangent of y* along θ̇ is the solution
+w of A(y*, θ) w = −B(y*, θ) θ̇. The solve is a ``lax.custom_linear_solve``, which JAX transposes and differentiates, and
+y* in it is the solution function itself, so reverse mode and every higher order follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from implicitdiff.backends.jax_programs import call_for, is_traced, program_for
+from implicitdiff.errors import CallbackError, DerivativeError
+from implicitdiff.judgement import warn_not_solution
+from implicitdiff.rules import Rules, Task
+
+__all__ = ["differentiable_call"]
+
+_OPAQUE = (
+    jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)  # fmt: skip
+"""What JAX raises where a solver needs to see numbers."""
+
+
+class _Statics:
+    """The parts of (args, kwargs) that are no arrays: they do not pass through JAX."""
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.treedef = jax.tree.flatten(tree)
+        self.is_array = [isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in leaves]
+        self.arrays = [leaf for leaf, array in zip(leaves, self.is_array, strict=True) if array]
+        self.rest = [None if array else leaf for leaf, array in zip(leaves, self.is_array, strict=True)]
+
+    def join(self, arrays: Any) -> Any:
+        """Put the tree together again."""
+        found = iter(arrays)
+        leaves = [next(found) if array else leaf for leaf, array in zip(self.rest, self.is_array, strict=True)]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def differentiable_call(backend: Any, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the solver of an `ImplicitFunction`, and let JAX differentiate what it returns."""
+    statics, aux = _Statics((args, kwargs)), list[Any]()
+    run = jax.custom_jvp(lambda theta, arrays: _solution(function, theta, *statics.join(arrays), aux))
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        (theta, arrays), (theta_dot, arrays_dot) = primals, tangents
+        _refuse(arrays_dot)
+        out = run(theta, arrays)
+        y = out[0] if function.has_aux else out
+        options = {k: v for k, v in function.options.items() if k != "backend"}
+        with function.explaining(y):
+            task = Task(backend, function.condition, y, theta, statics.join(arrays)[0], **options)
+            w = _tangent(task, _instantiated(theta, theta_dot))
+        return out, (w, _zeros(out[1])) if function.has_aux else w
+
+    run.defjvp(rule, symbolic_zeros=True)
+    out = run(theta, statics.arrays)
+    if not function.has_aux:
+        return out
+    return out if out[1] is not None or not aux else (out[0], aux[0])
+
+
+# -- the solver ----------------------------------------------------------------------------------------
+def _solution(function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any], aux: list[Any]) -> Any:
+    """y, or the pair (y, aux), as JAX arrays; an aux that JAX cannot carry goes around it."""
+    if is_traced(theta, args, kwargs):
+        out = _traced(function, theta, args, kwargs)
+    else:
+        out = function.run(theta, args, kwargs)
+        _remember(function, out, theta, args)
+    if not function.has_aux:
+        return _arrays(out, theta)
+    y, extra = out
+    aux[:] = [extra]
+    carried = all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(extra))
+    return _arrays(y, theta), jax.tree.map(jnp.asarray, extra) if carried else None
+
+
+def _arrays(y: Any, theta: Any) -> Any:
+    """Numbers of NumPy or Python as JAX arrays, of theta's precision where they are plain floats."""
+    for leaf in jax.tree.leaves(y):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int)):
+            raise CallbackError(f"the solver returned {type(leaf).__name__}.\nExpected the solution y, as arrays.")
+    dtype = jnp.result_type(*jax.tree.leaves(theta))
+
+    def convert(leaf: Any) -> Any:
+        return jnp.asarray(leaf, dtype=dtype if type(leaf) is float else None)
+
+    return jax.tree.map(convert, y)
+
+
+def _traced(function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let JAX trace the solver; where it has to see numbers, call it back from the compiled program."""
+    try:
+        return function.run(theta, args, kwargs)
+    except _OPAQUE:
+        pass
+    statics = _Statics((theta, args, kwargs))
+    shapes = _known_shapes(function, theta, args, kwargs)
+
+    def host(arrays: Any) -> Any:
+        theta, args, kwargs = statics.join(_handed(function, arrays))
+        out = function.run(theta, args, kwargs)
+        return jax.tree.map(lambda leaf, like: np.asarray(leaf, dtype=like.dtype), out, shapes)
+
+    return jax.pure_callback(host, shapes, statics.arrays, vmap_method="sequential")
+
+
+def _handed(function: Any, arrays: Any) -> Any:
+    """What the solver gets: NumPy arrays. JAX may not be called from within one of its own programs."""
+    return [np.asarray(array) for array in arrays]
+
+
+def _forms(theta: Any, args: Any) -> Any:
+    """Make a key of structures, shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten((theta, args))
+    return treedef, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+
+
+def _remember(function: Any, out: Any, theta: Any, args: Any) -> None:
+    """Keep the form of a solution, for when the solver cannot be asked before the program runs."""
+    if all(isinstance(leaf, (jax.Array, np.ndarray, np.generic, float)) for leaf in jax.tree.leaves(out)):
+        function.shapes[_forms(theta, args)] = jax.tree.map(_shape, out)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    leaf = jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _known_shapes(function: Any, theta: Any, args: Any, kwargs: Any) -> Any:
+    """Form of the solution: from an earlier call, or from a call with ones in place of what is traced."""
+    key = _forms(theta, args)
+    if key not in function.shapes:
+        ones = jax.tree.map(_one, (theta, args, kwargs))
+        with jax.ensure_compile_time_eval():
+            out = function.run(*ones)
+        _remember(function, out, theta, args)
+    if key not in function.shapes:
+        raise CallbackError(
+            "the solver needs to see numbers, and what it returns is no tree of arrays.\n"
+            "Next: call it outside of jit and vmap, or let it return arrays (y, or y and aux)."
+        )
+    return function.shapes[key]
+
+
+def _one(leaf: Any) -> Any:
+    return np.ones(leaf.shape, leaf.dtype) if isinstance(leaf, jax.core.Tracer) else leaf
+
+
+# -- the rule ------------------------------------------------------------------------------------------
+def _refuse(tangents: Any) -> None:
+    """Raise where a derivative with respect to data is asked for, which would come out as zero."""
+    for leaf in jax.tree.leaves(tangents, is_leaf=_is_zero):
+        if not _is_zero(leaf) and getattr(leaf, "dtype", None) != jax.dtypes.float0:
+            raise DerivativeError(
+                "a derivative with respect to args is asked for, and args are data that is not differentiated.\n"
+                "Next: pass it in theta, or use jax.lax.stop_gradient."
+            )
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
+
+
+def _instantiated(theta: Any, tangent: Any) -> Any:
+    """Zeros where JAX knows that a tangent is zero."""
+    leaves = jax.tree.leaves(tangent, is_leaf=_is_zero)
+    like, treedef = jax.tree.flatten(theta)
+    full = [jnp.zeros_like(x) if _is_zero(t) else t for x, t in zip(like, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, full)
+
+
+def _zeros(tree: Any) -> Any:
+    """Tangents of what has no derivative."""
+
+    def zero(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.zeros_like(leaf)
+        return np.zeros(leaf.shape, dtype=jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def _tangent(task: Task, tangent: Any) -> Any:
+    """The solution w of A w = −B θ̇, from a program that JAX may transform further."""
+    if not is_traced(task.y, task.theta, task.args):  # numbers: what jit could not tell, is told here
+        _look_at_point(task)
+    call = call_for(task, "tangent", (task.y, task.theta), tangent)
+    return program_for(call, _build_tangent)(call)
+
+
+def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:
+    from implicitdiff.backends.jax import INLINE
+
+    task = replace(call.task_at(y, theta, dynamic), backend=INLINE)
+    return Rules(task, mute=True).tangent(tangent)
+
+
+def _look_at_point(task: Task) -> None:
+    """Warn where y is not a solution."""
+    call = call_for(task, "look", (task.y, task.theta))
+    size, unsolved = program_for(call, _build_look)(call)
+    if is_traced(unsolved):
+        return
+    if bool(jnp.any(unsolved)):
+        warn_not_solution(np, np.asarray(size), np.asarray(unsolved), batched=task.batched)
+
+
+def _build_look(program: Any, call: Any, y: Any, theta: Any, dynamic: Any) -> Any:
+    size, _, unsolved = Rules(call.task_at(y, theta, dynamic)).look(None)
+    return size, unsolved

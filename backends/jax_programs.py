@@ -1,0 +1,333 @@
+"""Programs compiled once for each condition, loss, solver and structure, and kept as long as the functions live."""
+
+from __future__ import annotations
+
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from implicitdiff.ravel import Ravel
+from implicitdiff.rules import Direct, Rules, Run, Task
+
+__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for"]
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether any leaf is a value that JAX is tracing."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+@dataclass
+class Program:
+    """One compiled program, and what was found while it was traced.
+
+    Parameters
+    ----------
+    build : callable
+        ``build(program, call, *arrays) -> arrays``; runs while JAX traces.
+    contents : list
+        What the user's functions closed over.
+    """
+
+    build: Callable[..., Any]
+    contents: list[_Content]
+    facts: dict[str, Any] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
+    compiled: Any = None
+
+    def __post_init__(self) -> None:
+        # What is compiled must not keep the user's functions alive: it finds them in the call that is running.
+        self.compiled = jax.jit(lambda *arrays: self.build(self, _running.stack[-1], *arrays))
+
+    def __call__(self, call: _Call) -> Any:
+        _running.stack.append(call)
+        try:
+            return self.compiled(*call.arrays)
+        finally:
+            _running.stack.pop()
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+
+_running = _Running()
+
+
+@dataclass
+class _Call:
+    """A call with its static parts, and the arrays that go into the program.
+
+    ``arrays`` are y, theta, the leaves of args that may change from call to call, and what else the program takes.
+    """
+
+    task: Task
+    mode: str
+    outer: Any
+    args: _Split
+    arrays: tuple[Any, ...]
+
+    def task_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Task:
+        """Return the task with traced values in place of the arrays."""
+        return replace(self.task, y=y, theta=theta, args=self.args.join(dynamic), own=False)
+
+
+class _Split:
+    """Arguments taken apart into arrays and floats, which may change, and the rest, which is part of the program."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.dynamic: list[Any] = []
+        self.static: list[Any] = []
+        if not args:
+            self.treedef = None
+            return
+        leaves, self.treedef = jax.tree.flatten(args)
+        for leaf in leaves:
+            changes = isinstance(leaf, (jax.Array, np.ndarray, np.generic, float))
+            self.static.append(_CHANGES if changes else leaf)
+            if changes:
+                self.dynamic.append(leaf)
+
+    def join(self, dynamic: list[Any]) -> tuple[Any, ...]:
+        """Put the arguments together again."""
+        if self.treedef is None:
+            return ()
+        rest = iter(dynamic)
+        return jax.tree.unflatten(self.treedef, [next(rest) if leaf is _CHANGES else leaf for leaf in self.static])
+
+
+def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> _Call:
+    """Return a call of a program on the point, the data, and more arrays."""
+    split = _Split(task.args)
+    return _Call(task, mode, outer, split, (*point, split.dynamic, *arrays))
+
+
+_CHANGES = object()
+_programs: dict[Any, Program] = {}
+
+
+def program_for(call: _Call, build: Callable[..., Any]) -> Program:
+    """Return the program for a call, made at the first one of its kind.
+
+    The key speaks of the user's functions, and of objects that cannot be compared, by their identity; an entry goes
+    when one of them does.
+    """
+    task, found = call.task, list[Any]()
+    functions = (*_functions_of(task.condition), *(() if call.outer is None else (call.outer,)))
+    static = (task.solver, call.args.treedef, *call.args.static)
+    key = (
+        call.mode, build, type(task.condition), *(_identity(f, found) for f in functions), task.batched,
+        task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
+        jax.config.read("jax_enable_x64"),
+    )  # fmt: skip
+    program, contents = _programs.get(key), _contents(functions)
+    if program is not None and program.contents == contents:
+        return program
+    program = Program(build, contents)
+    for thing in found:
+        try:
+            program.kept.append(weakref.ref(thing, lambda _: _programs.pop(key, None)))
+        except TypeError:  # no weak references to it: kept, or its id could come to mean another
+            program.kept.append(thing)
+    _programs[key] = program
+    return program
+
+
+def _identity(function: Any, found: list[Any]) -> Any:
+    """Identity of a function; that of a bound method is the object's and the function's."""
+    if function is None:
+        return None
+    if isinstance(function, types.MethodType):
+        found += [function.__self__, function.__func__]
+        return id(function.__self__), id(function.__func__)
+    found.append(function)
+    return id(function)
+
+
+def _static(value: Any, found: list[Any]) -> Any:
+    """Make a key of a value: itself where it can be compared, else its identity."""
+    try:
+        hash(value)
+    except TypeError:
+        found.append(value)
+        return id(value)
+    return type(value), value
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a function closes over, compared by identity, without keeping it alive."""
+
+    reference: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Content):
+            return NotImplemented
+        a, b = (x.reference() if isinstance(x.reference, weakref.ref) else x.reference for x in (self, other))
+        return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _contents(functions: tuple[Any, ...]) -> list[_Content]:
+    """What the functions see beside their arguments: another value there needs another program."""
+    return [_Content(_weak(value)) for function in functions for value in _enclosed(function, 3)]
+
+
+def _weak(value: Any) -> Any:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def _enclosed(function: Any, depth: int) -> Iterator[Any]:
+    """Values in the closure of a function, in the attributes of a bound method's object, and in their closures."""
+    if isinstance(function, types.MethodType):
+        yield from getattr(function.__self__, "__dict__", {}).values()
+        function = function.__func__
+    function = getattr(function, "__wrapped__", function)
+    if not isinstance(function, types.FunctionType):
+        return
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        yield value
+        if depth and callable(value):
+            yield from _enclosed(value, depth - 1)
+
+
+def _functions_of(condition: Any) -> tuple[Any, ...]:
+    """Return the user's functions in a condition."""
+    return tuple(vars(condition).values()) if hasattr(condition, "maps") else (condition,)
+
+
+def _form(tree: Any) -> tuple[Any, ...]:
+    """Structure, shapes and dtypes of a tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, *((getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+
+
+class Runner:
+    """Runs a mode of the rules: compiled where values are at hand, inline where JAX is tracing.
+
+    Parameters
+    ----------
+    task : Task
+    inline : JaxBackend
+        The backend for what is being traced.
+    """
+
+    def __init__(self, task: Task, inline: Any) -> None:
+        self._task, self._inline = task, inline
+        self._direct: Direct | None = None
+        self._factors: Any = None
+
+    def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
+        task, start = self._task, time.perf_counter()
+        outer, vector = (direction, None) if mode == "gradient" else (None, direction)
+        if self._direct is not None or is_traced(task.y, task.theta, task.args, vector, x0):
+            return self._traced(mode, direction, x0)
+        call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
+        if task.own and x0 is None and mode in {"vjp", "jvp"}:
+            program, out = self._factored(call)
+        else:
+            program = program_for(call, _build)
+            out = program(call)
+        if is_traced(out):  # constants, met inside of a program that is being traced
+            return self._traced(mode, direction, x0)
+        value, evidence, sound = out
+        facts, seconds = program.facts, time.perf_counter() - start
+        return Run(value, evidence, **facts["told"], seconds=seconds, sound=sound)
+
+    def _traced(self, mode: str, direction: Any, x0: Any) -> Run:
+        if self._direct is None:
+            self._direct = Direct(replace(self._task, backend=self._inline, own=False), mute=True)
+        return self._direct(mode, direction, x0)
+
+    def _factored(self, call: _Call) -> tuple[Program, Any]:
+        """Use what the point alone determines (factors, residuals), computed at the first call."""
+        vector = call.arrays[3]
+        call = replace(call, arrays=call.arrays[:3])
+        program = program_for(replace(call, mode="linearize"), _build_parts)
+        if self._factors is None:
+            self._factors = program(call)
+        part = program.facts[call.mode]
+        leaves = part.leaves(self._task, vector)
+        if is_traced(self._factors):
+            return program, self._factors
+        return program, jax.tree.unflatten(part.form, part.compiled(self._factors[call.mode], leaves))
+
+
+def _note(program: Program, rules: Rules) -> None:
+    prepared = rules.prepared
+    program.facts["told"] = {
+        "methods": list(prepared.methods), "derivatives": rules.derivatives, "damping": prepared.damping,
+    }  # fmt: skip
+
+
+def _sound(evidence: Any) -> Any:
+    """Whether there is nothing to tell: one number to look at."""
+    e = evidence
+    good = e.inputs & e.right & e.image & e.residual & ~e.unsolved & ~e.solution.failed
+    return jnp.all(good) & ~jnp.any(e.vanished)
+
+
+def _build(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
+    """Trace one mode at a point."""
+    rules = Rules(call.task_at(y, theta, dynamic), flat=call.mode == "jacobian")
+    direction = call.outer if call.mode == "gradient" else vector
+    value, evidence = getattr(rules, call.mode)(direction, x0)
+    _note(program, rules)
+    return value, evidence, _sound(evidence)
+
+
+@dataclass
+class _Part:
+    """One mode of a linearisation whose constants were computed before."""
+
+    mode: str
+    compiled: Any
+    form: Any
+
+    def leaves(self, task: Task, vector: Any) -> list[Any]:
+        """Check a direction and take it apart."""
+        like, name, what = (task.y, "y", "cotangent") if self.mode == "vjp" else (task.theta, "theta", "tangent")
+        border = Ravel(task.backend, like, name, task.batched)
+        border.like(vector, what, dtype=border.dtype)
+        kinds = [leaf.dtype for leaf in border.leaves]
+        return [jnp.asarray(leaf, dtype=kind) for leaf, kind in zip(jax.tree.leaves(vector), kinds, strict=True)]
+
+
+def _build_parts(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+    """Factor at a point, and trace what the modes do with the factors; their constants are what is returned."""
+    rules = Rules(call.task_at(y, theta, dynamic))
+    for transposed in (False, True):
+        rules.prepared.state(transposed)
+    constants = {}
+    for mode, like in (("vjp", y), ("jvp", theta)):
+
+        def run(direction: Any, mode: str = mode) -> Any:
+            value, evidence = getattr(rules, mode)(direction)
+            return value, evidence, _sound(evidence)
+
+        closed, shape = jax.make_jaxpr(run, return_shape=True)(jax.tree.map(jnp.asarray, like))
+        program.facts[mode] = _Part(mode, jax.jit(_evaluator(closed.jaxpr)), jax.tree.structure(shape))
+        constants[mode] = closed.consts
+    _note(program, rules)
+    return constants
+
+
+def _evaluator(jaxpr: Any) -> Callable[[Any, Any], Any]:
+    return lambda constants, leaves: jax.core.eval_jaxpr(jaxpr, constants, *leaves)

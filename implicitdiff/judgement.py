@@ -1,0 +1,113 @@
+"""What is made of the evidence of a derivative: errors, warnings, or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from implicitdiff.arrays import Array, any_true, item_numbers, to_python
+from implicitdiff.errors import (
+    DerivativeError,
+    NonFiniteError,
+    NonFiniteProductError,
+    NotASolutionWarning,
+    SolveError,
+    SolveWarning,
+)
+from implicitdiff.failure import explain, warn
+from implicitdiff.ravel import Ravel
+
+__all__ = ["judge", "reject_non_finite", "warn_not_solution"]
+
+
+def reject_non_finite(task: Any, border: Ravel, vector: Any, name: str) -> None:
+    """Raise for an input that holds NaN or Inf; in a batch that need not raise, warn or stay quiet."""
+    where = name + border.bad_leaf(vector).removeprefix(border.name)
+    error = NonFiniteError(f"{where} holds NaN or Inf.\nNext: check what produced it; a diverged solver often has.")
+    if task.on_failure == "raise" or not border.items:
+        raise error
+    if task.on_failure == "warn":
+        warn(str(error), SolveWarning)
+
+
+def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
+    """Turn the evidence into the error that has to be settled, if any; warn where y is not a solution.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        With values.
+    rules : Rules
+        At the same point; asked for more only where something is wrong.
+    solver : str
+        Name of the method that was used.
+    """
+    xp = rules.point.backend.xp
+    if any_true(xp, evidence.vanished):
+        _check_dependence(rules)
+    good = evidence.inputs  # the others have been told already
+    if not rules.told and any_true(xp, evidence.unsolved & good):
+        rules.told = True  # once for a point
+        warn_not_solution(xp, evidence.stationarity, evidence.unsolved, batched=bool(rules.point.items))
+    right = _product_error(rules.point, evidence.right | ~good, _right_name(rules))
+    if right is not None:
+        return right
+    residual = _product_error(rules.point, evidence.residual | ~good, "F(y, theta)")
+    if residual is not None:
+        return residual
+    failed = evidence.solution.failed & good
+    if any_true(xp, failed):
+        return explain(rules.prepared.operator, evidence.solution, solver)
+    return _product_error(rules.point, evidence.image | ~good, "mixed_vjp (Bᵀ u)")
+
+
+def _right_name(rules: Any) -> str:
+    return "the gradient of outer" if "outer" in rules.kinds else "mixed_jvp (B t)"
+
+
+def _product_error(point: Any, finite: Array, what: str) -> SolveError | None:
+    """Return the error for a product that holds NaN or Inf, None where it is finite."""
+    xp = point.backend.xp
+    if not any_true(xp, ~finite):
+        return None
+    items = f"items {item_numbers(xp, ~finite)}: " if point.items else ""
+    return NonFiniteProductError(
+        f"{items}{what} holds NaN or Inf, although y and theta are finite.\n"
+        "Likely cause: a derivative that does not exist at this point (a square root or a log at 0).\n"
+        "Next: evaluate that product at (y, theta), and smooth the function there."
+    )
+
+
+def _check_dependence(rules: Any) -> None:
+    """Raise where the product with B vanishes because F does not see θ at all.
+
+    A derivative that happens to be zero is fine, so F itself is asked: at another θ, is it the same to the bit,
+    here and at another y? (y = 0 may be a solution for every θ, and then F(0, θ) tells nothing.)
+    """
+    p, at = rules.point, rules.at
+    if at is None or 0 in (p.theta.n, p.y.n, *p.items):
+        return
+    y, theta = p.y.vector, p.theta.vector
+    moved, space = p.theta.space.nearby(theta), p.y.space
+    for here in (y, space.nearby(y)):
+        there = space.copy(at(here, moved))  # it may be a buffer that the next call fills again
+        if not bool(space.vanishes(there - at(here, theta))):
+            return
+    raise DerivativeError(
+        "F does not depend on theta: it is the same to the last bit at another theta.\n"
+        "Likely cause: the function uses a theta from the enclosing scope (a closure) instead of its argument.\n"
+        "Next: write it as f(y, theta, *args) and use that theta."
+    )
+
+
+def warn_not_solution(xp: Any, size: Array, unsolved: Array, *, batched: bool) -> None:
+    """Warn with ‖F(y, theta)‖ that y is not a solution."""
+    if batched:
+        bad = item_numbers(xp, unsolved)
+        head = f"y is not a solution in items {bad}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
+    else:
+        head = f"y is not a solution: ‖F(y, theta)‖ = {to_python(size):.3g}."
+    warn(
+        f"{head}\nThe derivative is that of a solution at y, and is off by as much as y is.\n"
+        "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
+        NotASolutionWarning,
+    )
