@@ -43,7 +43,7 @@ class TorchArrays(ArrayAPIBackend):
     def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
         found = super().as_array(x, device, dtype)
         if found is None or found.is_floating_point() or found.is_complex():
-            return found
+            return found if found is None else _unrecorded(found)
         return found.to(dtype)
 
     def common_dtype(self, dtypes: Sequence[Any]) -> Any:
@@ -62,7 +62,7 @@ class TorchArrays(ArrayAPIBackend):
         return torch.cat(list(parts), dim=-1)
 
     def astype(self, x: Array, dtype: Any) -> Array:
-        return x.to(dtype)
+        return _unrecorded(x.to(dtype))
 
     # -- the user's functions ------------------------------------------------------------------------
     def computing(self) -> AbstractContextManager[Any]:
@@ -128,3 +128,8 @@ class TorchArrays(ArrayAPIBackend):
 
     def cho_solve(self, factor: Array, b: Array) -> Array:
         return torch.cholesky_solve(b, factor)
+
+
+def _unrecorded(x: Array) -> Array:
+    """Detach what a callback recorded for itself (it may hold a tensor that requires a gradient), unless we record."""
+    return x if torch.is_grad_enabled() else x.detach()

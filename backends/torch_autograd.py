@@ -199,7 +199,7 @@ def _record(function: Function, *xs: Array) -> Array | None:
     """Record a function at leaves; None where it runs on plain tensors only (it goes through NumPy)."""
     try:
         with _mode(recording=True):
-            return function(*xs)
+            return function(*xs).clone()  # a function may return a buffer, which its next call takes for another graph
     except torch.OutOfMemoryError:
         raise
     except Exception:

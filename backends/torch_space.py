@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import array_api_compat.numpy as np_xp
+import array_api_compat.torch as torch_xp
 import numpy as np
 import torch
 
@@ -27,6 +28,7 @@ class TorchSpace(ArraySpace):
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         super().__init__(np_xp, shape, np.dtype(_HOST[dtype]), "cpu")
         self._tensor_dtype, self._type = dtype, _HOST[dtype]
+        self._around = ArraySpace(torch_xp, shape, dtype, "cpu")
 
     def inner(self, x: Array, y: Array) -> Array:
         return self._type(torch.dot(x, y).item())
@@ -76,6 +78,26 @@ class TorchSpace(ArraySpace):
     def maximum(self, a: Array, b: Array) -> Array:
         return b if b > a or b != b else a
 
+    # -- around a solve scalars are tensors, too ----------------------------------------------------
+    def size(self, x: Array) -> Array:
+        return self._around.size(x)
+
+    def finite(self, x: Array) -> Array:
+        return self._around.finite(x)
+
+    def vanishes(self, x: Array) -> Array:
+        return self._around.vanishes(x)
+
+    def probe(self) -> Array:
+        return self._around.probe()
+
+    def nan(self) -> Array:
+        return self._around.nan()
+
+    def nearby(self, x: Array) -> Array:
+        return self._around.nearby(x)
+
+    # -- a basis for Arnoldi -------------------------------------------------------------------------
     def basis(self, k: int) -> Array:
         return torch.zeros((k, *self.shape), dtype=self._tensor_dtype)
 

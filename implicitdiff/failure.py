@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,8 +33,8 @@ _ERRORS: dict[Status, type[SolveError]] = {
     Status.SINGULAR: SingularError,
     Status.NON_FINITE: NonFiniteProductError,
 }
-_PACKAGE = str(Path(__file__).parent)
-_BACKENDS = str(Path(__file__).resolve().parent.parent / "backends")
+_NOT_THE_USER = {"implicitdiff", "contextlib", "functools", "torch"}
+"""Between the line that asks for a derivative and ours; Torch calls us from within its backward pass."""
 
 
 def check_mode(on_failure: str) -> None:
@@ -45,12 +44,12 @@ def check_mode(on_failure: str) -> None:
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the user's line: the innermost frame that is not this library's."""
+    """Warn at the user's line: the innermost frame that is neither this library's nor its framework's."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
-    while frame is not None and frame.f_code.co_filename.startswith((_PACKAGE, _BACKENDS)):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level - 1)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def settle(error: SolveError | None, on_failure: str) -> None:

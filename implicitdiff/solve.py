@@ -170,9 +170,11 @@ def _compare(
     one = op.backend.space(_first(op, x))
     z = one.probe()
     az = op.matvec(z)
-    gap = xp.abs(_inner(space, az, x) - _inner(space, z, image))
+    # scalars of a vector space may be the host's own numbers
+    gap = xp.abs(xp.asarray(_inner(space, az, x) - _inner(space, z, image), device=op.device))
+    residual = xp.asarray(counts.residual, device=op.device)
     eps = float(xp.finfo(op.dtype).eps)
-    relative = (1e-6 if eps < 1e-10 else 1e-3) + xp.where(failing, 0 * counts.residual, counts.residual)
+    relative = (1e-6 if eps < 1e-10 else 1e-3) + xp.where(failing, 0 * residual, residual)
     allowed = one.size(z) * space.size(image) * relative + 1e3 * eps * one.size(az) * space.size(x)
     asymmetric = xp.isfinite(gap) & (gap > allowed) & (space.size(b) > 0)
     return xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
