@@ -140,8 +140,9 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks on tiny sizes; what follows ``--`` replaces that: ``-- run`` measures."""
-    install(session, "-e", ".")
-    session.run("python", "-m", "benchmarks", *(session.posargs or ["run", "--short"]))
+    install(session, "-e", ".[torch,jax]")
+    everything = ["run", "--short", "--backends", "numpy,torch,jax"]
+    session.run("python", "-m", "benchmarks", *(session.posargs or everything))
 
 
 if __name__ == "__main__":
