@@ -14,6 +14,7 @@ from jax import lax
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
+from implicitdiff.backends.jax_function import differentiable_call
 from implicitdiff.backends.jax_programs import Runner, solved
 from implicitdiff.errors import BackendError
 from implicitdiff.pytree import flatten
@@ -253,16 +254,19 @@ class JaxBackend(ArrayAPIBackend):
         return lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
 
     # -- calls ---------------------------------------------------------------------------------------
+    @property
+    def inline(self) -> JaxBackend:
+        """Return the backend for what is being traced."""
+        return INLINE
+
     def runner(self, task: Task) -> Runner:
-        return Runner(task, INLINE)
+        return Runner(task, self.inline)
 
     def solved(self, system: System) -> Told:
         """Solve a linear system: compiled where values are at hand."""
-        return solved(system, INLINE)
+        return solved(system, self.inline)
 
     def custom_derivative(self, call: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from implicitdiff.backends.jax_function import differentiable_call
-
         return differentiable_call(self, call, theta, args, kwargs)
 
 

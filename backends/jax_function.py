@@ -199,9 +199,7 @@ def _tangent(task: Task, tangent: Any) -> Any:
 
 
 def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:
-    from implicitdiff.backends.jax import INLINE
-
-    task = replace(call.task_at(y, theta, dynamic), backend=INLINE)
+    task = replace(call.task_at(y, theta, dynamic), backend=call.task.backend.inline)
     return Rules(task, mute=True).tangent(tangent)
 
 
