@@ -5,7 +5,7 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
-from implicitdiff import Root, implicit_jacobian
+from implicitdiff import Root, implicit_jacobian  # noqa: E402
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

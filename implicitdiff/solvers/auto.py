@@ -73,7 +73,7 @@ class Auto(Solver):
         return state
 
     def foresee(self, state: _State, rhs: int) -> None:
-        """Factor where that many right-hand sides will need it: what is made inside of a traced solve cannot be kept."""
+        """Factor where so many right-hand sides will need it: what is made inside of a traced solve cannot be kept."""
         op = state.operator
         first: Solver = Cholesky() if op.symmetric else LU()
         if self.preconditioner is None and first.name not in state.prepared and _dense_reason(op, rhs) is not None:
