@@ -25,6 +25,7 @@ __all__ = ["RTOL", "Framework", "Peer", "cases", "time_batch"]
 RTOL = 1e-8
 EAGER = 1e-4
 """Seconds that a call outside of jit may take beside the bar on its ratio."""
+TOO_LONG = "it takes many times as long, as it did at smaller sizes"
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _peers(
         ours = f"cg{peer.against}"
         case = f"gradient, {ours} / {peer.name}"
         if peer.function is None or problem.n > peer.most:
-            rows.append(fw.skipped(case, size, peer.reason or "it takes minutes"))
+            rows.append(fw.skipped(case, size, peer.reason or TOO_LONG))
             continue
         theirs = fw.timed(partial(peer.function, *arrays))
         try:
