@@ -11,6 +11,9 @@ from implicitdiff.backends.torch_composable import Composable
 from implicitdiff.backends.torch_function import Implicit
 from implicitdiff.backends.torch_linearization import TorchLinearization
 from implicitdiff.backends.torch_problem import Problem, refuse_recorded
+from implicitdiff.backends.torch_system import solve_recorded
+from implicitdiff.report import Report
+from implicitdiff.system import System
 
 __all__ = ["TorchBackend"]
 
@@ -25,6 +28,12 @@ class TorchBackend(TorchArrays):
         if torch.compiler.is_compiling():  # a solve is no graph: let the compiler step over it at once
             return torch.compiler.disable(self._recorded)(function, theta, args, kwargs)
         return self._recorded(function, theta, args, kwargs)
+
+    def solve_system(self, system: System) -> tuple[Any, Report]:
+        """Solve a linear system, and let Torch differentiate the solution."""
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(solve_recorded)(system)
+        return solve_recorded(system)
 
     def _recorded(self, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_recorded(args)
