@@ -134,7 +134,6 @@ def test_compiled(name: str, problem: str, solver: str) -> None:
 
 @EACH
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile, about itself
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(("problem", "solver"), FEW)
 def test_decorator(name: str, problem: str, solver: str) -> None:
     """A black-box solver gets derivatives of the framework's own, to second order, eager and compiled."""
