@@ -157,7 +157,7 @@ def test_functions_that_are_partial_or_compiled() -> None:
 
 def test_threads() -> None:
     """Eight threads, each with problems of its own."""
-    y, theta = squares()
+    _, theta = squares()
 
     def work(k: int) -> bool:
         scaled = (1.0 + k) * theta
