@@ -142,7 +142,8 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the benchmarks on tiny sizes; what follows ``--`` replaces that: ``-- run`` measures."""
     install(session, "-e", ".[torch,jax]")
-    session.run("python", "-m", "benchmarks", *(session.posargs or ["run", "--short"]))
+    everything = ["run", "--short", "--backends", "numpy,torch,jax"]
+    session.run("python", "-m", "benchmarks", *(session.posargs or everything))
 
 
 if __name__ == "__main__":
