@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import array_api_compat.cupy as xp
@@ -15,7 +16,8 @@ from cupyx.scipy import linalg
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
-from implicitdiff.errors import BackendError
+from implicitdiff.backends.lending import Lender
+from implicitdiff.errors import BackendError, DerivativeError, DTypeError, UnknownNameError
 from implicitdiff.vectors import ArraySpace
 
 __all__ = ["CupyBackend", "CupyItemsSpace", "CupySpace"]
@@ -24,6 +26,7 @@ __all__ = ["CupyBackend", "CupyItemsSpace", "CupySpace"]
 _axpy = cupy.ElementwiseKernel("T a, T x", "T y", "y += a * x", "implicitdiff_axpy")
 _scale = cupy.ElementwiseKernel("T a", "T x", "x *= a", "implicitdiff_scale")
 
+_MODES = ("auto", "torch", "finite_differences")
 _warning = threading.RLock()  # what is done with warnings is done for all threads
 
 
@@ -56,13 +59,23 @@ class CupyBackend(ArrayAPIBackend):
     """Backend for CuPy arrays.
 
     All arrays of a call have to lie on the current device: CuPy makes new ones there.
+
+    Parameters
+    ----------
+    autodiff : {"auto", "torch", "finite_differences"}, default "auto"
+        Where derivatives come from that the user did not give. ``"torch"`` lends its autodiff to functions that run on
+        any framework's arrays; ``"auto"`` takes it where Torch is installed and takes the function, else central
+        finite differences.
     """
 
     name = "cupy"
 
-    def __init__(self) -> None:
+    def __init__(self, autodiff: str = "auto") -> None:
         super().__init__(xp)
+        if autodiff not in _MODES:
+            raise UnknownNameError(f"autodiff = {autodiff!r}: expected one of {', '.join(_MODES)}.")
         self.name = "cupy"
+        self.autodiff = autodiff
 
     # -- arrays at the border ------------------------------------------------------------------------
     def is_array(self, x: Any) -> bool:
@@ -90,6 +103,27 @@ class CupyBackend(ArrayAPIBackend):
 
     def astype(self, x: Array, dtype: Any) -> Array:
         return x.astype(dtype, copy=False)
+
+    # -- derivatives ---------------------------------------------------------------------------------
+    def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        return self._lent("differentiate", function, y, theta) or super().differentiate(function, y, theta)
+
+    def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        found = self._lent("differentiate_gradient", function, y, theta)
+        return found or super().differentiate_gradient(function, y, theta)
+
+    def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        return self._lent("gradients", function, y, theta) or super().gradients(function, y, theta)
+
+    def _lent(self, what: str, *at: Any) -> Any:
+        """Derive by Torch; None where finite differences are wanted, or all that is left."""
+        if self.autodiff == "torch" or (self.autodiff == "auto" and find_spec("torch") is not None):
+            try:
+                return getattr(Lender(self, "torch"), what)(*at)
+            except (DerivativeError, DTypeError):  # as far as this one may look, it calls CuPy by name
+                if self.autodiff == "torch":
+                    raise
+        return None
 
     # -- loops and linear algebra ----------------------------------------------------------------------
     def waits(self, held: Any) -> bool:

@@ -17,13 +17,14 @@ from scipy.linalg import blas, lapack
 from implicitdiff.arrays import Array, probe_vector
 from implicitdiff.backends.array_api import ArrayAPIBackend, triangular_solve
 from implicitdiff.backends.differences import Differences, GradientDifferences, directional, scalar_gradients
+from implicitdiff.backends.lending import LENDERS, Lender
 from implicitdiff.errors import InputError, UnknownNameError
 from implicitdiff.vectors import ArraySpace
 
 __all__ = ["NumpyBackend", "NumpySpace"]
 
 _AXPY = {np.dtype(np.float64): blas.daxpy, np.dtype(np.float32): blas.saxpy}
-_MODES = ("auto", "autograd", "complex_step", "finite_differences")
+_MODES = ("auto", "autograd", "complex_step", "finite_differences", *LENDERS)
 
 
 class NumpySpace(ArraySpace):
@@ -99,10 +100,11 @@ class NumpyBackend(ArrayAPIBackend):
 
     Parameters
     ----------
-    autodiff : {"auto", "autograd", "complex_step", "finite_differences"}, default "auto"
+    autodiff : {"auto", "autograd", "complex_step", "finite_differences", "torch", "jax"}, default "auto"
         Where derivatives come from that the user did not give. ``"auto"`` takes autograd for functions
         written with it, else the complex step for functions that accept complex numbers (checked against a
-        finite difference), else central finite differences.
+        finite difference), else central finite differences. ``"torch"`` and ``"jax"`` lend their autodiff to
+        functions that run on any framework's arrays.
     """
 
     name = "numpy"
@@ -157,6 +159,8 @@ class NumpyBackend(ArrayAPIBackend):
 
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        if self.autodiff in LENDERS:
+            return Lender(self, self.autodiff).differentiate(function, y, theta)
         if self._tape():
             from implicitdiff.backends import tape
 
@@ -168,6 +172,8 @@ class NumpyBackend(ArrayAPIBackend):
         return Differences(self, function, y, theta)
 
     def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        if self.autodiff in LENDERS:
+            return Lender(self, self.autodiff).differentiate_gradient(function, y, theta)
         if self._tape():
             from implicitdiff.backends import tape
 
@@ -179,6 +185,8 @@ class NumpyBackend(ArrayAPIBackend):
         return GradientDifferences(self, function, y, theta)
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        if self.autodiff in LENDERS:
+            return Lender(self, self.autodiff).gradients(function, y, theta)
         if self._tape():
             from implicitdiff.backends import tape
 

@@ -180,3 +180,48 @@ def test_devices(standin: Any) -> None:
         idf.implicit_vjp(quadratic, here, there, standin.ones(2))
     with pytest.raises(idf.BackendError, match=r"(?s)Device 0.*Device 1|Device 1.*Device 0"):
         idf.implicit_vjp(quadratic, {"a": here, "b": there}, here, standin.ones(2))
+
+
+# -- derivatives that are not given ------------------------------------------------------------------------
+def cubic(y: Any, theta: Any) -> Any:
+    return y**3 - theta
+
+
+def squares(y: Any, theta: Any) -> Any:
+    return ((y - theta**2) ** 2).sum()
+
+
+@pytest.mark.parametrize("mode", ["auto", "torch", "finite_differences"])
+def test_derived(cp: Any, mode: str) -> None:
+    """Torch's autodiff where Torch is installed, and finite differences otherwise; the report says so."""
+    if find_spec("torch") is None:
+        pytest.skip("needs torch")
+    from implicitdiff.backends.cupy import CupyBackend
+
+    exact = mode != "finite_differences"
+    options = {"backend": CupyBackend(mode), "return_report": True}
+    theta = cp.asarray(np.array([1.0, 2.0, 3.0]))
+    got, report = idf.implicit_grad(squares, lambda y, t: (y**2).sum() + t.sum(), theta**2, theta, **options)
+    right(cp, got, 4 * np.array([1.0, 2.0, 3.0]) ** 3 + 1, 1e-12 if exact else 1e-5)
+    assert set(report.derivatives.values()) == {"autodiff" if exact else "finite differences"}
+    y = cp.asarray(np.array([1.0, 2.0, 3.0]))
+    lin = idf.linearize(idf.Root(cubic), y, y**3, backend=CupyBackend(mode))
+    right(cp, lin.jvp(cp.ones(3)), 1 / (3 * np.array([1.0, 4.0, 9.0])), 1e-12 if exact else 1e-7)
+
+
+def test_function_of_cupy_by_name(cp: Any) -> None:
+    """A function that calls CuPy by name is derived by finite differences, unless Torch is insisted on."""
+    if find_spec("torch") is None:
+        pytest.skip("needs torch")
+    from implicitdiff.backends.cupy import CupyBackend
+
+    fun = idf.Root(lambda y, t: cp.exp(y) - t)
+    y = cp.asarray(np.array([0.5, 1.0]))
+    at = (y, cp.exp(y), cp.ones(2))
+    got, report = idf.implicit_vjp(fun, *at, backend=CupyBackend(), return_report=True)
+    right(cp, got, np.exp([-0.5, -1.0]), 1e-7)
+    assert report.derivatives["A"] == "finite differences"
+    with pytest.raises(idf.DerivativeError, match="fun cannot be derived by torch"):
+        idf.implicit_vjp(fun, *at, backend=CupyBackend("torch"))
+    with pytest.raises(idf.UnknownNameError, match="finite_differences"):
+        CupyBackend("numbers")
