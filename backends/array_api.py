@@ -109,6 +109,9 @@ class ArrayAPIBackend:
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         return scalar_gradients(self, function, y, theta)
 
+    def combined(self, maps: Any, y: Array, theta: Array) -> Any:
+        return maps
+
     # -- loops and linear algebra ----------------------------------------------------------------------
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         def many(x: Array) -> Array:
