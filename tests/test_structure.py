@@ -148,7 +148,9 @@ def test_backends_stand_alone(name: str) -> None:
     targets = {layer_of_backend(t) for t in imports(name) if t.startswith("implicitdiff.backends.")}
     allowed = HELPERS | ({"array_api"} if own in BUILD_ON_ARRAY_API else set())
     family = own.partition("_")[0]
-    allowed |= {t for t in map(layer_of_backend, ADAPTERS) if t.partition("_")[0] == family in {"torch", "jax"}}
+    allowed |= {
+        t for t in map(layer_of_backend, ADAPTERS) if t.partition("_")[0] == family in {"numpy", "torch", "jax"}
+    }
     assert targets - {own} <= allowed
     assert not any(t.partition(".")[0] == "backends" for t in imports(name)), "import implicitdiff.backends, absolutely"
 
