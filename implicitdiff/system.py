@@ -64,8 +64,8 @@ class System:
 
     def refuse_non_finite(self, vector: Array) -> None:
         """Raise where the right-hand side holds NaN or Inf."""
-        xp = self.backend.xp
-        if (not self.batched or self.on_failure == "raise") and any_true(xp, ~xp.isfinite(vector)):
+        finite = self.backend.space(vector).finite(vector)
+        if (not self.batched or self.on_failure == "raise") and any_true(self.backend.xp, ~finite):
             raise NonFiniteError("b holds NaN or Inf.")
 
     def solved(self, *, mute: bool = False) -> Told:
