@@ -17,9 +17,6 @@ from implicitdiff.errors import BackendError
 
 __all__ = ["TorchArrays"]
 
-LOOK_EVERY = 10
-"""Bodies of a loop between two looks at its condition on an accelerator, where each look waits for the device."""
-
 
 class TorchArrays(ArrayAPIBackend):
     """What the core needs of Torch, on plain tensors; `TorchBackend` adds how Torch differentiates our results."""
@@ -95,17 +92,8 @@ class TorchArrays(ArrayAPIBackend):
 
         return many
 
-    def while_loop(
-        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
-    ) -> Any:
-        done, stride = 0, 1
-        while (limit is None or done < limit) and bool(held := cond(state)):
-            if limit is not None and isinstance(held, torch.Tensor) and held.device.type != "cpu":
-                stride = min(LOOK_EVERY, limit - done)
-            for _ in range(stride):
-                state = body(state)
-            done += stride
-        return state
+    def waits(self, held: Any) -> bool:
+        return isinstance(held, torch.Tensor) and held.device.type != "cpu"
 
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         if len(shape) == 1 and torch.device(device).type == "cpu":

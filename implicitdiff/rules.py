@@ -103,7 +103,7 @@ class Rules:
         y.check_partner(theta)
         self.point = Point(engine, y, theta, tuple(task.args))
         self.inputs = self._finite(y.vector, y, "y") & self._finite(theta.vector, theta, "theta")
-        maps = condition.maps(self.point)
+        maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.B, self.value, self.at = maps.B, maps.residual, maps.at
         self.prepared = prepare(maps.A, solver, mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
