@@ -147,6 +147,9 @@ class ArrayAPIBackend:
     def trees(self, y: Any, theta: Any) -> bool:
         return False
 
+    def is_vector(self, tree: Any) -> bool:
+        return len(getattr(tree, "shape", ())) == 1
+
     def space(self, x: Array) -> Any:
         return self.vector_space(x.shape, x.dtype, self.device(x))
 
