@@ -14,8 +14,11 @@ from implicitdiff.backends.torch_function import Implicit
 from implicitdiff.backends.torch_group import Group
 from implicitdiff.backends.torch_linearization import TorchLinearization
 from implicitdiff.backends.torch_problem import Problem, is_recorded, refuse_recorded
+from implicitdiff.backends.torch_system import solve_recorded
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linearization import Linearization
+from implicitdiff.report import Report
+from implicitdiff.system import System
 
 __all__ = ["TorchBackend"]
 
@@ -83,6 +86,12 @@ class TorchBackend(TorchArrays):
         if torch.compiler.is_compiling():  # a solve is no graph: let the compiler step over it at once
             return torch.compiler.disable(self._recorded)(function, theta, args, kwargs)
         return self._recorded(function, theta, args, kwargs)
+
+    def solve_system(self, system: System) -> tuple[Any, Report]:
+        """Solve a linear system, and let Torch differentiate the solution."""
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(solve_recorded)(system)
+        return solve_recorded(system)
 
     def _recorded(self, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_recorded(args)

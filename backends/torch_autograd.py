@@ -184,13 +184,13 @@ def _pull(value: Array | None, x: Array, u: Array) -> Array:
 
 
 def _pull_block(value: Array, x: Array, u: Array) -> Array:
+    # Not is_grads_batched, whose vmap is an older one: it copies a matrix for each of the right-hand sides.
     try:
-        (found,) = torch.autograd.grad(value, x, u, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        return torch.func.vmap(lambda one: _pull(value, x, one))(u)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return torch.stack([_pull(value, x, one) for one in u])  # a node that vmap does not know
-    return x.new_zeros((u.shape[0], *x.shape)) if found is None else found
 
 
 def _leaf(x: Array) -> Array:

@@ -42,7 +42,7 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
         Name of the method that was used.
     """
     xp = rules.point.backend.xp
-    if any_true(xp, evidence.vanished):
+    if any_true(xp, evidence.vanished) and not any_true(xp, evidence.solution.failed):  # else A is what is to be told
         _check_dependence(rules)
     good = evidence.inputs  # the others have been told already
     if not rules.told and any_true(xp, evidence.unsolved & good):

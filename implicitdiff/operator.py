@@ -35,7 +35,7 @@ class LinearMap:
     items : tuple of int
         Leading axes of independent maps.
     dtype, device
-        Of the vectors.
+        Of the vectors of length ``rows``.
     forward, adjoint : callable or None
         ``(*rhs, *items, columns) -> (*rhs, *items, rows)`` and its transpose. One may be missing.
     matrix : array, shape (*items, rows, columns), optional
@@ -49,6 +49,8 @@ class LinearMap:
     derive : callable or None
         Asked for a missing product when it is first needed: ``derive(transposed)`` returns its kind and the product,
         or None; then the matrix is assembled from the product that is there.
+    domain : dtype, optional
+        Of the vectors of length ``columns``, where it is another one.
     """
 
     backend: Any
@@ -64,6 +66,7 @@ class LinearMap:
     kind: str = "given"
     label: str = "A"
     derive: Derive | None = None
+    domain: Any = None
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -117,9 +120,10 @@ class LinearMap:
         product, n = (self.forward, self.columns) if forward else (self.adjoint, self.rows)
         if product is None:
             raise DerivativeError(f"no product with {self.label} is known: give one of its callables.")
-        unit = xp.eye(n, dtype=self.dtype, device=self.device)
+        dtype = self.domain if forward and self.domain is not None else self.dtype
+        unit = xp.eye(n, dtype=dtype, device=self.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(self.items), n)), (n, *self.items, n))
-        images = xp.moveaxis(product(unit), 0, -1)  # (*items, rows, columns) if forward
+        images = xp.moveaxis(self.backend.astype(product(unit), self.dtype), 0, -1)  # (*items, rows, columns) forward
         return images if forward else xp.matrix_transpose(images)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -44,6 +46,8 @@ class Library:
     name: str
     xp: ModuleType
     readonly: bool = False
+    per_item: bool = False
+    """Whether the functions given for a batch are those of one item, and mapped over."""
 
     def array(self, values: Any, dtype: str | None = None, device: Any = None) -> Any:
         """Array of the library from numbers or a NumPy array; dtype defaults to that of a NumPy array, else float64."""
@@ -64,11 +68,40 @@ class Library:
         return isinstance(x, (np.ndarray, np.generic) if self.xp is np else type(self.xp.asarray(0.0)))
 
 
-LIBRARIES = (
-    Library("numpy", np),
-    Library("array_api_strict", array_api_strict),
-    Library("numpy-readonly", np, readonly=True),
-)
+class Framework(Library):
+    """A framework with autodiff and vmap, whose arrays NumPy can read."""
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return np.array(x.detach().numpy() if self.name == "torch" and self.owns(x) else np.asarray(x))
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, type(self.xp.asarray(0.0)))
+
+
+def _torch() -> tuple[Library, ...]:
+    if not importlib.util.find_spec("torch"):
+        return ()
+    import array_api_compat.torch
+
+    return (Framework("torch", array_api_compat.torch, per_item=True),)
+
+
+def _jax() -> tuple[Library, ...]:
+    if not importlib.util.find_spec("jax"):
+        return ()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return (Framework("jax", jax.numpy, per_item=True),)
+
+
+NUMPY, STRICT = Library("numpy", np), Library("array_api_strict", array_api_strict)
+READONLY = Library("numpy-readonly", np, readonly=True)
+TORCH, JAX = _torch(), _jax()
+"""Empty where the framework is not installed."""
+PLAIN = (NUMPY, STRICT, *TORCH)
+LIBRARIES = (NUMPY, STRICT, READONLY, *TORCH)
 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda lib: lib.name)

@@ -45,8 +45,15 @@ class Case:
             return self.truth
         if mode == "jvp":
             return np.einsum("...nm,...m->...n", self.truth, number(self.t))
-        pulled = np.einsum("...n,...nm->...m", number(self.v), self.truth)
+        pulled = np.einsum("...n,...nm->...m", number(self.weights if mode == "grad" else self.v), self.truth)
         return pulled + 2 * number(self.theta) if mode == "grad" else pulled
+
+    @property
+    def weights(self) -> Any:
+        """Weights w of the loss Σ w y + Σ θ²: the cotangent, that of the first item for all of them."""
+        if len(self.v.shape) < 2:
+            return self.v
+        return self.v[0, ...] if self.v.shape[0] else self.lib.array(np.ones(self.v.shape[1:]))
 
     def using(self, kind: type[Condition], *names: str, **others: Any) -> Case:
         """Build the condition from these products only, and from others handed in."""
@@ -70,8 +77,8 @@ def run(mode: str, case: Case, **options: Any) -> Any:
         return linearize(c, y, theta, **options).vjp(case.v)
     if mode == "implicit_function":
         return implicit_function(c, **options)(lambda theta: y).vjp(theta, case.v)
-    xp, v = case.lib.xp, case.v
-    axes = -1 if options.get("batched") else None
+    xp, v = case.lib.xp, case.weights
+    axes = -1 if options.get("batched") and not case.lib.per_item else None
     return implicit_grad(c, lambda y, th: xp.sum(v * y, axis=axes) + xp.sum(th * th, axis=axes), y, theta, **options)
 
 
@@ -85,21 +92,26 @@ def make(
     lib: Library, n: int = 4, m: int = 3, *, symmetric: bool = True, dtype: str = "float64",
     theta_dtype: str | None = None, items: tuple[int, ...] = (), device: Any = None,
 ) -> Case:  # fmt: skip
-    """F = K y + y³ − C θ² − r, with r such that F is zero at y; all products are given."""
+    """F = K y + y³ − C θ² − r, with r such that F is zero at y; all products are given.
+
+    r is the same for all items, so that the functions are those of one item, and of many along a leading axis.
+    """
     w = numbers((n, n))
     K = w @ w.T / max(n, 1) + 2 * np.eye(n) if symmetric else 3 * np.eye(n) + 0.4 * w + np.triu(np.ones((n, n)), 1)
     C, y, theta = numbers((n, m), 5.0), numbers((*items, n), 0.3), numbers((*items, m), 0.7)
-    y, theta = y.astype(dtype), theta.astype(theta_dtype or dtype)
-    yd, td = y.astype(float), theta.astype(float)
+    theta = theta.astype(theta_dtype or dtype)
+    td = theta.astype(float)
+    y, r = _solved(K, (td**2) @ C.T, y.astype(dtype).astype(float))
+    y = y.astype(dtype)
+    yd = y.astype(float)
     A = K + 3 * yd[..., None] ** 2 * np.eye(n)
     B = -2 * C * td[..., None, :]
-    r = yd @ K.T + yd**3 - (td**2) @ C.T
     truth = -np.linalg.solve(A, B)
 
     def put(x: np.ndarray, kind: str = dtype) -> Any:
         return lib.array(x.astype(kind), device=device)
 
-    kt, ct, rx, c = put(K.T), put(C.T), put(r), put(C)
+    kt, ct, rx, c = put(K.T), put(C.T, theta_dtype or dtype), put(r), put(C)
     k = put(K)
     products = {
         "grad": lambda y, th: y @ kt + y**3 - th**2 @ ct - rx,
@@ -113,6 +125,21 @@ def make(
     if symmetric:
         return case.using(Stationary, "grad", "hvp", "mixed_vjp", "mixed_jvp")
     return case.using(Root, "grad", "hvp", "vjp", "mixed_vjp", "mixed_jvp")
+
+
+def _solved(K: np.ndarray, right: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return y and r with K y + y³ = right + r: r from the first y, the other items by Newton's method from there."""
+    if y.ndim == 1:
+        return y, K @ y + y**3 - right
+    if not y.size:
+        return y, np.zeros(len(K))
+    r = K @ y[0] + y[0] ** 3 - right[0]
+    for i in range(1, len(y)):
+        y[i] = y[0]
+        for _ in range(50):
+            y[i] -= np.linalg.solve(K + np.diag(3 * y[i] ** 2), K @ y[i] + y[i] ** 3 - right[i] - r)
+        assert np.linalg.norm(K @ y[i] + y[i] ** 3 - right[i] - r) < 1e-12
+    return y, r
 
 
 def leaves_of(tree: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LIBRARIES, Library, assert_right, assert_told, outcome
+from conftest import NUMPY, Library, assert_right, assert_told, outcome
 from helpers_faults import MODES, Case, make, numbers, run, snapshot
 
 from implicitdiff import (
@@ -22,8 +22,6 @@ from implicitdiff import (
     linear_solve,
     linearize,
 )
-
-NUMPY = LIBRARIES[0]
 
 
 def _padded(x: np.ndarray) -> np.ndarray:
@@ -144,7 +142,7 @@ def test_fault_38_callback_that_works_in_place(lib: Library, solver: str, name: 
     if found.error is None:
         assert_right(lib, found, case.expected("vjp"), 1e-6)
     else:
-        assert "read-only" in found.text
+        assert ("by an inplace operation" if lib.name == "torch" else "read-only") in found.text
 
 
 @pytest.mark.parametrize("name", ["grad", "hvp", "mixed_vjp", "mixed_jvp"])

@@ -8,7 +8,8 @@ from conftest import (
     DIRECT,
     DOORS,
     ITERATIVE,
-    LIBRARIES,
+    NUMPY,
+    PLAIN,
     SYMMETRIC_DOORS,
     assert_right,
     assert_told,
@@ -34,7 +35,7 @@ from implicitdiff import (
     linear_solve,
 )
 
-two_libraries = pytest.mark.parametrize("lib", LIBRARIES[:2], ids=lambda lib: lib.name)
+two_libraries = pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
 TOLD = (NotConvergedError, SingularError, NotPositiveDefiniteError)
 CAUSE = r"residual|rcond|not positive definite"
 SMALL_RESIDUAL = {"float64": 1e-10, "float32": 1e-5}  # the documented default of the iterative methods
@@ -111,14 +112,14 @@ def test_14_default_settings_beyond_definite(lib, kind, name, exponent):
 
 @pytest.mark.parametrize("exponent", [2, 4, 6, 8])
 def test_14_auto_beyond_the_dense_limit(exponent):
-    lib = LIBRARIES[0]
+    lib = NUMPY
     A, b = with_condition(300, 10.0**exponent, 14)
     check_default(lib, through(lib, "vjp:hvp", A, b, "auto"), expected_through("vjp:hvp", A, b), exponent)
 
 
 @pytest.mark.parametrize("exponent", range(2, 7))
 def test_14_default_settings_float32(exponent, solver):
-    lib = LIBRARIES[0]
+    lib = NUMPY
     for seed in range(10):
         A, b = with_condition(16, 10.0**exponent, seed, dtype="float32")
         found = through(lib, "vjp:hvp", A, b, solver, dtype="float32")

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from conftest import LIBRARIES, Library, assert_right, assert_right_or_told, assert_told, outcome
+from conftest import NUMPY, STRICT, Library, assert_right, assert_right_or_told, assert_told, outcome
 from helpers_faults import MODES, make, run
 
 from implicitdiff import (
@@ -26,7 +26,6 @@ from implicitdiff import (
     linear_solve,
 )
 
-NUMPY, STRICT = LIBRARIES[0], LIBRARIES[1]
 DEVICE = array_api_strict.Device("device1")
 CPU = array_api_strict.Device("CPU_DEVICE")
 

@@ -16,7 +16,7 @@ from conftest import (
     GENERAL,
     GENERAL_DOORS,
     ITERATIVE,
-    LIBRARIES,
+    PLAIN,
     SHORT,
     SYMMETRIC_DOORS,
     SYMMETRIC_ONLY,
@@ -60,7 +60,7 @@ GRAPH = np.diag([2.0, 1.0, 3.0, 2.0, 2.0]) - np.array(
     [[0, 0, 1, 0, 1], [0, 0, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 1, 0, 1], [1, 0, 0, 1, 0]]
 )
 COUNTING = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])  # rank 2, no zero pivot in floating point
-two_libraries = pytest.mark.parametrize("lib", LIBRARIES[:2], ids=lambda lib: lib.name)
+two_libraries = pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
 MODES = ("raise", "warn", "nan", "ignore")
 UNSOLVABLE = (SingularError, NotPositiveDefiniteError, NotConvergedError)
 SOME_NUMBER = r"\d(\.\d+)?(e[+-]\d+)?"

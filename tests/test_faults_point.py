@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from conftest import (
-    LIBRARIES,
+    PLAIN,
     SHORT,
     SYMMETRIC_ONLY,
     assert_right,
@@ -37,7 +37,7 @@ from implicitdiff import (
     linearize,
 )
 
-two_libraries = pytest.mark.parametrize("lib", LIBRARIES[:2], ids=lambda lib: lib.name)
+two_libraries = pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
 FORMS = ("hvp", "hessian", "root", "adjoint", "jacobian", "fixed-point")
 PRINTED = r"F\(y, theta\)‖ = (\d\.?\d*(e[+-]\d+)?)"
 

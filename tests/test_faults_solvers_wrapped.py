@@ -89,11 +89,13 @@ def test_fault_53_solver_that_did_not_solve(lib: Library, solver: str) -> None:
 def test_fault_54_ctrl_c(lib: Library, solver: str, name: str, by_signal: bool) -> None:
     case = make(lib, n=8)
     product = "grad" if name == "derived" else name
+    # a framework that traces or maps calls the function once, where NumPy does once for each product
+    once = name in {"grad", "mixed_vjp"} or (lib.per_item and (name == "derived" or solver not in ITERATIVE))
     state = {"calls": 0, "armed": True}
 
     def interrupted(*args: Any) -> Any:
         state["calls"] += 1
-        if state["armed"] and state["calls"] == (1 if name in {"grad", "mixed_vjp"} else 3):
+        if state["armed"] and state["calls"] == (1 if once else 3):
             if by_signal:
                 signal.raise_signal(signal.SIGINT)
             raise KeyboardInterrupt

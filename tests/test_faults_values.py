@@ -229,16 +229,21 @@ def _bad_item(lib: Library, kind: str, *, symmetric: bool = True) -> Case:
         return replace(case, **{kind: spoilt(lib, getattr(case, kind), (ITEM, 1))})
     if kind == "cotangent":
         return replace(case, v=spoilt(lib, case.v, (ITEM, 1)), t=spoilt(lib, case.t, (ITEM, 1)))
-    factor = np.ones((ITEMS, 1))
-    factor[ITEM] = {"zero": 0.0, "negative": -1.0}.get(kind, np.nan)
-    scale = lib.array(factor)
+    factor = {"zero": 0.0, "negative": -1.0}.get(kind, np.nan)
+    one, bad, mark = lib.array(1.0), lib.array(factor), lib.array(lib.numpy(case.theta)[ITEM, 0])
+
+    def scale(theta: Any) -> Any:  # of one item, or of all along the leading axis
+        return lib.xp.where(theta[..., :1] == mark, bad, one)
+
     name = {"zero": "hvp", "negative": "hvp", "product": "hvp"}.get(kind, kind)
-    broken = {name: lambda *args: case.products[name](*args) * scale}
+    broken = {name: lambda *args: case.products[name](*args) * scale(args[1])}
+    if kind == "zero":  # F is zero there, too, to the last bit: that y solves it is not in question
+        broken["grad"] = lambda *args: case.products["grad"](*args) * scale(args[1])
     rest = ["grad", "mixed_vjp", "mixed_jvp", *(() if name == "hvp" else ("hvp",))]
     if not symmetric:
-        broken |= {"vjp": lambda *args: case.products["vjp"](*args) * scale} if name == "hvp" else {}
+        broken |= {"vjp": lambda *args: case.products["vjp"](*args) * scale(args[1])} if name == "hvp" else {}
         rest += [] if name == "hvp" else ["vjp"]
-    return case.using(Stationary if symmetric else Root, *(k for k in rest if k != name), **broken)
+    return case.using(Stationary if symmetric else Root, *(k for k in rest if k not in broken), **broken)
 
 
 def _assert_others_right(case: Case, mode: str, value: Any) -> None:

@@ -161,7 +161,7 @@ class _Builder:
             forward, adjoint, kind = self.derived.jvp_theta, self.derived.vjp_theta, self.derived.kind
         return LinearMap(
             p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
-            kind=kind, label="B",
+            kind=kind, label="B", domain=p.theta.dtype,
         )  # fmt: skip
 
 
