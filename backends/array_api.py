@@ -125,13 +125,18 @@ class ArrayAPIBackend:
     def while_loop(
         self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
     ) -> Any:
-        done, stride = 0, 1
-        while (limit is None or done < limit) and bool(held := cond(state)):
-            if limit is not None and self.waits(held):
-                stride = min(LOOK_EVERY, limit - done)
+        held, done = cond(state), 0
+        if limit is None or not self.waits(held):
+            while held:
+                state = body(state)
+                held = cond(state)
+            return state
+        while done < limit and held:
+            stride = min(LOOK_EVERY, limit - done)
             for _ in range(stride):
                 state = body(state)
             done += stride
+            held = cond(state)
         return state
 
     def waits(self, held: Any) -> bool:
@@ -146,6 +151,9 @@ class ArrayAPIBackend:
 
     def trees(self, y: Any, theta: Any) -> bool:
         return False
+
+    def is_vector(self, tree: Any) -> bool:
+        return len(getattr(tree, "shape", ())) == 1
 
     def space(self, x: Array) -> Any:
         return self.vector_space(x.shape, x.dtype, self.device(x))

@@ -131,6 +131,9 @@ class Backend(Protocol):
     def trees(self, y: Any, theta: Any) -> bool:
         """Whether products alone may work on the leaves of the trees, so that nothing is concatenated."""
 
+    def is_vector(self, tree: Any) -> bool:
+        """Whether a tree is a bare array of one axis, and a vector as it is."""
+
     def space(self, x: Array) -> Any:
         """Return the space of a vector, in which the iterative solvers work."""
 

@@ -21,6 +21,8 @@ import torch.distributed
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples_distributed"
 SOLVERS = {
@@ -117,3 +119,67 @@ def test_documented_example() -> None:
         assert int(found[1]) == rank
         assert float(found[2]) <= 1e-10
         assert found[3] == found[4]
+
+
+# -- DTensor -----------------------------------------------------------------------------------------------
+SPREAD = [
+    *(f"{layout}:objective:cg" for layout in ("features", "outputs", "examples")),
+    *(f"{layout}:grad:cg" for layout in ("features", "outputs", "examples")),
+    *(f"{layout}:given:cg" for layout in ("features", "outputs", "examples")),
+    "features:objective:minres", "features:root:cg", "examples:objective:minres",
+]  # fmt: skip
+SPREAD_FAULTS = {
+    "lu": "BackendError: .*concatenate", "cholesky": "BackendError: .*concatenate",
+    "auto": "BackendError: .*concatenate",
+    "jacobian": "BackendError: .*concatenate", "gmres": "BackendError: .*gmres keeps a basis",
+    "nan": r"NonFiniteError: cotangent\['w'\]", "detached": "DerivativeError: .*recording",
+    "indefinite": "NotPositiveDefiniteError",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found with tensors spread over both."""
+    meeting = tmp_path_factory.mktemp("dtensor") / "meeting"
+    script = str(Path(__file__).with_name("distributed_dtensor.py"))
+    cases = [*SPREAD, "bare", *(f"told:{f}" for f in SPREAD_FAULTS)]
+    printed = in_two(*([script, str(meeting), str(rank), "2", *cases] for rank in range(2)))
+    return [json.loads(text.splitlines()[-1]) for text in printed]
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_dtensors(spread: list[dict[str, Any]], case: str) -> None:
+    """Derivatives of one process, in as many iterations, each with the placements of what it belongs to."""
+    for found in spread:
+        assert found[case]["error"] <= 1e-10
+        assert found[case]["kept"] is True
+        assert found[case]["iterations"] == spread[0][case]["iterations"]
+    pairs = zip(spread[0][case]["iterations"], spread[0][case]["alone"], strict=True)
+    assert all(abs(a - b) <= 1 and a > 3 for a, b in pairs)
+
+
+def test_bare_dtensor(spread: list[dict[str, Any]]) -> None:
+    """One tensor of one axis; a sum over processes that a product leaves to be made is made."""
+    for found in spread:
+        assert found["bare"]["error"] <= 1e-10
+        assert found["bare"]["kept"] is True
+        assert found["bare"]["partial"] is True
+
+
+@pytest.mark.parametrize("fault", SPREAD_FAULTS)
+def test_faults_of_dtensors(spread: list[dict[str, Any]], fault: str) -> None:
+    """What would gather is refused, and what one process sees is told in both."""
+    for found in spread:
+        assert re.match(SPREAD_FAULTS[fault], found[f"told:{fault}"]["told"], re.DOTALL), found[f"told:{fault}"]["told"]
+
+
+def test_documented_dtensor_example() -> None:
+    """The example of the documentation, started as torchrun starts it."""
+    example = str(EXAMPLES / "torch_dtensor.py")
+    for rank, text in enumerate(in_two([example], [example], **rendezvous())):
+        found = re.search(r"rank (\d): error (\S+), placements kept: (\w+), iterations (\d+) and (\d+)", text)
+        assert found, text
+        assert int(found[1]) == rank
+        assert float(found[2]) <= 1e-10
+        assert found[3] == "True"
+        assert found[4] == found[5]
