@@ -6,7 +6,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from implicitdiff.backends.jax_contents import Contents
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
@@ -34,12 +35,12 @@ class Program:
     ----------
     build : callable
         ``build(program, call, *arrays) -> arrays``; runs while JAX traces.
-    contents : list
-        What the user's functions closed over.
+    contents : Contents
+        What the user's functions see beside their arguments.
     """
 
     build: Callable[..., Any]
-    contents: list[_Content]
+    contents: Contents
     facts: dict[str, Any] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
     compiled: Any = None
@@ -130,7 +131,7 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
         task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
         jax.config.read("jax_enable_x64"),
     )  # fmt: skip
-    program, contents = _programs.get(key), _contents(functions)
+    program, contents = _programs.get(key), Contents((*functions, task.solver, *call.args.static))
     if program is not None and program.contents == contents:
         return program
     program = Program(build, contents)
@@ -162,51 +163,6 @@ def _static(value: Any, found: list[Any]) -> Any:
         found.append(value)
         return id(value)
     return type(value), value
-
-
-@dataclass(frozen=True)
-class _Content:
-    """What a function closes over, compared by identity, without keeping it alive."""
-
-    reference: Any
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Content):
-            return NotImplemented
-        a, b = (x.reference() if isinstance(x.reference, weakref.ref) else x.reference for x in (self, other))
-        return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _contents(functions: tuple[Any, ...]) -> list[_Content]:
-    """What the functions see beside their arguments: another value there needs another program."""
-    return [_Content(_weak(value)) for function in functions for value in _enclosed(function, 3)]
-
-
-def _weak(value: Any) -> Any:
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
-
-
-def _enclosed(function: Any, depth: int) -> Iterator[Any]:
-    """Values in the closure of a function, in the attributes of a bound method's object, and in their closures."""
-    if isinstance(function, types.MethodType):
-        yield from getattr(function.__self__, "__dict__", {}).values()
-        function = function.__func__
-    function = getattr(function, "__wrapped__", function)
-    if not isinstance(function, types.FunctionType):
-        return
-    for cell in function.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        yield value
-        if depth and callable(value):
-            yield from _enclosed(value, depth - 1)
 
 
 def _functions_of(condition: Any) -> tuple[Any, ...]:
