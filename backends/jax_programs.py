@@ -131,7 +131,7 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
         task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
         jax.config.read("jax_enable_x64"),
     )  # fmt: skip
-    program, contents = _programs.get(key), Contents((*functions, task.solver, *call.args.static))
+    program, contents = _programs.get(key), Contents((*functions, *_options(task.solver), *call.args.static))
     if program is not None and program.contents == contents:
         return program
     program = Program(build, contents)
@@ -142,6 +142,11 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
             program.kept.append(thing)
     _programs[key] = program
     return program
+
+
+def _options(solver: Any) -> tuple[Any, ...]:
+    """Return what a solver holds; the key knows a solver that is made anew with equal options as the same."""
+    return tuple(vars(solver).values()) if hasattr(solver, "__dict__") else ()
 
 
 def _identity(function: Any, found: list[Any]) -> Any:
