@@ -127,8 +127,8 @@ class ArrayAPIBackend:
     ) -> Any:
         held, done = cond(state), 0
         if limit is None or not self.waits(held):
-            while held:
-                state = body(state)
+            while held and done != limit:
+                state, done = body(state), done + 1
                 held = cond(state)
             return state
         while done < limit and held:

@@ -45,6 +45,8 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
     if any_true(xp, evidence.vanished) and not any_true(xp, evidence.solution.failed):  # else A is what is to be told
         _check_dependence(rules)
     good = evidence.inputs  # the others have been told already
+    if rules.point.backend.traced and any_true(xp, evidence.unsolved & good):
+        evidence = evidence._replace(unsolved=rules.look(evidence.solution.operator_norm, sure=True)[2])
     if not rules.told and any_true(xp, evidence.unsolved & good):
         rules.told = True  # once for a point
         warn_not_solution(xp, evidence.stationarity, evidence.unsolved, batched=bool(rules.point.items))

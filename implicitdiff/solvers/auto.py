@@ -75,7 +75,7 @@ class Auto(Solver):
     def foresee(self, state: _State, rhs: int) -> None:
         """Factor where so many right-hand sides will need it: what is made inside of a traced solve cannot be kept."""
         op = state.operator
-        first: Solver = Cholesky() if op.symmetric else LU()
+        first: Solver = Cholesky() if op.symmetric and not op.backend.traced else LU()
         if self.preconditioner is None and first.name not in state.prepared and _dense_reason(op, rhs) is not None:
             state.prepared[first.name] = first.init(op)
 
@@ -101,6 +101,9 @@ class Auto(Solver):
     def _direct(self, state: _State, b: Array, why: str) -> tuple[Array, Any, Counts]:
         if not state.operator.symmetric:
             state.methods = [("lu", f"{why}; A is not symmetric")]
+            return self._run(state, LU(), b, None)
+        if state.operator.backend.traced:  # one factorisation, and no loop with LAPACK calls in it
+            state.methods = [("lu", f"{why}; compiled, where nothing is tried first")]
             return self._run(state, LU(), b, None)
         first = self._run(state, Cholesky(), b, None)
         state.methods = [("cholesky", f"{why}; A is symmetric"), ("lu", f"{why}; A is not positive definite")]
@@ -140,6 +143,8 @@ class Auto(Solver):
             x, status, counts = self._run(inner, solver, target, None)
             return _merge(backend, mask, (x, status, counts._replace(method=method)), old)
 
+        if backend.traced and isinstance(solver, MINRES):  # zeros cost it nothing
+            return again(_filled(backend, result))
         return backend.rescue(mask, again, _filled(backend, result) if backend.traced else result)
 
     def _run(self, state: _State, solver: Solver, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:

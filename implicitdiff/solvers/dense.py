@@ -106,6 +106,8 @@ class DenseSolver(Solver):
         zero = size == 0
         scale = xp.where(zero, xp.ones_like(size), size)
         unit = backend.widen(b / scale[..., None])
+        if backend.traced:  # wait for the condition estimate: XLA may hang on LAPACK calls at one time (on the CPU)
+            unit = unit + 0 * state.rcond[..., None]
         x, residual = self._refined(state, unit)
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
         if needed(backend, zero):
@@ -122,6 +124,8 @@ class DenseSolver(Solver):
         x = self._apply_rows(state, b)
         r = b - product(x)
         residual = xp.sqrt(xp.vecdot(r, r))
+        if backend.traced:  # stable factors need no more, and no loop with LAPACK calls in it is to be there
+            return x, residual
         # The size of b − A x that rounding explains is eps ‖A‖ ‖x‖; factors that are stable leave no more.
         rounding = float(xp.finfo(r.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
 
