@@ -68,7 +68,7 @@ def _collect(value: Any, depth: int, seen: set[int], tokens: list[Any]) -> None:
         tokens.append(_reference(value))
         return
     if isinstance(value, np.ndarray) and value.dtype != object:
-        tokens.append((value.shape, value.dtype.str, zlib.crc32(np.ascontiguousarray(value))))
+        tokens.append((value.shape, value.dtype.str, zlib.crc32(np.ascontiguousarray(value).data)))
         return
     if isinstance(value, np.generic):
         tokens.append((value.dtype.str, value.tobytes()))

@@ -114,6 +114,7 @@ def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer:
 
 
 _CHANGES = object()
+_NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 _programs: dict[Any, Program] = {}
 
 
@@ -196,6 +197,7 @@ class Runner:
         outer, vector = (direction, None) if mode == "gradient" else (None, direction)
         if self._direct is not None or is_traced(task.y, task.theta, task.args, vector, x0):
             return self._traced(mode, direction, x0)
+        _check_leaves(task, mode, vector, x0)
         call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
         if task.own and x0 is None and mode in {"vjp", "jvp"}:
             program, out = self._factored(call)
@@ -225,6 +227,18 @@ class Runner:
         if is_traced(self._factors):
             return program, self._factors
         return program, jax.tree.unflatten(part.form, part.compiled(self._factors[call.mode], leaves))
+
+
+def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:
+    """Raise, with its path, for a leaf that cannot go into a compiled program."""
+    if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves((task.y, task.theta, vector, x0))):
+        return
+    borders = [Ravel(task.backend, tree, name, task.batched) for tree, name in ((task.y, "y"), (task.theta, "theta"))]
+    if vector is not None:
+        border, name = (borders[1], "tangent") if mode == "jvp" else (borders[0], "cotangent")
+        border.like(vector, name)
+    if x0 is not None:
+        task.backend.as_leaf(x0, "x0")
 
 
 def _note(program: Program, rules: Rules) -> None:
