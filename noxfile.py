@@ -58,6 +58,7 @@ def install(session: nox.Session, *what: str) -> None:
 def run_tests(session: nox.Session, *options: str) -> None:
     """Run the suite on up to four processes of one BLAS thread each; what follows ``--`` goes to pytest."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    threads["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
     session.run(
         "python", "-m", "pytest", "-n", "auto", "--maxprocesses", "4", *options, *session.posargs,
         env={"MPLBACKEND": "Agg", **threads},
@@ -66,7 +67,7 @@ def run_tests(session: nox.Session, *options: str) -> None:
 
 def tests(session: nox.Session) -> None:
     """Run the test suite: ``tests`` with the Python that runs nox, ``tests-3.12`` with that one."""
-    install(session, "-e", ".[test]")
+    install(session, "-e", ".[test,torch,jax]")
     run_tests(session)
 
 
@@ -98,10 +99,10 @@ def lowest(*extras: str) -> list[str]:
 # The oldest NumPy supported has no wheels for Python 3.13.
 @nox.session(python=None if sys.version_info < (3, 13) else "3.11")
 def minimums(session: nox.Session) -> None:
-    """Run the test suite with the lowest versions that pyproject.toml allows."""
+    """Run the test suite with the lowest versions that pyproject.toml allows; Torch's is fixed by constraints.txt."""
     pins = Path(session.create_tmp()) / "minimums.txt"
-    pins.write_text("\n".join(lowest("test")) + "\n", encoding="utf-8")
-    install(session, "-c", str(pins), "-e", ".[test]")
+    pins.write_text("\n".join(lowest("test", "jax")) + "\n", encoding="utf-8")
+    install(session, "-c", str(pins), "-e", ".[test,torch,jax]")
     session.run("python", "-m", "pip", "freeze", "--exclude-editable")
     # an old release may use what a newer one of something else calls deprecated
     run_tests(session, "-W", "ignore::DeprecationWarning")
@@ -118,7 +119,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types."""
-    install(session, "-e", ".", "mypy")
+    install(session, "-e", ".[torch,jax]", "mypy")
     session.run("mypy")
 
 
@@ -140,8 +141,9 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks on tiny sizes; what follows ``--`` replaces that: ``-- run`` measures."""
-    install(session, "-e", ".")
-    session.run("python", "-m", "benchmarks", *(session.posargs or ["run", "--short"]))
+    install(session, "-e", ".[torch,jax]")
+    everything = ["run", "--short", "--backends", "numpy,torch,jax"]
+    session.run("python", "-m", "benchmarks", *(session.posargs or everything))
 
 
 if __name__ == "__main__":

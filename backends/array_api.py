@@ -17,6 +17,9 @@ from implicitdiff.vectors import ArraySpace
 
 __all__ = ["ArrayAPIBackend"]
 
+LOOK_EVERY = 10
+"""Bodies of a loop between two looks at its condition on an accelerator, where each look waits for the device."""
+
 
 class ArrayAPIBackend:
     """Backend of a namespace that follows the array API standard.
@@ -106,6 +109,9 @@ class ArrayAPIBackend:
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         return scalar_gradients(self, function, y, theta)
 
+    def combined(self, maps: Any, y: Array, theta: Array) -> Any:
+        return maps
+
     # -- loops and linear algebra ----------------------------------------------------------------------
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         def many(x: Array) -> Array:
@@ -119,9 +125,23 @@ class ArrayAPIBackend:
     def while_loop(
         self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
     ) -> Any:
-        while cond(state):
-            state = body(state)
+        held, done = cond(state), 0
+        if limit is None or not self.waits(held):
+            while held:
+                state = body(state)
+                held = cond(state)
+            return state
+        while done < limit and held:
+            stride = min(LOOK_EVERY, limit - done)
+            for _ in range(stride):
+                state = body(state)
+            done += stride
+            held = cond(state)
         return state
+
+    def waits(self, held: Any) -> bool:
+        """Whether to look at a condition is to wait for an accelerator: then it is done now and then only."""
+        return False
 
     def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         return function(value) if any_true(self.xp, wanted) else value
@@ -131,6 +151,9 @@ class ArrayAPIBackend:
 
     def trees(self, y: Any, theta: Any) -> bool:
         return False
+
+    def is_vector(self, tree: Any) -> bool:
+        return len(getattr(tree, "shape", ())) == 1
 
     def space(self, x: Array) -> Any:
         return self.vector_space(x.shape, x.dtype, self.device(x))

@@ -276,7 +276,11 @@ class _Inline(JaxBackend):
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         if not prepared.operator.n or 0 in b.shape:
             return prepared.solve(b, x0, transposed=transposed)
-        (operator, _), _ = prepared.state(transposed), prepared.state(not transposed)
+        operator, _ = prepared.state(transposed)
+        _, state = prepared.state(False)
+        prepared.state(True)
+        if hasattr(prepared.solver, "foresee"):
+            prepared.solver.foresee(state, b.shape[0] if len(b.shape) > len(operator.items) + 1 else 1)
         product = operator.matvec
 
         def solver(flipped: bool) -> Callable[[Any, Any], Any]:

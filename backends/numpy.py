@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import threading
 import warnings
@@ -12,86 +11,18 @@ from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
-from scipy.linalg import blas, lapack
+from scipy.linalg import lapack
 
 from implicitdiff.arrays import Array, probe_vector
 from implicitdiff.backends.array_api import ArrayAPIBackend, triangular_solve
 from implicitdiff.backends.differences import Differences, GradientDifferences, directional, scalar_gradients
-from implicitdiff.errors import InputError, UnknownNameError
-from implicitdiff.vectors import ArraySpace
+from implicitdiff.backends.lending import LENDERS, Lender
+from implicitdiff.backends.numpy_space import NumpyBatchSpace, NumpySpace, Slices, SliceSpace
+from implicitdiff.errors import DerivativeError, InputError, UnknownNameError
 
 __all__ = ["NumpyBackend", "NumpySpace"]
 
-_AXPY = {np.dtype(np.float64): blas.daxpy, np.dtype(np.float32): blas.saxpy}
-_MODES = ("auto", "autograd", "complex_step", "finite_differences")
-
-
-class NumpySpace(ArraySpace):
-    """One vector of shape (n,), worked on in place; scalars are NumPy scalars, so nothing is masked."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        super().__init__(xp, shape, dtype, "cpu")
-        self._axpy = _AXPY[np.dtype(dtype)]
-        self._type = np.dtype(dtype).type
-
-    def inner(self, x: Array, y: Array) -> Array:
-        return np.dot(x, y)
-
-    def norm(self, x: Array) -> Array:
-        return np.sqrt(np.dot(x, x))
-
-    def largest(self, x: Array) -> Array:
-        return self._type(max(x.max(), -x.min()))
-
-    def axpy(self, a: Any, x: Array, y: Array) -> Array:
-        return self._axpy(x, y, a=a)
-
-    def subtract(self, x: Array, y: Array) -> Array:
-        return np.subtract(x, y, out=x)
-
-    def scale(self, a: Any, x: Array) -> Array:
-        return np.multiply(x, a, out=x)
-
-    def copy(self, x: Array) -> Array:
-        return np.array(x, dtype=self.dtype, order="C")
-
-    def select(self, mask: Array, x: Array, y: Array) -> Array:
-        return x if mask else y
-
-    def where(self, mask: Array, a: Any, b: Any) -> Array:
-        return a if mask else b
-
-    def scalar(self, value: float) -> Array:
-        return self._type(value)
-
-    def counter(self, value: int = 0) -> Array:
-        return value
-
-    def any(self, mask: Array) -> Array:
-        return mask
-
-    def sqrt(self, a: Array) -> Array:
-        return np.sqrt(a) if a > 0 else self._type(0) * a
-
-    def isfinite(self, a: Array) -> Array:
-        return math.isfinite(a)
-
-    def maximum(self, a: Array, b: Array) -> Array:
-        return b if b > a or b != b else a
-
-
-class NumpyBatchSpace(ArraySpace):
-    """Many vectors, shape (..., n), worked on in place."""
-
-    def axpy(self, a: Any, x: Array, y: Array) -> Array:
-        y += a[..., None] * x
-        return y
-
-    def subtract(self, x: Array, y: Array) -> Array:
-        return np.subtract(x, y, out=x)
-
-    def scale(self, a: Any, x: Array) -> Array:
-        return np.multiply(x, a[..., None], out=x)
+_MODES = ("auto", "autograd", "complex_step", "finite_differences", *LENDERS)
 
 
 class NumpyBackend(ArrayAPIBackend):
@@ -99,20 +30,26 @@ class NumpyBackend(ArrayAPIBackend):
 
     Parameters
     ----------
-    autodiff : {"auto", "autograd", "complex_step", "finite_differences"}, default "auto"
+    autodiff : {"auto", "autograd", "complex_step", "finite_differences", "torch", "jax"}, default "auto"
         Where derivatives come from that the user did not give. ``"auto"`` takes autograd for functions
         written with it, else the complex step for functions that accept complex numbers (checked against a
-        finite difference), else central finite differences.
+        finite difference), else central finite differences. ``"torch"`` and ``"jax"`` lend their autodiff to
+        functions that run on any framework's arrays.
+    reduce : callable, optional
+        Sums a Python float over the processes, and returns the sum in each: ``comm.allreduce`` of mpi4py. Every process
+        then holds a slice of y, of every vector and of what the products return; the products, all of them given, do
+        their own communication. Every process makes the same calls.
     """
 
     name = "numpy"
 
-    def __init__(self, autodiff: str = "auto") -> None:
+    def __init__(self, autodiff: str = "auto", *, reduce: Callable[[float], float] | None = None) -> None:
         super().__init__(xp)
         if autodiff not in _MODES:
             raise UnknownNameError(f"autodiff = {autodiff!r}: expected one of {', '.join(_MODES)}.")
         self.name = "numpy"
         self.autodiff = autodiff
+        self.slices = None if reduce is None else Slices(reduce)
 
     # -- arrays at the border ------------------------------------------------------------------------
     def is_array(self, x: Any) -> bool:
@@ -157,6 +94,9 @@ class NumpyBackend(ArrayAPIBackend):
 
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        self._refuse_to_derive("a product")
+        if self.autodiff in LENDERS:
+            return Lender(self, self.autodiff).differentiate(function, y, theta)
         if self._tape():
             from implicitdiff.backends import tape
 
@@ -168,6 +108,9 @@ class NumpyBackend(ArrayAPIBackend):
         return Differences(self, function, y, theta)
 
     def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
+        self._refuse_to_derive("a product")
+        if self.autodiff in LENDERS:
+            return Lender(self, self.autodiff).differentiate_gradient(function, y, theta)
         if self._tape():
             from implicitdiff.backends import tape
 
@@ -179,6 +122,9 @@ class NumpyBackend(ArrayAPIBackend):
         return GradientDifferences(self, function, y, theta)
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        self._refuse_to_derive("the gradient of outer")
+        if self.autodiff in LENDERS:
+            return Lender(self, self.autodiff).gradients(function, y, theta)
         if self._tape():
             from implicitdiff.backends import tape
 
@@ -188,6 +134,13 @@ class NumpyBackend(ArrayAPIBackend):
         if self._may_be_complex(function, y, theta):
             return scalar_gradients(self, function, y, theta, along=complex_step, kind="complex step")
         return scalar_gradients(self, function, y, theta)
+
+    def _refuse_to_derive(self, what: str) -> None:
+        if self.slices is not None:  # a difference or a tape would see this process's slice only
+            raise DerivativeError(
+                f"{what} is needed and not given, and each process holds a slice: nothing can be derived.\n"
+                "Next: give hvp (or jvp and vjp), mixed_vjp and mixed_jvp, and the cotangent dL/dy in place of outer."
+            )
 
     def _tape(self) -> bool:
         if self.autodiff == "autograd" and "autograd" not in sys.modules:
@@ -206,6 +159,8 @@ class NumpyBackend(ArrayAPIBackend):
         def many(x: Array) -> Array:
             if x.ndim == len(items) + 1:
                 return product(x)
+            if self.slices is not None:
+                self.slices.refuse_many()
             first = product(x[0])
             out = np.empty((x.shape[0], *first.shape), dtype=first.dtype)
             out[0] = first
@@ -215,7 +170,14 @@ class NumpyBackend(ArrayAPIBackend):
 
         return many
 
+    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
+        if self.slices is not None:
+            self.slices.check(prepared, b)
+        return super().linear(prepared, b, x0, transposed)
+
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        if self.slices is not None:
+            return SliceSpace(shape, dtype, self.slices)
         if len(shape) == 1:
             return NumpySpace(shape, dtype)
         return NumpyBatchSpace(xp, shape, dtype, "cpu")

@@ -10,15 +10,14 @@ import array_api_compat.torch as xp
 import torch
 
 from implicitdiff.arrays import Array
-from implicitdiff.backends import torch_autograd
+from implicitdiff.backends import torch_autograd, torch_dtensor
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.torch_space import TorchItemsSpace, TorchSpace
 from implicitdiff.errors import BackendError
+from implicitdiff.pytree import flatten
+from implicitdiff.vectors import is_tree_vector
 
 __all__ = ["TorchArrays"]
-
-LOOK_EVERY = 10
-"""Bodies of a loop between two looks at its condition on an accelerator, where each look waits for the device."""
 
 
 class TorchArrays(ArrayAPIBackend):
@@ -53,9 +52,17 @@ class TorchArrays(ArrayAPIBackend):
         return x.device
 
     def guard(self, x: Array) -> Array:
+        if is_tree_vector(x):
+            return x.map(torch.clone)
         return x.clone()  # a callback that works in place on its argument would silently spoil the iteration
 
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        if torch_dtensor.is_spread(x):
+            raise BackendError(
+                "y or theta holds DTensors, which this would have to concatenate (a direct method, a Jacobian, a "
+                "matrix, a batch, a preconditioner).\nNothing is gathered behind your back.\n"
+                "Next: solver='cg' (or 'minres') with vjp, jvp or grad, and leaves of one dtype."
+            )
         return x.reshape(shape)
 
     def concat(self, parts: Sequence[Array]) -> Array:
@@ -68,6 +75,18 @@ class TorchArrays(ArrayAPIBackend):
     def computing(self) -> AbstractContextManager[Any]:
         return torch_autograd.computing()
 
+    def trees(self, y: Any, theta: Any) -> bool:
+        groups = [flatten(tree).leaves for tree in (y, theta)]
+        if not all(groups) or not any(torch_dtensor.is_spread(leaf) for group in groups for leaf in group):
+            return False
+        return all(len({getattr(leaf, "dtype", None) for leaf in group}) == 1 for group in groups)
+
+    def is_vector(self, tree: Any) -> bool:
+        return super().is_vector(tree) and not torch_dtensor.is_spread(tree)
+
+    def space(self, x: Any) -> Any:
+        return torch_dtensor.DTensorSpace(x) if is_tree_vector(x) else super().space(x)
+
     def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch_autograd.callback(function)
 
@@ -77,35 +96,29 @@ class TorchArrays(ArrayAPIBackend):
 
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
-        return torch_autograd.differentiate(self, function, y, theta)
+        return _derivatives(y, theta).differentiate(self, function, y, theta)
 
     def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
-        return torch_autograd.differentiate_gradient(self, function, y, theta)
+        return _derivatives(y, theta).differentiate_gradient(self, function, y, theta)
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
-        return torch_autograd.gradients(self, function, y, theta)
+        return _derivatives(y, theta).gradients(self, function, y, theta)
 
     # -- loops and linear algebra ----------------------------------------------------------------------
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         many_of = torch_autograd.over_items(product)
 
         def many(x: Array) -> Array:
+            if is_tree_vector(x):
+                found = product(x)
+                return torch_dtensor.settled(found) if is_tree_vector(found) else found.detach()
             # What a callback returns may be recorded, through a tensor of its own that requires a gradient.
             return (product if x.ndim == len(items) + 1 else many_of)(x).detach()
 
         return many
 
-    def while_loop(
-        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
-    ) -> Any:
-        done, stride = 0, 1
-        while (limit is None or done < limit) and bool(held := cond(state)):
-            if limit is not None and isinstance(held, torch.Tensor) and held.device.type != "cpu":
-                stride = min(LOOK_EVERY, limit - done)
-            for _ in range(stride):
-                state = body(state)
-            done += stride
-        return state
+    def waits(self, held: Any) -> bool:
+        return isinstance(held, torch.Tensor) and held.device.type != "cpu"
 
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         if len(shape) == 1 and torch.device(device).type == "cpu":
@@ -128,6 +141,11 @@ class TorchArrays(ArrayAPIBackend):
 
     def cho_solve(self, factor: Array, b: Array) -> Array:
         return torch.cholesky_solve(b, factor)
+
+
+def _derivatives(*vectors: Any) -> Any:
+    """Return the module that derives functions of such vectors."""
+    return torch_dtensor if any(map(is_tree_vector, vectors)) else torch_autograd
 
 
 def _unrecorded(x: Array) -> Array:

@@ -26,7 +26,9 @@ __all__ = [
     "differentiate",
     "differentiate_gradient",
     "gradients",
+    "mode",
     "over_items",
+    "reached",
     "recordable",
 ]
 
@@ -39,12 +41,12 @@ BLOCK = 2**24
 @contextlib.contextmanager
 def computing() -> Iterator[None]:
     """Record no derivatives, make no inference tensors, and leave non-finite scalars to be found in the result."""
-    with np.errstate(all="ignore"), _mode(recording=False):
+    with np.errstate(all="ignore"), mode(recording=False):
         yield
 
 
 @contextlib.contextmanager
-def _mode(*, recording: bool) -> Iterator[None]:
+def mode(*, recording: bool) -> Iterator[None]:
     """Set whether derivatives are recorded; inference mode, in which they cannot be, is left for that time."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.set_grad_enabled(recording):
@@ -58,7 +60,7 @@ def callback(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a user's function take derivatives of its own, as it could where the user wrote it."""
 
     def called(*args: Any) -> Any:
-        with _mode(recording=True):
+        with mode(recording=True):
             return function(*(_recordable_tree(a) for a in args))
 
     return called
@@ -161,7 +163,7 @@ class Recording:
 
 def _adjoint(value: Array, x: Array) -> tuple[Array | None, Array]:
     """Record u -> Jᵀ u; the graph, and u."""
-    with _mode(recording=True):
+    with mode(recording=True):
         u = torch.zeros_like(value, requires_grad=True)
         if not value.requires_grad:
             return None, u
@@ -182,13 +184,13 @@ def _pull(value: Array | None, x: Array, u: Array) -> Array:
 
 
 def _pull_block(value: Array, x: Array, u: Array) -> Array:
+    # Not is_grads_batched, whose vmap is an older one: it copies a matrix for each of the right-hand sides.
     try:
-        (found,) = torch.autograd.grad(value, x, u, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        return torch.func.vmap(lambda one: _pull(value, x, one))(u)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return torch.stack([_pull(value, x, one) for one in u])  # a node that vmap does not know
-    return x.new_zeros((u.shape[0], *x.shape)) if found is None else found
 
 
 def _leaf(x: Array) -> Array:
@@ -198,7 +200,7 @@ def _leaf(x: Array) -> Array:
 def _record(function: Function, *xs: Array) -> Array | None:
     """Record a function at leaves; None where it runs on plain tensors only (it goes through NumPy)."""
     try:
-        with _mode(recording=True):
+        with mode(recording=True):
             return function(*xs).clone()  # a function may return a buffer, which its next call takes for another graph
     except torch.OutOfMemoryError:
         raise
@@ -207,7 +209,7 @@ def _record(function: Function, *xs: Array) -> Array | None:
         return None
 
 
-def _reached(value: Array, *leaves: Array) -> bool:
+def reached(value: Array, *leaves: Array) -> bool:
     """Whether the graph of a value ends in each of the leaves."""
     missing, seen = set(map(id, leaves)), set()
     stack = [value.grad_fn]
@@ -223,11 +225,11 @@ def _reached(value: Array, *leaves: Array) -> bool:
 
 def _hidden(function: Function, value: Array, y: Array, theta: Array) -> bool:
     """Whether a function depends on an argument that its graph does not end in: it was detached on the way."""
-    if _reached(value, y, theta):
+    if reached(value, y, theta):
         return False
     plain = y.detach(), theta.detach()
     for i, leaf in enumerate((y, theta)):
-        if _reached(value, leaf) or 0 in leaf.shape:
+        if reached(value, leaf) or 0 in leaf.shape:
             continue
         moved = list(plain)
         moved[i] = plain[i] + 1e-3 * probe_vector(xp, leaf.shape[-1], leaf.dtype, leaf.device) * (1 + plain[i].abs())
@@ -257,15 +259,15 @@ def differentiate_gradient(backend: Any, function: Function, y: Array, theta: Ar
     """Record ∇_y f of a scalar function (one scalar per item)."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
-    if value is None or (not _reached(value, leaves[0]) and _hidden(function, value, *leaves)):
+    if value is None or (not reached(value, leaves[0]) and _hidden(function, value, *leaves)):
         return GradientDifferences(_unwidened(backend), function, y, theta)
 
     def gradient(y: Array, theta: Array) -> Array:
-        with _mode(recording=True):
+        with mode(recording=True):
             y = y if y.requires_grad else _leaf(y)
             return _gradient(function(y, theta), y)
 
-    with _mode(recording=True):
+    with mode(recording=True):
         found = _gradient(value, leaves[0])
     if _hidden(gradient, found, *leaves):
         return GradientDifferences(_unwidened(backend), function, y, theta)

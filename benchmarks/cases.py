@@ -18,25 +18,33 @@ from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from benchmarks.measure import Setting, Spread, import_seconds, interleave, peak_bytes, ratio
 from benchmarks.problems import Batch, Diagonal, Logistic, Quadratic, Ridge, System, relative_error
 from benchmarks.report import Row
-from implicitdiff import CG, Auto, implicit_jacobian, implicit_vjp
+from implicitdiff import CG, Auto, Stationary, implicit_jacobian, implicit_vjp
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "SIZES", "counted_row", "timed_row", "unavailable"]
 
 Times = Mapping[str, list[float]]
 
+SIZES = ((100, 700), (1000, 700), (10_000, 200))
+"""Features and samples of the logistic regressions: n = 500, 5 000, 50 000."""
+
+
+def unavailable(setting: Setting) -> str | None:
+    """Why nothing can be measured here."""
+    return "NumPy knows the CPU only" if setting.device != "cpu" else None
+
 
 def timed_row(case: str, size: str, times: Times, ours: str, reference: str, bar: float | None, error: float,
-              allowed: float, **facts: Any) -> Row:  # fmt: skip
+              allowed: float, allowance: float = 0.0, **facts: Any) -> Row:  # fmt: skip
     """Row of two entries of the same interleaved measurement."""
-    return Row(case, size, median(times[ours]), median(times[reference]), ratio(times, ours, reference), bar, error,
-               allowed, facts=facts)  # fmt: skip
+    return Row(case, size, median(times[ours]), median(times[reference]), ratio(times, ours, reference, allowance), bar,
+               error, allowed, facts=facts)  # fmt: skip
 
 
 def gradient(setting: Setting) -> list[Row]:
     """Matrix-free gradient against its own products, and against SciPy's CG."""
     rows = []
-    for features in (60,) if setting.short else (100, 1000, 5000):
-        rows += _gradient(Logistic(features), setting)
+    for size in ((60, 700),) if setting.short else SIZES:
+        rows += _gradient(Logistic(*size), setting)
     return rows
 
 
@@ -72,6 +80,29 @@ def _gradient(problem: Logistic, setting: Setting) -> list[Row]:
                       scipy_products=products, scipy_error=relative_error(by_scipy, problem.truth)),
         ]  # fmt: skip
     return rows
+
+
+def products(setting: Setting) -> list[Row]:
+    """Products with A that a gradient takes, counted where they are made."""
+    problem, made = Logistic(60 if setting.short else 100), list[int]()
+
+    def hvp(*args: Any) -> Any:
+        made.append(1)
+        return problem.hvp(*args)
+
+    condition = Stationary(grad=problem.grad, hvp=hvp, mixed_vjp=problem.mixed_vjp)
+    _, report = implicit_vjp(condition, problem.W, problem.theta, problem.cotangent, args=problem.args,
+                             solver=CG(rtol=1e-8), return_report=True)  # fmt: skip
+    return [counted_row(problem.n, len(made), report)]
+
+
+def counted_row(n: int, made: int, report: Any, backend: str = "numpy") -> Row:
+    """Row of the products that were made and those that a solve by CG needs; the report must tell the same."""
+    told = abs(made - report.matvecs) / made
+    needed, same = report.iterations + 2, Spread(*3 * (made / (report.iterations + 2),))
+    facts = {"iterations": report.iterations, "matvecs": report.matvecs, "solver": report.solver}
+    return Row("products with A, cg / (iterations + 2)", f"n = {n}", made, needed, same, 1.0, told, 0.0, "products",
+               facts, backend=backend)  # fmt: skip
 
 
 def jacobian(setting: Setting) -> list[Row]:
@@ -188,5 +219,6 @@ def memory(setting: Setting) -> list[Row]:
 
 
 CASES: dict[str, Callable[[Setting], list[Row]]] = {
-    "gradient": gradient, "jacobian": jacobian, "batch": batch, "import": imports, "memory": memory,
+    "gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "import": imports,
+    "memory": memory,
 }  # fmt: skip

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,8 +25,15 @@ __all__ = ["Setting", "Spread", "import_seconds", "interleave", "machine", "peak
 
 Function = Callable[[], Any]
 
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+THREAD_VARIABLES = (
+    "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+    "NPROC",  # the thread pool of XLA
+)  # fmt: skip
 PACKAGES = ("implicitdiff", "numpy", "scipy", "array-api-compat")
+PACKAGES_OF = {
+    "torch": ("torch", "torchopt"),
+    "jax": ("jax", "jaxlib", "jaxopt", "optimistix", "lineax"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,26 @@ class Setting:
     rounds : int
         Least number of times that each function is timed.
     seconds : float
-        Rounds go on until this much time is spent, up to ten times ``rounds``.
+        Rounds go on until this much time is spent, up to ten times ``rounds``; where a round takes so long that
+        ``rounds`` of them would take more than five times as much, three have to do.
     clock : {"wall", "cpu"}
         ``"cpu"`` counts the processor time of this process: on a machine that others use too, with one thread and no
         accelerator, it says the same with less noise.
+    threads : int
+        Threads of the BLAS and of the framework.
+    peers : bool
+        Whether other libraries do the same work, too.
+    device : {"cpu", "cuda"}
+        Where the arrays are.
     """
 
     short: bool = False
     rounds: int = 9
     seconds: float = 3.0
     clock: Literal["wall", "cpu"] = "wall"
+    threads: int = 1
+    peers: bool = False
+    device: str = "cpu"
 
     @property
     def now(self) -> Callable[[], float]:
@@ -70,9 +87,9 @@ def spread(sample: list[float]) -> Spread:
     return Spread(median(sample), min(sample), max(sample))
 
 
-def ratio(times: Mapping[str, list[float]], ours: str, reference: str) -> Spread:
-    """Spread of the ratio of two functions, formed round by round."""
-    return spread([a / b for a, b in zip(times[ours], times[reference], strict=True)])
+def ratio(times: Mapping[str, list[float]], ours: str, reference: str, allowance: float = 0.0) -> Spread:
+    """Spread of the ratio of two functions, formed round by round; ``allowance`` is taken off ours first."""
+    return spread([max(a - allowance, 0.0) / b for a, b in zip(times[ours], times[reference], strict=True)])
 
 
 def interleave(functions: Mapping[str, Function], setting: Setting, least: float = 0.005) -> dict[str, list[float]]:
@@ -99,7 +116,8 @@ def interleave(functions: Mapping[str, Function], setting: Setting, least: float
     gc.disable()  # a collection would fall on whichever function happens to run
     try:
         for done in range(10 * setting.rounds):
-            if done >= setting.rounds and time.perf_counter() - begin > setting.seconds:
+            spent = time.perf_counter() - begin
+            if spent > setting.seconds * (1 if done >= setting.rounds else 5) and done >= min(setting.rounds, 3):
                 break
             for name, function in functions.items():
                 times[name].append(_time(function, calls[name], setting.now))
@@ -158,15 +176,16 @@ def import_seconds(statement: str, setting: Setting, bytecode: Path) -> float:
     return float(done.stdout)
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, backends: Sequence[str] = ()) -> dict[str, Any]:
     """Describe the machine and the software: nothing that names the host or its owner."""
+    packages = [*PACKAGES, *(name for backend in backends for name in PACKAGES_OF.get(backend, ()))]
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in packages},
         "precision": "float64",
     }
 

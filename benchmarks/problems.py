@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 from implicitdiff import Root, Stationary
 
-__all__ = ["Batch", "Diagonal", "Logistic", "Quadratic", "Ridge", "System", "relative_error"]
+__all__ = ["Batch", "Diagonal", "Logistic", "Penalties", "Quadratic", "Ridge", "System", "relative_error"]
 
 Array = NDArray[Any]
 
@@ -41,9 +41,10 @@ class Logistic:
     them once, not in each of the products.
     """
 
-    samples, classes = 700, 5
+    classes = 5
 
-    def __init__(self, features: int, seed: int = 0) -> None:
+    def __init__(self, features: int, samples: int = 700, seed: int = 0) -> None:
+        self.samples = samples
         rng = np.random.default_rng(seed)
         true = rng.normal(size=(features, self.classes)) / np.sqrt(features)
         self.X, self.Y = self._data(rng, true)
@@ -232,6 +233,28 @@ class Batch:
         """Cᵀ H⁻¹ v for the whole batch."""
         u = np.linalg.solve(self.H, self.cotangent[..., None])[..., 0]
         return (u[..., None, :] @ self.C)[..., 0, :]
+
+
+class Penalties:
+    """Ridge regression at many settings of its penalties: f(y, θ) = ½ yᵀ H y + ½ Σ_j exp(θ_j) y_j² − cᵀ y.
+
+    H and c are the same for all items, θ is not: A = H + diag exp θ and B = diag(exp(θ) y).
+    """
+
+    def __init__(self, items: int, n: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        X, target = rng.normal(size=(2 * n, n)), rng.normal(size=2 * n)
+        self.H, self.c = X.T @ X / (2 * n), X.T @ target / (2 * n)
+        self.args = (self.H, self.c)
+        self.theta = rng.uniform(np.log(0.1), np.log(10.0), size=(items, n))
+        self.cotangent = rng.normal(size=(items, n))
+        self._A = self.H + np.exp(self.theta)[:, :, None] * np.eye(n)
+        self.y = np.linalg.solve(self._A, np.broadcast_to(self.c, (items, n))[..., None])[..., 0]
+
+    @cached_property
+    def truth(self) -> Array:
+        """−B A⁻¹ v for the whole batch."""
+        return -np.exp(self.theta) * self.y * np.linalg.solve(self._A, self.cotangent[..., None])[..., 0]
 
 
 @dataclass

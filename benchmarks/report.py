@@ -1,18 +1,18 @@
-"""Rows of results, the table on screen and the JSON file."""
+"""Rows of results and what was skipped, the table on screen and the JSON file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Spread
 
-__all__ = ["Row", "table", "write_json"]
+__all__ = ["Result", "Row", "Skipped", "read_json", "table", "write_json"]
 
-COLUMNS = ("case", "size", "ours", "reference", "ratio (median, min..max)", "bar", "met?", "correct?")
+COLUMNS = ("backend", "case", "size", "ours", "reference", "ratio (median, min..max)", "bar", "met?", "correct?")
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ class Row:
     error, allowed : float
         Relative error of our result against the reference, and what it may be.
     unit : str
-        ``"s"``, or ``"n-vectors"``.
+        ``"s"``, or what was counted.
     facts : dict
         What else there is to know: iterations, products, the solver really used.
+    backend, device : str
+        The framework, and where the arrays were.
     """
 
     case: str
@@ -65,13 +67,58 @@ class Row:
         return {**asdict(self), "ratio": self.ratio._asdict(), "met": self.met, "correct": self.correct}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Lay the rows out in columns."""
+@dataclass(frozen=True)
+class Skipped:
+    """A comparison that was not made.
+
+    Parameters
+    ----------
+    case, size : str
+        What was to be compared, at which size.
+    reason : str
+        Why it was not.
+    """
+
+    case: str
+    size: str
+    reason: str
+    backend: str = "numpy"
+
+
+@dataclass
+class Result:
+    """What a run came to: its rows, what it skipped, and the machine."""
+
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    broken: bool = False
+    """Whether a process ended without a result."""
+
+    def add(self, found: Sequence[Row | Skipped]) -> None:
+        """Sort out what a case returned."""
+        self.rows += [row for row in found if isinstance(row, Row)]
+        self.skipped += [row for row in found if isinstance(row, Skipped)]
+
+    @property
+    def correct(self) -> bool:
+        """Whether everything came to an end, and every value is right."""
+        return not self.broken and all(row.correct for row in self.rows)
+
+
+def table(result: Result) -> str:
+    """Lay the rows out in columns; what was skipped follows, with the reasons."""
+    lines = _columns(result.rows) if result.rows else []
+    lines += [f"skipped: {s.backend}: {s.case}{', ' if s.size else ''}{s.size}: {s.reason}" for s in result.skipped]
+    return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return lines
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -80,7 +127,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     spread = f"{row.ratio.median:.3g} ({row.ratio.low:.3g}..{row.ratio.high:.3g})"
     correct = "yes" if row.correct else f"NO: error {row.error:.1e}"
     amounts = (_amount(row.ours, row.unit), _amount(row.reference, row.unit))
-    return (row.case, row.size, *amounts, spread, bar, met, correct)
+    return (row.backend, row.case, row.size, *amounts, spread, bar, met, correct)
 
 
 def _amount(value: float, unit: str) -> str:
@@ -92,8 +139,22 @@ def _amount(value: float, unit: str) -> str:
     return f"{value:.3g} s"
 
 
-def write_json(path: Path, machine: dict[str, Any], setting: Any, rows: Sequence[Row]) -> None:
-    """Write machine, setting and rows."""
-    content = {"machine": machine, "setting": asdict(setting), "rows": [row.as_dict() for row in rows]}
+def write_json(path: Path, setting: Any, result: Result) -> None:
+    """Write machine, setting, rows, and what was skipped."""
+    content = {
+        "machine": result.machine, "setting": asdict(setting), "rows": [row.as_dict() for row in result.rows],
+        "skipped": [asdict(row) for row in result.skipped],
+    }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Result:
+    """Read what `write_json` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names = {f.name for f in fields(Row)}
+    rows = [{name: value for name, value in row.items() if name in names} for row in content["rows"]]
+    return Result(
+        content["machine"], [Row(**{**row, "ratio": Spread(**row["ratio"])}) for row in rows],
+        [Skipped(**row) for row in content["skipped"]],
+    )  # fmt: skip

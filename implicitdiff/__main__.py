@@ -138,7 +138,10 @@ def _framework(name: str) -> tuple[str, str]:
 def _devices(name: str) -> list[str]:
     if name == "jax":
         return [str(device) for device in importlib.import_module("jax").devices()]
-    known = {"numpy", "torch", "cupy"}  # what array-api-compat wraps; others follow the standard themselves
+    if name == "torch":
+        torch = importlib.import_module("torch")
+        return ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
+    known = {"numpy", "cupy"}  # what array-api-compat wraps; others follow the standard themselves
     namespace: Any = importlib.import_module(f"array_api_compat.{name}" if name in known else name)
     shown = (str(device) for device in namespace.__array_namespace_info__().devices())
     return [re.sub(r"^[\w.]+\('(.*)'\)$", r"\1", text) for text in shown]  # Device('cpu') without the wrapping

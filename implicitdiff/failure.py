@@ -7,7 +7,7 @@ import warnings
 from types import FrameType
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, item_numbers, probe_vector, to_python
+from implicitdiff.arrays import Array, item_numbers, to_python
 from implicitdiff.errors import (
     NonFiniteProductError,
     NotConvergedError,
@@ -70,7 +70,7 @@ def explain(operator: Operator, solution: Any, solver: str) -> SolveError:
     facts = _facts(xp, solution, codes, worst)
     head, hint = _TEXTS[worst]
     head = head.format(solver=solver, A=operator.label, **facts)
-    if worst is not Status.NON_FINITE and worst is not Status.NOT_SYMMETRIC and _is_zero(operator):
+    if worst is not Status.NON_FINITE and worst is not Status.NOT_SYMMETRIC and _is_zero(operator, solution.x):
         worst = Status.SINGULAR
         head = f"{operator.label} v = 0 for a probe vector v: F does not depend on y, or its Hessian is zero."
         hint = (
@@ -105,12 +105,10 @@ def _products(solution: Any) -> str:
     return getattr(solution, "products", "") or "the product"
 
 
-def _is_zero(operator: Operator) -> bool:
+def _is_zero(operator: Operator, x: Array) -> bool:
     """Whether A maps a vector without structure to exactly zero (costs one product, after a failure only)."""
-    xp = operator.backend.xp
-    z = probe_vector(xp, operator.n, operator.dtype, operator.device)
-    z = xp.broadcast_to(z, (*operator.items, operator.n))
-    return not any_true(xp, operator.matvec(z) != 0)
+    one = operator.backend.space(x[0, ...] if len(x.shape) > len(operator.items) + 1 else x)
+    return bool(one.vanishes(operator.matvec(one.probe())))
 
 
 _TEXTS = {

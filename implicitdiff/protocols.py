@@ -106,6 +106,9 @@ class Backend(Protocol):
     def gradients(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         """∂L/∂y, ∂L/∂θ and their kind, for a scalar function L (one scalar per item)."""
 
+    def combined(self, maps: Any, y: Array, theta: Array) -> Any:
+        """Return the maps of the whole problem, where this process holds a part of it."""
+
     # -- loops and linear algebra ----------------------------------------------------------------------
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         """Let a function of (*items, n) take (k, *items, n), too."""
@@ -127,6 +130,9 @@ class Backend(Protocol):
 
     def trees(self, y: Any, theta: Any) -> bool:
         """Whether products alone may work on the leaves of the trees, so that nothing is concatenated."""
+
+    def is_vector(self, tree: Any) -> bool:
+        """Whether a tree is a bare array of one axis, and a vector as it is."""
 
     def space(self, x: Array) -> Any:
         """Return the space of a vector, in which the iterative solvers work."""

@@ -68,7 +68,7 @@ class Ravel:
         self._flat = (*self.items, self.n)
         self.vector = self._join(arrays, self.dtype)
         if own:
-            self.vector = backend.xp.asarray(self.vector, copy=True)
+            self.vector = self._copied()
 
     def _items(self, arrays: list[Array], name: str) -> tuple[int, ...]:
         counts = {a.shape[0] if len(a.shape) else None for a in arrays}
@@ -92,6 +92,9 @@ class Ravel:
         if dtype is not None:
             parts = [p if p.dtype == dtype else backend.astype(p, dtype) for p in parts]
         return parts[0] if len(parts) == 1 else backend.concat(parts)
+
+    def _copied(self) -> Any:
+        return self.backend.xp.asarray(self.vector, copy=True)
 
     @property
     def space(self) -> Any:
@@ -236,12 +239,22 @@ class LeafRavel(Ravel):
             return TreeVector(arrays)
         return TreeVector([a if a.dtype == dtype else self.backend.astype(a, dtype) for a in arrays])
 
+    def _copied(self) -> Any:
+        return self.vector.map(lambda leaf: self.backend.xp.asarray(leaf, copy=True))
+
     def divide(self, vector: Array) -> Any:
         pieces = zip(super().parts(vector), self.leaves, strict=True)
         return TreeVector([self.backend.reshape(part, leaf.shape) for part, leaf in pieces])
 
     def parts(self, vector: Any) -> list[Array]:
         return list(vector.leaves)
+
+    def bad_leaf(self, vector: Any) -> str:
+        for i, leaf in enumerate(vector.leaves):
+            one = TreeVector([leaf])
+            if not bool(self.backend.space(one).finite(one)):  # a leaf may be spread over processes
+                return self.tree.path(i, self.name)
+        return self.name
 
     def unravel(self, vector: Any) -> Any:
         return self.tree.unflatten(vector.leaves)

@@ -15,11 +15,12 @@ BACKENDS: dict[str, str] = {
     "numpy": "implicitdiff.backends.numpy:NumpyBackend",
     "jax": "implicitdiff.backends.jax:JaxBackend",
     "torch": "implicitdiff.backends.torch:TorchBackend",
+    "cupy": "implicitdiff.backends.cupy:CupyBackend",
     "array_api": "implicitdiff.backends.array_api:ArrayAPIBackend",
 }
 """Name to ``module:class``. A backend is loaded when its arrays, or its name, are first met."""
 
-_ROOTS = {"numpy": "numpy", "jax": "jax", "jaxlib": "jax", "torch": "torch"}
+_ROOTS = {"numpy": "numpy", "jax": "jax", "jaxlib": "jax", "torch": "torch", "cupy": "cupy"}
 """Top-level module of an array type to the name of its backend."""
 
 _cache: dict[str, Any] = {}

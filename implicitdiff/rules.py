@@ -98,12 +98,12 @@ class Rules:
         engine, solver, condition = task.backend, get_solver(task.solver), as_condition(task.condition)
         keep = not flat and _may_stay_trees(task, condition, solver)
         self.task, self.mute = task, mute
-        y = _border(keep, task.y)(engine, task.y, "y", task.batched, task.own)
-        theta = _border(keep, task.theta)(engine, task.theta, "theta", task.batched, task.own)
+        y = _border(keep, engine, task.y)(engine, task.y, "y", task.batched, task.own)
+        theta = _border(keep, engine, task.theta)(engine, task.theta, "theta", task.batched, task.own)
         y.check_partner(theta)
         self.point = Point(engine, y, theta, tuple(task.args))
         self.inputs = self._finite(y.vector, y, "y") & self._finite(theta.vector, theta, "theta")
-        maps = condition.maps(self.point)
+        maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.B, self.value, self.at = maps.B, maps.residual, maps.at
         self.prepared = prepare(maps.A, solver, mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
@@ -338,6 +338,6 @@ def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:
     return bool(matrix_free and matrix_free(LeafRavel.length(task.y)))
 
 
-def _border(keep: bool, tree: Any) -> type[Ravel]:
-    """Return the kind of border: a bare array of one axis is a vector as it is."""
-    return LeafRavel if keep and len(getattr(tree, "shape", ())) != 1 else Ravel
+def _border(keep: bool, engine: Any, tree: Any) -> type[Ravel]:
+    """Return the kind of border."""
+    return LeafRavel if keep and not engine.is_vector(tree) else Ravel

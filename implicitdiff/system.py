@@ -10,10 +10,11 @@ from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveE
 from implicitdiff.failure import check_mode, explain, settle
 from implicitdiff.operator import Operator, checked_product, matrix_map
 from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.report import Report
 from implicitdiff.solve import Prepared, Solution, make_report, method_of, poison, prepare
 from implicitdiff.solvers import get_solver
 
-__all__ = ["System", "Told", "linear_solve"]
+__all__ = ["System", "Told", "linear_solve", "solve_system"]
 
 
 class Told(NamedTuple):
@@ -63,8 +64,8 @@ class System:
 
     def refuse_non_finite(self, vector: Array) -> None:
         """Raise where the right-hand side holds NaN or Inf."""
-        xp = self.backend.xp
-        if (not self.batched or self.on_failure == "raise") and any_true(xp, ~xp.isfinite(vector)):
+        finite = self.backend.space(vector).finite(vector)
+        if (not self.batched or self.on_failure == "raise") and any_true(self.backend.xp, ~finite):
             raise NonFiniteError("b holds NaN or Inf.")
 
     def solved(self, *, mute: bool = False) -> Told:
@@ -130,18 +131,25 @@ def linear_solve(
     engine = get_backend(backend) if backend is not None else backend_for({"b": [b]})
     get_solver(solver)
     system = System(engine, A, b, x0, solver, symmetric, positive_definite, transpose, batched, on_failure)
+    x, report = getattr(engine, "solve_system", solve_system)(system)
+    return (x, report) if return_report else x
+
+
+def solve_system(system: System) -> tuple[Array, Report]:
+    """Solve in numbers, and settle what went wrong."""
+    engine, on_failure = system.backend, system.on_failure
     with engine.computing():
         solution, facts, visible = engine.solved(system) if engine.traced else system.solved()
         x, error = solution.x, None
         if visible and any_true(engine.xp, solution.failed):
             error = _explained(system, solution, facts)
             x = poison(engine.xp, solution, x) if on_failure == "nan" else x
-        x = engine.xp.matrix_transpose(x) if len(x.shape) == 2 and not batched else x
+        x = engine.xp.matrix_transpose(x) if len(x.shape) == 2 and not system.batched else x
         report = make_report(solution, stationarity=float("nan"), visible=visible, **facts)
     if error is not None:
         error.value, error.report = x, report
     settle(error, on_failure)
-    return (x, report) if return_report else x
+    return x, report
 
 
 def _explained(system: System, solution: Solution, facts: dict[str, Any]) -> SolveError:

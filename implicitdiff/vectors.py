@@ -41,6 +41,11 @@ class ArraySpace:
         self.device = device
         self.eps = float(xp.finfo(dtype).eps)
 
+    @property
+    def length(self) -> int:
+        """Number of entries of a vector, wherever they are."""
+        return self.shape[-1]
+
     def inner(self, x: Array, y: Array) -> Array:
         """Inner product per item."""
         return self.xp.vecdot(x, y, axis=-1)

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
 from benchmarks import cases
-from benchmarks.measure import Setting, Spread, peak_bytes, ratio, spread
-from benchmarks.problems import Batch, Logistic, Quadratic, Ridge, System, relative_error
-from benchmarks.report import Row, table
+from benchmarks.measure import Setting, Spread, interleave, peak_bytes, ratio, spread
+from benchmarks.problems import Batch, Logistic, Penalties, Quadratic, Ridge, System, relative_error
+from benchmarks.report import Result, Row, Skipped, read_json, table, write_json
 
 SHORT = Setting(short=True, rounds=1, seconds=0.0)
 
@@ -41,7 +42,9 @@ def make_row(**changes):
 def test_a_wrong_result_is_called_wrong(error, correct):
     row = make_row(error=error)
     assert row.correct is correct
-    assert ("NO: error" in table([row])) is not correct
+    assert ("NO: error" in table(Result({}, [row]))) is not correct
+    assert Result({}, [make_row(), row]).correct is correct
+    assert not Result({}, [make_row()], broken=True).correct
 
 
 @pytest.mark.parametrize(("bar", "met"), [(1.2, False), (2.0, True), (None, None)])
@@ -50,10 +53,10 @@ def test_the_bar_is_held_against_the_median(bar, met):
 
 
 def test_the_command_fails_on_a_wrong_result_and_writes_it_down(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cases, "CASES", {"right": lambda _: [make_row()], "wrong": lambda _: [make_row(error=1.0)]})
+    monkeypatch.setattr(cases, "CASES", {"batch": lambda _: [make_row()], "memory": lambda _: [make_row(error=1.0)]})
     keep_environment(monkeypatch)
     path = tmp_path / "deep" / "rows.json"
-    assert command.main(["run", "--short", "--only", "right"]) == 0
+    assert command.main(["run", "--short", "--only", "batch"]) == 0
     assert command.main(["run", "--short", "--json", str(path)]) == 1
     assert "NO: error 1.0e+00" in capsys.readouterr().out
     written = json.loads(path.read_text(encoding="utf-8"))
@@ -61,6 +64,53 @@ def test_the_command_fails_on_a_wrong_result_and_writes_it_down(monkeypatch, tmp
     assert written["rows"][0]["ratio"] == {"median": 2.0, "low": 1.5, "high": 2.5}
     assert set(written["machine"]) == {"cpu", "cores", "threads", "system", "python", "versions", "precision"}
     assert command.main(["run", "--only", "no such"]) == 2
+    assert command.main(["run", "--backends", "numpy,no such"]) == 2
+
+
+def test_what_is_not_measured_is_told_with_the_reason(monkeypatch, capsys):
+    keep_environment(monkeypatch)
+    monkeypatch.setattr(cases, "CASES", {"batch": lambda _: [Skipped("a", "n = 1", "nobody has it")]})
+    assert command.main(["run", "--short", "--only", "batch", "--only", "syncs"]) == 0
+    told = capsys.readouterr().out
+    assert "skipped: numpy: a, n = 1: nobody has it" in told
+    assert "skipped: numpy: syncs: there is no such case" in told
+    assert command.main(["run", "--short", "--device", "cuda"]) == 0
+    assert "NumPy knows the CPU only" in capsys.readouterr().out
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert command.measured("torch", [], SHORT).skipped == [Skipped("all", "", "torch is not installed", "torch")]
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    result = Result({"threads": 1}, [make_row(facts={"iterations": 3})], [Skipped("b", "", "why")])
+    write_json(tmp_path / "rows.json", SHORT, result)
+    assert read_json(tmp_path / "rows.json") == result
+
+
+@pytest.mark.slow
+def test_frameworks_are_measured_each_in_a_process_of_its_own(monkeypatch, tmp_path):
+    keep_environment(monkeypatch)
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    path = tmp_path / "rows.json"
+    assert command.main(["run", "--short", "--peers", "--backends", "torch,jax", "--json", str(path)]) == 0
+    result = read_json(path)
+    for backend in ("torch", "jax"):
+        mine = [row.case for row in result.rows if row.backend == backend]
+        skipped = [row for row in result.skipped if row.backend == backend]
+        assert all(row.reason for row in skipped)
+        if any(row.case == "all" for row in skipped):  # it is not installed
+            assert not mine
+            continue
+        assert {case.split(",")[0].split(" ")[0] for case in mine} == {"gradient", "jacobian", "batch", "products"}
+        assert any(row.case.startswith("host syncs") for row in skipped)
+        assert any("solve_cg" in case for case in [*mine, *(row.case for row in skipped)])
+
+
+def test_a_process_that_dies_is_a_failure(monkeypatch):
+    monkeypatch.setattr(command.sys, "executable", "false")
+    options = command._parser().parse_args(["run", "--short"])
+    result = command.in_its_own_process("torch", options)
+    assert not command.merged([result], 1).correct
+    assert "ended with status 1" in table(result)
 
 
 def keep_environment(monkeypatch):
@@ -110,6 +160,24 @@ def test_the_truth_of_the_dense_problems_is_that_of_re_solved_problems(problem):
         h = step * np.abs(p.theta).max()
         columns.append((solve(p.theta + h * e) - solve(p.theta - h * e)) / (2 * h))
     assert relative_error(np.stack(columns, axis=1), p.truth) < 1e-8
+
+
+def test_the_truth_of_the_penalties_is_that_of_re_solved_problems():
+    p, step = Penalties(3, 4), 1e-6
+
+    def loss(theta):
+        A = p.H + np.exp(theta)[:, :, None] * np.eye(4)
+        return np.sum(p.cotangent * np.linalg.solve(A, np.tile(p.c, (3, 1))[..., None])[..., 0])
+
+    direction = np.cos(np.arange(12.0)).reshape(3, 4)
+    slope = (loss(p.theta + step * direction) - loss(p.theta - step * direction)) / (2 * step)
+    assert abs(slope - np.sum(p.truth * direction)) < 1e-7 * abs(slope)
+
+
+def test_an_allowance_is_taken_off_ours_and_rounds_that_take_long_are_fewer():
+    assert ratio({"a": [3.0, 1.0], "b": [1.0, 1.0]}, "a", "b", allowance=2.0) == Spread(0.5, 0.0, 1.0)
+    setting = Setting(rounds=9, seconds=1e-3)
+    assert len(interleave({"slow": lambda: time.sleep(0.01)}, setting)["slow"]) == 3
 
 
 def test_the_batch_is_done_item_by_item():

@@ -34,7 +34,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BUILD_ON_ARRAY_API = {"numpy", "torch_arrays", "torch_composable", "jax", "cupy"}
-HELPERS = {"differences", "tape"}
+HELPERS = {"differences", "lending", "tape"}
 
 
 def module_name(path: Path) -> str:
@@ -148,9 +148,22 @@ def test_backends_stand_alone(name: str) -> None:
     targets = {layer_of_backend(t) for t in imports(name) if t.startswith("implicitdiff.backends.")}
     allowed = HELPERS | ({"array_api"} if own in BUILD_ON_ARRAY_API else set())
     family = own.partition("_")[0]
-    allowed |= {t for t in map(layer_of_backend, ADAPTERS) if t.partition("_")[0] == family in {"torch", "jax"}}
+    allowed |= {
+        t for t in map(layer_of_backend, ADAPTERS) if t.partition("_")[0] == family in {"numpy", "torch", "jax"}
+    }
     assert targets - {own} <= allowed
     assert not any(t.partition(".")[0] == "backends" for t in imports(name)), "import implicitdiff.backends, absolutely"
+
+
+def test_lending_names_no_framework() -> None:
+    """What lends one framework's autodiff to another reaches both by name only: it imports the core and no adapter."""
+    lending = "implicitdiff.backends.lending"
+    assert not {t for t in imports(lending) if t.startswith("implicitdiff.backends")}
+    nodes = [n for n in ast.walk(parsed(lending)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    roots = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    roots |= {(node.module or "").partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert roots <= {"implicitdiff", *sys.stdlib_module_names}
+    assert "implicitdiff.registry" in imports(lending)
 
 
 def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError
 from implicitdiff.ravel import Ravel
 
-__all__ = ["Point"]
+__all__ = ["Flat", "Point"]
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """A user's function as one of two vectors.
+
+    Parameters
+    ----------
+    call : callable
+        The function of vectors.
+    point : Point
+        Where it was made.
+    name : str
+        What the user knows the function under.
+    on : callable
+        Makes the same of another point, with arrays of another framework.
+    """
+
+    call: Callable[[Array, Array], Array]
+    point: Point
+    name: str
+    on: Callable[[Point], Flat]
+
+    def __call__(self, y: Array, theta: Array) -> Array:
+        return self.call(y, theta)
 
 
 class Point:
@@ -38,10 +64,18 @@ class Point:
         if self.items and backend.vmap is not None:
             self._one = Point(backend, y.of_one_item(), theta.of_one_item(), args)
 
-    def vector_function(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
+    def vector_function(self, function: Callable[..., Any], name: str) -> Flat:
         """``f(y, theta, *args) -> like y`` as a function of two vectors."""
+        return Flat(self._vectors(function, name), self, name, lambda point: point.vector_function(function, name))
+
+    def scalar_function(self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None = None) -> Flat:
+        """``f(y, theta, *args) -> scalar`` (one per item) as a function of two vectors."""
+        flat = self._scalars(function, name, args)
+        return Flat(flat, self, name, lambda point: point.scalar_function(function, name, args))
+
+    def _vectors(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
         if self._one is not None:
-            return self.backend.vmap(self._one.vector_function(function, name))
+            return self.backend.vmap(self._one._vectors(function, name))
         call = self.backend.callback(function)
 
         def flat(y: Array, theta: Array) -> Array:
@@ -51,12 +85,11 @@ class Point:
 
         return flat
 
-    def scalar_function(
-        self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None = None
+    def _scalars(
+        self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None
     ) -> Callable[[Array, Array], Array]:
-        """``f(y, theta, *args) -> scalar`` (one per item) as a function of two vectors."""
         if self._one is not None:
-            return self.backend.vmap(self._one.scalar_function(function, name, args))
+            return self.backend.vmap(self._one._scalars(function, name, args))
         call, given = self.backend.callback(function), self.args if args is None else args
 
         def flat(y: Array, theta: Array) -> Array:

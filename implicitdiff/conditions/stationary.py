@@ -99,7 +99,7 @@ class Stationary(Condition):
             return cache[0]
 
         value = None if scalar is None else (lambda: once().value())
-        function = gradient
+        function: Callable[..., Any] | None = gradient
         if gradient is not None:
             value = lambda: gradient(y, theta)  # noqa: E731
         elif scalar is not None:

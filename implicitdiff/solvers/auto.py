@@ -69,10 +69,15 @@ class Auto(Solver):
 
     def init(self, operator: Operator) -> _State:
         state = _State(operator)
-        if self.preconditioner is None and _dense_reason(operator, 1) is not None:
-            first: Solver = Cholesky() if operator.symmetric else LU()
-            state.prepared[first.name] = first.init(operator)
+        self.foresee(state, 1)
         return state
+
+    def foresee(self, state: _State, rhs: int) -> None:
+        """Factor where so many right-hand sides will need it: what is made inside of a traced solve cannot be kept."""
+        op = state.operator
+        first: Solver = Cholesky() if op.symmetric else LU()
+        if self.preconditioner is None and first.name not in state.prepared and _dense_reason(op, rhs) is not None:
+            state.prepared[first.name] = first.init(op)
 
     def transpose(self, state: _State) -> _State:
         if state.operator.symmetric:

@@ -163,7 +163,7 @@ class Krylov(Solver):
         space = backend.space(b)
         default = max(1e-10 if space.eps < 1e-10 else 1e-5, 30 * op.accuracy)
         rtol, noise = space.scalar(self.rtol or default), max(space.eps, op.accuracy)
-        maxiter = self.most(op.n)
+        maxiter = self.most(space.length)
         unit, scale = _unit(space, b)
         state_0 = _start(space, op, unit, x0, scale, rtol)
 

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, needed, probe_vector
+from implicitdiff.arrays import Array, any_true, item_norm, needed, probe_vector
 from implicitdiff.operator import Operator, matrix_product
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers import sparse
@@ -125,15 +125,12 @@ class DenseSolver(Solver):
         # The size of b − A x that rounding explains is eps ‖A‖ ‖x‖; factors that are stable leave no more.
         rounding = float(xp.finfo(r.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
 
-        def refine(x: Array) -> Array:
-            return x + self._apply_rows(state, b - product(x))
+        def refine(found: tuple[Array, Array]) -> tuple[Array, Array]:
+            x = found[0] + self._apply_rows(state, b - product(found[0]))
+            r = b - product(x)
+            return x, xp.sqrt(xp.vecdot(r, r))
 
-        poor = ~(residual <= 100 * rounding)
-        if not needed(backend, poor):
-            return x, residual
-        x = backend.rescue(poor, refine, x)
-        r = b - product(x)
-        return x, xp.sqrt(xp.vecdot(r, r))
+        return backend.rescue(~(residual <= 100 * rounding), refine, (x, residual))
 
     def _apply_rows(self, state: DenseState, b: Array) -> Array:
         """Solve for b of shape (*rhs, *items, n), whose right-hand sides are columns to LAPACK."""
@@ -155,7 +152,9 @@ def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
     xp = operator.backend.xp
     failed = xp.zeros(operator.items, dtype=xp.int32, device=operator.device)
     finite = xp.all(xp.isfinite(matrix), axis=(-2, -1))
-    if needed(operator.backend, ~finite):
+    if operator.backend.traced:  # no exception comes of a NaN there, and its factors are NaN as well
+        return matrix, _mark(xp, failed, ~finite, Status.NON_FINITE)
+    if any_true(xp, ~finite):
         eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
         matrix = xp.where(finite[..., None, None], matrix, eye)
         failed = _mark(xp, failed, ~finite, Status.NON_FINITE)

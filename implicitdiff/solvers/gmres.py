@@ -14,6 +14,7 @@ process", Comput. Math. Appl. 50 (2005) 1069-1075. DOI 10.1016/j.camwa.2005.08.0
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -73,17 +74,15 @@ class GMRES(Krylov):
         if self.restart is not None and self.restart < 1:
             raise InputError(f"restart = {self.restart!r}: expected a positive integer.")
 
-    def _size(self, shape: tuple[int, ...]) -> int:
-        n, total = shape[-1], 1
-        for k in shape:
-            total *= k
+    def _size(self, items: tuple[int, ...], n: int) -> int:
+        total = n * math.prod(items)
         fitting = min(max(2**24 // max(total, 1), 30), 300)
         return min(self.restart or fitting, n)
 
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run one restart cycle from x with residual r."""
         product, precondition = state.operator.matvec, state.preconditioner
-        m = self._size(space.shape)
+        m = self._size(space.items, space.length)
         left = self.side == "left" and not precondition.identity
         r = precondition(start.r) if left else start.r
         beta = space.norm(r)

@@ -84,8 +84,8 @@ class MINRES(Krylov):
         def step(s: _State) -> _State:
             return _step(s, space, product, precondition, target, start.budget)
 
-        op = state.operator
-        end = op.backend.while_loop(lambda s: space.any(s.active), step, first, limit=self.most(op.n))
+        most, loop = self.most(space.length), state.operator.backend.while_loop
+        end = loop(lambda s: space.any(s.active), step, first, limit=most)
         return Cycle(end.x, end.iterations, end.matvecs, end.status, end.operator_norm)
 
 

@@ -1,0 +1,171 @@
+"""The vector spaces of the iterative solvers over NumPy: one vector, many, and a slice of one in each process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+from scipy.linalg import blas
+
+from implicitdiff.arrays import Array
+from implicitdiff.errors import BackendError, InputError
+from implicitdiff.solvers.base import Krylov
+from implicitdiff.vectors import ArraySpace
+
+__all__ = ["NumpyBatchSpace", "NumpySpace", "SliceSpace", "Slices"]
+
+_AXPY = {np.dtype(np.float64): blas.daxpy, np.dtype(np.float32): blas.saxpy}
+
+
+class NumpySpace(ArraySpace):
+    """One vector of shape (n,), worked on in place; scalars are NumPy scalars, so nothing is masked."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        super().__init__(xp, shape, dtype, "cpu")
+        self._axpy = _AXPY[np.dtype(dtype)]
+        self._type = np.dtype(dtype).type
+
+    def inner(self, x: Array, y: Array) -> Array:
+        return np.dot(x, y)
+
+    def norm(self, x: Array) -> Array:
+        return np.sqrt(np.dot(x, x))
+
+    def largest(self, x: Array) -> Array:
+        return self._type(max(x.max(), -x.min()))
+
+    def axpy(self, a: Any, x: Array, y: Array) -> Array:
+        return self._axpy(x, y, a=a)
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        return np.subtract(x, y, out=x)
+
+    def scale(self, a: Any, x: Array) -> Array:
+        return np.multiply(x, a, out=x)
+
+    def copy(self, x: Array) -> Array:
+        return np.array(x, dtype=self.dtype, order="C")
+
+    def select(self, mask: Array, x: Array, y: Array) -> Array:
+        return x if mask else y
+
+    def where(self, mask: Array, a: Any, b: Any) -> Array:
+        return a if mask else b
+
+    def scalar(self, value: float) -> Array:
+        return self._type(value)
+
+    def counter(self, value: int = 0) -> Array:
+        return value
+
+    def any(self, mask: Array) -> Array:
+        return mask
+
+    def sqrt(self, a: Array) -> Array:
+        return np.sqrt(a) if a > 0 else self._type(0) * a
+
+    def isfinite(self, a: Array) -> Array:
+        return math.isfinite(a)
+
+    def maximum(self, a: Array, b: Array) -> Array:
+        return b if b > a or b != b else a
+
+
+class NumpyBatchSpace(ArraySpace):
+    """Many vectors, shape (..., n), worked on in place."""
+
+    def axpy(self, a: Any, x: Array, y: Array) -> Array:
+        y += a[..., None] * x
+        return y
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        return np.subtract(x, y, out=x)
+
+    def scale(self, a: Any, x: Array) -> Array:
+        return np.multiply(x, a[..., None], out=x)
+
+
+class Slices:
+    """A vector of which each process holds a slice.
+
+    Parameters
+    ----------
+    reduce : callable
+        Sums a Python float over the processes.
+    """
+
+    def __init__(self, reduce: Callable[[float], float]) -> None:
+        self.reduce = reduce
+
+    def refuse_many(self) -> None:
+        """Raise for what takes several vectors at once."""
+        raise BackendError(
+            "several vectors at once (a Jacobian, a batch, a product assembled from its transpose), and each process "
+            "holds a slice of one.\nNext: one vjp or jvp after the other, with all products given."
+        )
+
+    def check(self, prepared: Any, b: Array) -> None:
+        """Raise, in all processes, for what a slice is not enough for."""
+        operator, solver = prepared.operator, prepared.solver
+        if not isinstance(solver, Krylov):
+            raise BackendError(
+                f"solver {getattr(solver, 'name', solver)!r} needs the whole matrix, and each process holds a slice.\n"
+                "Next: solver='cg', 'minres' or 'gmres'."
+            )
+        if operator.matrix is not None or operator.sparse is not None:
+            raise BackendError("a matrix is given for A, and each process holds a slice.\nNext: give its products.")
+        if self.reduce(float(b.shape[-1] == 0)):
+            raise InputError("a process holds no entry at all.\nNext: use fewer processes.")
+
+
+class SliceSpace(NumpySpace):
+    """The slice of a vector, shape (n,), that this process holds.
+
+    Whatever decides about the course of a method is reduced over the processes first, so that all take the same.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, slices: Slices) -> None:
+        if len(shape) != 1:
+            slices.refuse_many()
+        super().__init__(shape, dtype)
+        self._sum = slices.reduce
+
+    def _reduced(self, value: Any) -> Array:
+        return self._type(self._sum(float(value)))
+
+    @cached_property
+    def length(self) -> int:
+        return int(self._sum(float(self.shape[-1])))
+
+    def inner(self, x: Array, y: Array) -> Array:
+        return self._reduced(np.dot(x, y))
+
+    def norm(self, x: Array) -> Array:
+        return np.sqrt(self.inner(x, x))
+
+    def largest(self, x: Array) -> Array:
+        # The sum of each process's largest entry: zero, infinite or NaN when the largest is, and of its size
+        # otherwise, which is all that it is asked for.
+        return self._reduced(np.max(np.abs(x), initial=0.0))
+
+    def size(self, x: Array) -> Array:
+        largest = self.largest(x)
+        if not (largest > 0 and math.isfinite(largest)):
+            return largest
+        return largest * self.norm(x / largest)
+
+    def finite(self, x: Array) -> Array:
+        return np.bool_(self._sum(float(np.count_nonzero(~np.isfinite(x)))) == 0)
+
+    def vanishes(self, x: Array) -> Array:
+        return np.bool_(self._sum(float(np.count_nonzero(x))) == 0)
+
+    def project(self, basis: Array, j: Any, x: Array) -> Array:
+        out = super().project(basis, j, x)
+        for i in range(j + 1):
+            out[i] = self._sum(float(out[i]))
+        return out

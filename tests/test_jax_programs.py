@@ -1,0 +1,232 @@
+"""JAX called eagerly: compiled once, again only where it has to be, and no function of the user's kept alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from frameworks import framework
+
+from implicitdiff import (
+    CG,
+    FixedPoint,
+    NotASolutionWarning,
+    Root,
+    Stationary,
+    implicit_function,
+    implicit_grad,
+    implicit_jacobian,
+    implicit_vjp,
+    linearize,
+)
+
+fw = framework("jax")
+jax, jnp = fw.jax, fw.xp
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """Durations of the compilations since the start of the test."""
+    found: list[float] = []
+
+    def listen(key: str, duration: float, **_: Any) -> None:
+        if key == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def objective(y: Any, theta: Any, shift: Any = 0.0) -> Any:
+    return jnp.sum((y - theta**2 - shift) ** 2)
+
+
+def squares() -> tuple[Any, Any]:
+    theta = jnp.asarray([1.0, -2.0, 3.0])
+    return theta**2, theta
+
+
+def total(y: Any, theta: Any) -> Any:
+    return jnp.sum(y)
+
+
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "grad": lambda y, theta: implicit_grad(objective, total, y, theta, solver="cg"),
+    "condition made anew": lambda y, theta: implicit_grad(Stationary(objective), total, y, theta),
+    "solver with options": lambda y, theta: implicit_vjp(objective, y, theta, jnp.ones(3), solver=CG(rtol=1e-12)),
+    "jacobian": lambda y, theta: implicit_jacobian(objective, y, theta),
+    "data": lambda y, theta: implicit_vjp(objective, y + theta[0], theta, jnp.ones(3), args=(theta[0],)),
+    "a float among the data": lambda y, theta: implicit_vjp(
+        objective, y + float(theta[1]), theta, jnp.ones(3), args=(float(theta[1]),)
+    ),
+    "linearize": lambda y, theta: linearize(objective, y, theta).vjp(jnp.ones(3)),
+}
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_compiled_once(way: str, compilations: list[float]) -> None:
+    """A second call with other numbers compiles nothing."""
+    y, theta = squares()
+    first = CALLS[way](y, theta)
+    assert np.allclose(first.sum(), 2 * theta.sum(), rtol=1e-8)
+    theta = 2 * theta
+    y, shifted = theta**2, theta[0] + 1.0
+    jax.block_until_ready((y, shifted, y + shifted))
+    compilations.clear()
+    second = CALLS[way](y, theta)
+    assert compilations == []
+    assert np.allclose(second.sum(), 2 * theta.sum(), rtol=1e-8)
+
+
+def test_gradient_of_a_wrapped_solver_is_compiled_once(compilations: list[float]) -> None:
+    """``jax.grad`` outside of ``jit``, too."""
+    solve = implicit_function(objective, solver="cg")(lambda theta: np.asarray(theta) ** 2)
+    gradient = jax.grad(lambda theta: jnp.sum(solve(theta) ** 2))
+    _, theta = squares()
+    gradient(theta)
+    compilations.clear()
+    assert np.allclose(gradient(2 * theta), 4 * (2 * theta) ** 3, rtol=1e-8)
+    assert len(compilations) <= 1  # 2 * theta
+
+
+def test_functions_are_not_kept_alive() -> None:
+    """The compiled program goes with the user's functions."""
+    from implicitdiff.backends import jax_programs
+
+    y, theta = squares()
+    before = len(jax_programs._programs)
+
+    def inner(y: Any, theta: Any) -> Any:
+        return jnp.sum((y - theta**2) ** 2)
+
+    def outer(y: Any, theta: Any) -> Any:
+        return jnp.sum(y)
+
+    implicit_grad(inner, outer, y, theta)
+    linearize(inner, y, theta).jvp(theta)
+    assert len(jax_programs._programs) > before
+    alive = [weakref.ref(inner), weakref.ref(outer)]
+    del inner, outer
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+    assert len(jax_programs._programs) == before
+
+
+class Model:
+    """A condition that is a method, with data in an attribute."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = jnp.asarray(scale)
+
+    def inner(self, y: Any, theta: Any) -> Any:
+        return jnp.sum((y - self.scale * theta) ** 2)
+
+
+def test_replaced_closure_is_seen() -> None:
+    """What a function closes over may be replaced: the program is not that of the old one."""
+    _, theta = squares()
+    model = Model(2.0)
+    assert np.allclose(implicit_vjp(model.inner, 2 * theta, theta, jnp.ones(3)), 2.0)
+    model.scale = jnp.asarray(5.0)
+    assert np.allclose(implicit_vjp(model.inner, 5 * theta, theta, jnp.ones(3)), 5.0)
+    factor = 3.0
+
+    def inner(y: Any, theta: Any) -> Any:
+        return jnp.sum((y - factor * theta) ** 2)
+
+    assert np.allclose(implicit_vjp(inner, 3 * theta, theta, jnp.ones(3)), 3.0)
+    factor = 7.0
+    assert np.allclose(implicit_vjp(inner, 7 * theta, theta, jnp.ones(3)), 7.0)
+
+
+def test_functions_that_are_partial_or_compiled() -> None:
+    """Any callable will do: a partial, a compiled function, an object."""
+    from functools import partial
+
+    y, theta = squares()
+    for condition in (partial(objective, shift=0.0), jax.jit(objective), Root(jax.jit(lambda y, t: y - t**2))):
+        assert np.allclose(implicit_vjp(condition, y, theta, jnp.ones(3)), 2 * theta)
+
+
+def test_threads() -> None:
+    """Eight threads, each with problems of its own."""
+    _, theta = squares()
+
+    def work(k: int) -> bool:
+        scaled = (1.0 + k) * theta
+        got = implicit_grad(objective, total, scaled**2, scaled, solver=CG(rtol=1e-12))
+        if k > 4:  # a function of the thread's own has to be compiled
+            return bool(np.allclose(got, 2 * scaled))
+        own = implicit_vjp(lambda y, t: jnp.sum((y - k * t) ** 2), k * theta, theta, jnp.ones(3))
+        return bool(np.allclose(got, 2 * scaled) and np.allclose(own, float(k)))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(1, 17)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Weights:
+    """A container that JAX knows."""
+
+    slope: Any
+    offset: Any
+
+
+@pytest.mark.parametrize("solver", ["lu", "cg"])
+def test_registered_dataclass(solver: str) -> None:
+    """y and theta may be containers that are registered with JAX; messages name their leaves."""
+    theta = Weights(jnp.asarray([1.0, 2.0]), jnp.asarray(3.0))
+    y = Weights(theta.slope**2, theta.offset**2)
+
+    def inner(y: Weights, theta: Weights) -> Any:
+        return jnp.sum((y.slope - theta.slope**2) ** 2) + (y.offset - theta.offset**2) ** 2
+
+    gradient = implicit_grad(inner, lambda y, t: jnp.sum(y.slope) + y.offset, y, theta, solver=solver)
+    assert isinstance(gradient, Weights)
+    assert np.allclose(gradient.slope, 2 * theta.slope)
+    assert np.allclose(gradient.offset, 6.0)
+    bad = Weights(theta.slope, jnp.asarray(np.nan))
+    with pytest.raises(ValueError, match=r"theta\.offset holds NaN"):
+        implicit_grad(inner, lambda y, t: y.offset, y, bad, solver=solver)
+
+
+def test_not_a_solution_under_grad() -> None:
+    """The gradient of a wrapped solver that found no solution warns, where it can."""
+    solve = implicit_function(FixedPoint(lambda y, theta: jnp.cos(theta * y)))(lambda theta: jnp.ones(()))
+    with pytest.warns(NotASolutionWarning, match="not a solution"):
+        jax.grad(solve)(jnp.asarray(1.0))
+
+
+def test_failed_solve_is_nan_under_jit() -> None:
+    """No exception can be raised from a program: NaN, and the report says so."""
+
+    def flat(y: Any, theta: Any) -> Any:
+        return (y[0] - theta[0]) ** 2
+
+    @jax.jit
+    def gradient(y: Any, theta: Any) -> Any:
+        return implicit_vjp(flat, y, theta, jnp.ones(2), return_report=True)
+
+    value, report = gradient(jnp.ones(2), jnp.ones(2))
+    assert np.all(np.isnan(value))
+    assert not report.converged
+    assert report.solver == "cholesky or lu"
+
+
+def test_single_precision_by_default() -> None:
+    """With x64 off, everything is single precision, and accurate to it."""
+    with jax.enable_x64(False):
+        theta = jnp.asarray([1.0, -2.0, 3.0])
+        assert theta.dtype == jnp.float32
+        gradient, report = implicit_grad(objective, total, theta**2, theta, return_report=True)
+        assert gradient.dtype == jnp.float32
+        assert np.allclose(gradient, 2 * theta, rtol=1e-5)
+        assert report.converged
