@@ -19,7 +19,7 @@ from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
 
-__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for", "solved"]
+__all__ = ["Program", "Runner", "call_for", "functions_of", "is_traced", "program_for", "solved"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -125,14 +125,14 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     when one of them does.
     """
     task, found = call.task, list[Any]()
-    functions = (*_functions_of(task.condition), *(() if call.outer is None else (call.outer,)))
+    functions = (*functions_of(task.condition), *(() if call.outer is None else (call.outer,)))
     static = (task.solver, call.args.treedef, *call.args.static)
     key = (
         call.mode, build, type(task.condition), *(_identity(f, found) for f in functions), task.batched,
         task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
         jax.config.read("jax_enable_x64"),
     )  # fmt: skip
-    program, contents = _programs.get(key), Contents((*functions, task.solver, *call.args.static))
+    program, contents = _programs.get(key), Contents((*functions, *map(_changeable, (task.solver, *call.args.static))))
     if program is not None and program.contents == contents:
         return program
     program = Program(build, contents)
@@ -143,6 +143,13 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
             program.kept.append(thing)
     _programs[key] = program
     return program
+
+
+def _changeable(value: Any) -> Any:
+    """What may change in an object that the key knows: equal ones are as good as one and the same."""
+    if isinstance(value, (types.FunctionType, types.MethodType)):
+        return value
+    return getattr(value, "__dict__", None)
 
 
 def _identity(function: Any, found: list[Any]) -> Any:
@@ -166,7 +173,7 @@ def _static(value: Any, found: list[Any]) -> Any:
     return type(value), value
 
 
-def _functions_of(condition: Any) -> tuple[Any, ...]:
+def functions_of(condition: Any) -> tuple[Any, ...]:
     """Return the user's functions in a condition."""
     return tuple(vars(condition).values()) if hasattr(condition, "maps") else (condition,)
 
