@@ -17,6 +17,7 @@ from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.jax_function import differentiable_call
 from implicitdiff.backends.jax_programs import Runner, solved
 from implicitdiff.errors import BackendError
+from implicitdiff.judgement import independent
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import reject_dtype
 from implicitdiff.report import Report
@@ -108,13 +109,20 @@ class Derivatives:
     @cached_property
     def jvp_theta(self) -> Callable[[Any], Any]:
         """(∂G/∂θ) t."""
+        self._check_dependence()
         forward = jax.linearize(lambda theta: self._function(self._y, theta), self._theta)[1]
         return self._backend.batched(forward, self._items)
 
     @cached_property
     def vjp_theta(self) -> Callable[[Any], Any]:
         """(∂G/∂θ)ᵀ u."""
+        self._check_dependence()
         return self._pullback(lambda theta: self._function(self._y, theta), self._theta)
+
+    def _check_dependence(self) -> None:
+        """Raise, where nothing can be told later, for a function whose program does not use θ: a silent zero."""
+        if not self._backend.tells and not _uses(lambda theta: self._function(self._y, theta), self._theta):
+            raise independent("what JAX traced of it does not use it")
 
     def _pullback(self, function: Callable[[Any], Any], x: Any) -> Callable[[Any], Any]:
         pull = jax.vjp(function, x)[1]
@@ -130,6 +138,8 @@ class JaxBackend(ArrayAPIBackend):
     """
 
     traced = True
+    tells = True
+    """Whether what is wrong can be told after the run: not where the user traces."""
 
     def __init__(self) -> None:
         super().__init__(jnp)
@@ -273,6 +283,8 @@ class JaxBackend(ArrayAPIBackend):
 class _Inline(JaxBackend):
     """The same inside of what is being traced: a solve has derivatives of its own."""
 
+    tells = False
+
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         if not prepared.operator.n or 0 in b.shape:
             return prepared.solve(b, x0, transposed=transposed)
@@ -302,3 +314,14 @@ INLINE = _Inline()
 def _like(old: Any, new: Any) -> Any:
     """Give what a turn of a loop returned the dtypes that it was given."""
     return jax.tree.map(lambda a, b: jnp.asarray(b, dtype=a.dtype), old, new)
+
+
+def _uses(function: Callable[[Any], Any], x: Any) -> bool:
+    """Whether the value of a function is made of its argument; an empty one need not be."""
+    jaxpr = jax.make_jaxpr(function)(x).jaxpr
+    needed = {id(v) for v in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(v) in needed for v in equation.outvars):
+            needed.update(map(id, equation.invars))
+    inputs = [v for v in jaxpr.invars if 0 not in v.aval.shape]
+    return not inputs or 0 in jaxpr.outvars[0].aval.shape or any(id(v) in needed for v in inputs)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["Contents"]
+__all__ = ["Contents", "captures_differentiated"]
 
 DEPTH = 4
 """Functions within functions, attributes of objects, entries of containers: so far down."""
@@ -49,6 +49,30 @@ class Contents:
         return len(self._tokens) == len(other._tokens) and all(map(_same, self._tokens, other._tokens))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def captures_differentiated(roots: Iterable[Any]) -> bool:
+    """Whether some functions see a value, beside their arguments, that JAX is differentiating."""
+    seen: set[int] = set()
+
+    def look(value: Any, depth: int) -> bool:
+        if isinstance(value, jax.core.Tracer):
+            return _is_differentiated(value)
+        if type(value) in _PLAIN or isinstance(value, (*_FIXED, np.ndarray, np.generic)) or id(value) in seen:
+            return False
+        seen.add(id(value))
+        return depth > 0 and any(look(part, depth - 1) for part in _inside(value))
+
+    return any(look(root, DEPTH) for root in roots)
+
+
+def _is_differentiated(tracer: Any) -> bool:
+    """Whether a tracer carries a tangent, be it under a map."""
+    while isinstance(tracer, jax.core.Tracer):
+        if type(tracer).__name__ in {"JVPTracer", "LinearizeTracer"}:
+            return True
+        tracer = getattr(tracer, "val", None)
+    return False
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from implicitdiff.backends.jax_programs import call_for, is_traced, program_for
+from implicitdiff.backends.jax_contents import captures_differentiated
+from implicitdiff.backends.jax_programs import call_for, functions_of, is_traced, program_for
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.judgement import warn_not_solution
 from implicitdiff.rules import Rules, Task
@@ -46,6 +47,12 @@ class _Statics:
 
 def differentiable_call(backend: Any, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the solver of an `ImplicitFunction`, and let JAX differentiate what it returns."""
+    if captures_differentiated(functions_of(function.condition)):
+        raise DerivativeError(
+            "the condition uses a value from the enclosing scope that JAX is differentiating.\n"
+            "Likely cause: a theta in a closure. The solution is differentiated with respect to its argument alone.\n"
+            "Next: pass the value in theta (a tuple, a dict), or put jax.lax.stop_gradient around it."
+        )
     statics, aux = _Statics((args, kwargs)), list[Any]()
     run = jax.custom_jvp(lambda theta, arrays: _solution(function, theta, statics.join(arrays), aux))
 

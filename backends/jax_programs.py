@@ -19,7 +19,7 @@ from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
 
-__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for", "solved"]
+__all__ = ["Program", "Runner", "call_for", "functions_of", "is_traced", "program_for", "solved"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -114,6 +114,7 @@ def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer:
 
 
 _CHANGES = object()
+_NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 _programs: dict[Any, Program] = {}
 
 
@@ -124,14 +125,14 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     when one of them does.
     """
     task, found = call.task, list[Any]()
-    functions = (*_functions_of(task.condition), *(() if call.outer is None else (call.outer,)))
+    functions = (*functions_of(task.condition), *(() if call.outer is None else (call.outer,)))
     static = (task.solver, call.args.treedef, *call.args.static)
     key = (
         call.mode, build, type(task.condition), *(_identity(f, found) for f in functions), task.batched,
         task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
         jax.config.read("jax_enable_x64"),
     )  # fmt: skip
-    program, contents = _programs.get(key), Contents((*functions, *_options(task.solver), *call.args.static))
+    program, contents = _programs.get(key), Contents((*functions, *map(_changeable, (task.solver, *call.args.static))))
     if program is not None and program.contents == contents:
         return program
     program = Program(build, contents)
@@ -144,9 +145,11 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     return program
 
 
-def _options(solver: Any) -> tuple[Any, ...]:
-    """Return what a solver holds; the key knows a solver that is made anew with equal options as the same."""
-    return tuple(vars(solver).values()) if hasattr(solver, "__dict__") else ()
+def _changeable(value: Any) -> Any:
+    """What may change in an object that the key knows: equal ones are as good as one and the same."""
+    if isinstance(value, (types.FunctionType, types.MethodType)):
+        return value
+    return getattr(value, "__dict__", None)
 
 
 def _identity(function: Any, found: list[Any]) -> Any:
@@ -170,7 +173,7 @@ def _static(value: Any, found: list[Any]) -> Any:
     return type(value), value
 
 
-def _functions_of(condition: Any) -> tuple[Any, ...]:
+def functions_of(condition: Any) -> tuple[Any, ...]:
     """Return the user's functions in a condition."""
     return tuple(vars(condition).values()) if hasattr(condition, "maps") else (condition,)
 
@@ -201,6 +204,7 @@ class Runner:
         outer, vector = (direction, None) if mode == "gradient" else (None, direction)
         if self._direct is not None or is_traced(task.y, task.theta, task.args, vector, x0):
             return self._traced(mode, direction, x0)
+        _check_leaves(task, mode, vector, x0)
         call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
         if task.own and x0 is None and mode in {"vjp", "jvp"}:
             program, out = self._factored(call)
@@ -230,6 +234,18 @@ class Runner:
         if is_traced(self._factors):
             return program, self._factors
         return program, jax.tree.unflatten(part.form, part.compiled(self._factors[call.mode], leaves))
+
+
+def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:
+    """Raise, with its path, for a leaf that cannot go into a compiled program."""
+    if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves((task.y, task.theta, vector, x0))):
+        return
+    borders = [Ravel(task.backend, tree, name, task.batched) for tree, name in ((task.y, "y"), (task.theta, "theta"))]
+    if vector is not None:
+        border, name = (borders[1], "tangent") if mode == "jvp" else (borders[0], "cotangent")
+        border.like(vector, name)
+    if x0 is not None:
+        task.backend.as_leaf(x0, "x0")
 
 
 def _note(program: Program, rules: Rules) -> None:

@@ -52,15 +52,21 @@ class ImplicitFunction:
 
     def vjp(self, theta: Any, cotangent: Any, *args: Any, **kwargs: Any) -> Any:
         """Solve at theta and pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v, structured like theta."""
-        return self.linearize(theta, *args, **kwargs).vjp(cotangent)
+        lin = self.linearize(theta, *args, **kwargs)
+        with self.explaining(lin.y):
+            return lin.vjp(cotangent)
 
     def jvp(self, theta: Any, tangent: Any, *args: Any, **kwargs: Any) -> Any:
         """Solve at theta and push a tangent of theta forward: dy along θ̇, structured like y."""
-        return self.linearize(theta, *args, **kwargs).jvp(tangent)
+        lin = self.linearize(theta, *args, **kwargs)
+        with self.explaining(lin.y):
+            return lin.jvp(tangent)
 
     def jacobian(self, theta: Any, *args: Any, **kwargs: Any) -> Any:
         """Solve at theta and return the dense dy/dθ, shape y.shape + theta.shape."""
-        return self.linearize(theta, *args, **kwargs).jacobian()
+        lin = self.linearize(theta, *args, **kwargs)
+        with self.explaining(lin.y):
+            return lin.jacobian()
 
     def run(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the solver and no more, and check that it returned something of the right kind."""

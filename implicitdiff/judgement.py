@@ -16,7 +16,7 @@ from implicitdiff.errors import (
 from implicitdiff.failure import explain, warn
 from implicitdiff.ravel import Ravel
 
-__all__ = ["judge", "reject_non_finite", "warn_not_solution"]
+__all__ = ["independent", "judge", "reject_non_finite", "warn_not_solution"]
 
 
 def reject_non_finite(task: Any, border: Ravel, vector: Any, name: str) -> None:
@@ -94,8 +94,13 @@ def _check_dependence(rules: Any) -> None:
         there = space.copy(at(here, moved))  # it may be a buffer that the next call fills again
         if not bool(space.vanishes(there - at(here, theta))):
             return
-    raise DerivativeError(
-        "F does not depend on theta: it is the same to the last bit at another theta.\n"
+    raise independent("it is the same to the last bit at another theta")
+
+
+def independent(how: str) -> DerivativeError:
+    """Build the error for an F that does not see theta."""
+    return DerivativeError(
+        f"F does not depend on theta: {how}.\n"
         "Likely cause: the function uses a theta from the enclosing scope (a closure) instead of its argument.\n"
         "Next: write it as f(y, theta, *args) and use that theta."
     )

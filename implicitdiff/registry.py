@@ -83,7 +83,7 @@ def _framework(leaf: Any) -> str | None:
     """Name of the framework of an array; None for a number or a leaf that is no array at all."""
     root = type(leaf).__module__.partition(".")[0]
     if root in _ROOTS or hasattr(leaf, "__array_namespace__"):
-        return root
+        return _ROOTS.get(root, root)  # arrays of JAX come from jaxlib, what it traces from jax
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         raise BackendError(f"no backend for arrays of type {type(leaf).__module__}.{type(leaf).__qualname__}.")
     return None

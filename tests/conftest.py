@@ -90,6 +90,7 @@ def _jax() -> tuple[Library, ...]:
     if not importlib.util.find_spec("jax"):
         return ()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of the time goes into compilation
     import jax
 
     jax.config.update("jax_enable_x64", True)

@@ -101,6 +101,7 @@ def test_functions_are_not_kept_alive() -> None:
     from implicitdiff.backends import jax_programs
 
     y, theta = squares()
+    gc.collect()  # of other tests
     before = len(jax_programs._programs)
 
     def inner(y: Any, theta: Any) -> Any:
