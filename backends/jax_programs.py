@@ -138,7 +138,7 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     program = Program(build, contents)
     for thing in found:
         try:
-            program.kept.append(weakref.ref(thing, lambda _: _programs.pop(key, None)))
+            program.kept.append(weakref.ref(thing, lambda _, programs=_programs: programs.pop(key, None)))
         except TypeError:  # no weak references to it: kept, or its id could come to mean another
             program.kept.append(thing)
     _programs[key] = program
