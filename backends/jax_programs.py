@@ -138,11 +138,21 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     program = Program(build, contents)
     for thing in found:
         try:
-            program.kept.append(weakref.ref(thing, lambda _, programs=_programs: programs.pop(key, None)))
+            program.kept.append(weakref.ref(thing, _dropping(key)))
         except TypeError:  # no weak references to it: kept, or its id could come to mean another
             program.kept.append(thing)
     _programs[key] = program
     return program
+
+
+def _dropping(key: Any) -> Callable[[Any], None]:
+    """Return what drops a program; it holds on to the table, which is gone at the end of the interpreter."""
+    programs = _programs
+
+    def drop(_: Any) -> None:
+        programs.pop(key, None)
+
+    return drop
 
 
 def _changeable(value: Any) -> Any:
