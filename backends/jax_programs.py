@@ -138,13 +138,26 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     program = Program(build, contents)
     for thing in found:
         try:
-            program.kept.append(weakref.ref(thing, lambda _: _programs.pop(key, None)))
+            program.kept.append(weakref.ref(thing, _dropping(key)))
         except TypeError:  # no weak references to it: kept, or its id could come to mean another
             program.kept.append(thing)
     _programs[key] = program
     return program
 
 
+<<<<<<< HEAD
+=======
+def _dropping(key: Any) -> Callable[[Any], None]:
+    """Return what drops a program; it holds on to the table, which is gone at the end of the interpreter."""
+    programs = _programs
+
+    def drop(_: Any) -> None:
+        programs.pop(key, None)
+
+    return drop
+
+
+>>>>>>> w-faults
 def _changeable(value: Any) -> Any:
     """What may change in an object that the key knows: equal ones are as good as one and the same."""
     if isinstance(value, (types.FunctionType, types.MethodType)):

@@ -13,7 +13,7 @@ from implicitdiff.backends.torch_composable import Composable
 from implicitdiff.backends.torch_function import Implicit
 from implicitdiff.backends.torch_group import Group
 from implicitdiff.backends.torch_linearization import TorchLinearization
-from implicitdiff.backends.torch_problem import Problem, is_recorded, refuse_recorded
+from implicitdiff.backends.torch_problem import Problem, is_recorded, refuse_captured, refuse_recorded
 from implicitdiff.backends.torch_system import solve_recorded
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linearization import Linearization
@@ -95,6 +95,7 @@ class TorchBackend(TorchArrays):
 
     def _recorded(self, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_recorded(args)
+        refuse_captured(function.condition)
         options = {k: v for k, v in function.options.items() if k != "backend"}
         problem = Problem(self, Composable(), function.condition, options, theta, args, kwargs, function)
         vector = Implicit.apply(problem, *problem.tensors)

@@ -24,6 +24,8 @@ class TorchArrays(ArrayAPIBackend):
     """What the core needs of Torch, on plain tensors; `TorchBackend` adds how Torch differentiates our results."""
 
     name = "torch"
+    refuses_captured = False
+    """Whether a function may not use a tensor, beside its arguments, that requires a gradient."""
 
     def __init__(self) -> None:
         super().__init__(xp)

@@ -18,10 +18,12 @@ import torch
 
 from implicitdiff.arrays import Array, probe_vector
 from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
+from implicitdiff.errors import DerivativeError
 
 __all__ = [
     "Recording",
     "callback",
+    "captured",
     "computing",
     "differentiate",
     "differentiate_gradient",
@@ -209,6 +211,29 @@ def _record(function: Function, *xs: Array) -> Array | None:
         return None
 
 
+def captured() -> DerivativeError:
+    """Build the error for a tensor that requires a gradient and is no argument: its gradient would be None."""
+    return DerivativeError(
+        "the condition uses a tensor from the enclosing scope that requires a gradient.\n"
+        "Likely cause: a theta in a closure. The solution is differentiated with respect to its argument alone.\n"
+        "Next: pass it in theta (a tuple, a dict), detach it, or set requires_grad_(False)."
+    )
+
+
+def _check_captured(backend: Any, value: Array, *leaves: Array) -> None:
+    """Raise for a graph that ends in a leaf that is none of these, where that is refused."""
+    known, seen, stack = set(map(id, leaves)), set(), [value.grad_fn] if backend.refuses_captured else []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise captured()
+        stack.extend(next_node for next_node, _ in node.next_functions)
+
+
 def reached(value: Array, *leaves: Array) -> bool:
     """Whether the graph of a value ends in each of the leaves."""
     missing, seen = set(map(id, leaves)), set()
@@ -250,6 +275,8 @@ def differentiate(backend: Any, function: Function, y: Array, theta: Array) -> A
     """Record a vector function; differences where it cannot be."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
+    if value is not None:
+        _check_captured(backend, value, *leaves)
     if value is None or _hidden(function, value, *leaves):
         return Differences(_unwidened(backend), function, y, theta)
     return Recording(value, *leaves)
@@ -259,6 +286,8 @@ def differentiate_gradient(backend: Any, function: Function, y: Array, theta: Ar
     """Record ∇_y f of a scalar function (one scalar per item)."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
+    if value is not None:
+        _check_captured(backend, value, *leaves)
     if value is None or (not reached(value, leaves[0]) and _hidden(function, value, *leaves)):
         return GradientDifferences(_unwidened(backend), function, y, theta)
 

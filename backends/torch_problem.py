@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from implicitdiff.arrays import Array
-from implicitdiff.backends.torch_autograd import recordable
+from implicitdiff.backends.torch_autograd import captured, recordable
+from implicitdiff.closures import sees
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
@@ -20,7 +21,7 @@ from implicitdiff.linearization import Linearization
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Ravel
 
-__all__ = ["Problem", "Slots", "is_recorded", "refuse_recorded", "under_transform"]
+__all__ = ["Problem", "Slots", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform"]
 
 
 def is_recorded(tree: Any) -> bool:
@@ -60,6 +61,22 @@ def refuse_recorded(args: tuple[Any, ...]) -> None:
                 f"{flat.path(i, 'args')} requires a gradient, and args are data that is not differentiated.\n"
                 "Next: pass it in theta, or detach it."
             )
+
+
+def refuse_captured(condition: Any) -> None:
+    """Raise where a derivative with respect to a captured tensor is asked for, which would come out as none or zero."""
+    functions = vars(condition).values() if hasattr(condition, "maps") else (condition,)
+    if torch.is_grad_enabled() and sees(functions, _is_tensor_or_module, _is_recorded_tensor):
+        raise captured()
+
+
+def _is_tensor_or_module(x: Any) -> bool:
+    return isinstance(x, (torch.Tensor, torch.nn.Module))
+
+
+def _is_recorded_tensor(x: Any) -> bool:
+    # The parameters of a module may be replaced in the call (functional_call): whether they are used, its graph tells.
+    return isinstance(x, torch.Tensor) and _is_recorded(x)
 
 
 class Slots:
@@ -113,7 +130,10 @@ class Problem:
         args: tuple[Any, ...], kwargs: dict[str, Any], function: Any = None,
     ) -> None:  # fmt: skip
         self.engine, self.composable, self.function = engine, composable, function
-        self.condition, self.options = as_condition(condition), {**options, "backend": engine}
+        if function is not None and torch.is_grad_enabled():
+            self.engine = copy.copy(engine)
+            self.engine.refuses_captured = True
+        self.condition, self.options = as_condition(condition), {**options, "backend": self.engine}
         self.theta, self.data = Slots(theta), Slots((args, kwargs))
         self.tensors = (*self.theta.tensors, *self.data.tensors)
         self.y: Any = None  # a Ravel: the structure of y, once it is known

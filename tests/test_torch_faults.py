@@ -1,0 +1,79 @@
+"""FAULTS 49 on Torch: a tensor in the closure of a condition is told, and its gradient is never None or zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.func import functional_call  # noqa: E402
+
+from implicitdiff import DerivativeError, FixedPoint, Root, Stationary, implicit_function  # noqa: E402
+
+F64 = torch.float64
+ONE = torch.ones(3, dtype=F64)
+TOLD = "enclosing scope that requires a gradient"
+
+
+def conditions(x: Any) -> dict[str, Any]:
+    """Conditions of y = θ / x that capture x."""
+    held = {"x": x}
+    return {
+        "root": Root(lambda y, th: x * y - th),
+        "objective": lambda y, th: (x * (y - th / x) ** 2).sum(),
+        "given": Stationary(grad=lambda y, th: x * y - th, hvp=lambda y, th, v: x * v, mixed_vjp=lambda y, th, u: -u),
+        "in a dict": Root(lambda y, th: held["x"] * y - th),
+        "default": Root(lambda y, th, x=x: x * y - th),
+    }
+
+
+@pytest.mark.parametrize("name", conditions(ONE))
+@pytest.mark.parametrize("graph", [False, True])
+def test_captured_tensor(name: str, graph: bool) -> None:
+    leaf = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    theta = ONE.clone().requires_grad_()
+    wrapped = implicit_function(conditions(leaf * 1 if graph else leaf)[name])(lambda theta: theta / 2)
+    with pytest.raises(DerivativeError, match=TOLD):
+        wrapped(theta).sum().backward()
+    free = implicit_function(conditions(leaf.detach())[name])(lambda theta: theta / 2)
+    free(theta).sum().backward()
+    torch.testing.assert_close(theta.grad, ONE / 2)
+    with torch.no_grad():  # nobody asks for a gradient
+        torch.testing.assert_close(wrapped(theta), ONE / 2)
+
+
+def test_captured_under_a_transform() -> None:
+    def loss(x: Any) -> Any:
+        return implicit_function(Root(lambda y, th: x * y - th))(lambda theta: theta / 2)(ONE).sum()
+
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(DerivativeError, match=TOLD):
+            transform(loss)(torch.tensor(2.0, dtype=F64))
+
+
+def test_captured_module() -> None:
+    """Its parameters may be captured and trained by mistake, or replaced by those in theta."""
+    model = torch.nn.Linear(3, 3, dtype=F64)
+
+    def iterate(layer: Any, x: Any) -> Any:
+        z = x
+        for _ in range(80):
+            z = 0.1 * layer(z) + x
+        return z
+
+    x = ONE.clone().requires_grad_()
+    wrapped = implicit_function(FixedPoint(lambda z, x: 0.1 * model(z) + x))(lambda x: iterate(model, x).detach())
+    with pytest.raises(DerivativeError, match=TOLD):
+        wrapped(x).sum().backward()
+    model.requires_grad_(False)
+    wrapped(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(iterate(model, x).sum(), x)[0])
+    model.requires_grad_(True)
+    trained = implicit_function(FixedPoint(lambda z, theta: 0.1 * functional_call(model, theta, (z,)) + ONE))(
+        lambda theta: iterate(lambda z: functional_call(model, theta, (z,)), ONE)
+    )
+    trained(dict(model.named_parameters())).sum().backward()
+    expected = torch.autograd.grad(iterate(model, ONE).sum(), model.weight)[0]
+    torch.testing.assert_close(model.weight.grad, expected)
