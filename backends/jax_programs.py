@@ -145,8 +145,6 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     return program
 
 
-<<<<<<< HEAD
-=======
 def _dropping(key: Any) -> Callable[[Any], None]:
     """Return what drops a program; it holds on to the table, which is gone at the end of the interpreter."""
     programs = _programs
@@ -157,7 +155,6 @@ def _dropping(key: Any) -> Callable[[Any], None]:
     return drop
 
 
->>>>>>> w-faults
 def _changeable(value: Any) -> Any:
     """What may change in an object that the key knows: equal ones are as good as one and the same."""
     if isinstance(value, (types.FunctionType, types.MethodType)):
