@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from implicitdiff import (
     implicit_vjp,
     linearize,
 )
+
+if find_spec("jax") is None:
+    pytest.skip("needs jax", allow_module_level=True)
 
 fw = framework("jax")
 jax, jnp = fw.jax, fw.xp
