@@ -95,13 +95,12 @@ size = np.abs(flat(ordinary)).max()
 error = np.abs(flat(gradient) - flat(ordinary)).max() / size
 error_lu = np.abs(flat(by_lu) - flat(ordinary)).max() / size
 A = seen[0]
-print(
-    f"relative difference from back-propagation: {error:.1e} by back substitution, {error_lu:.1e} by LU"
-)
+print(f"relative difference from back-propagation: {error:.1e} by back substitution,")
+print(f"{error_lu:.1e} by LU")
 print(f"largest entry of A above its diagonal: {np.abs(np.triu(A, 1)).max():.1f}")
 
 # %%
-# The adjoint u of the first layers is autograd's derivative with respect to their activations.
+# The adjoint u of the first layer is autograd's derivative with respect to their activations.
 adjoint = report.solution
 first = sizes[1]
 
