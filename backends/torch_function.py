@@ -31,14 +31,16 @@ vjp: Any = torch.func.vjp  # typed for functions of tensors only
 
 def pull(problem: Problem, y: Array, v: Array, tensors: Tensors) -> Array:
     """−Bᵀ A⁻ᵀ v, raveled, differentiable in y, v and θ."""
-    u = Solve.apply(problem, True, y, v, *tensors)
-    return -problem.composed(y, tensors)[1].B.rmatvec(u)
+    maps = problem.composed(y, tensors)[1]
+    u = Solve.apply(problem, True, y, v if maps.frame is None else maps.frame.into(v), *tensors)
+    return -maps.B.rmatvec(u)
 
 
 def push(problem: Problem, y: Array, t: Array, tensors: Tensors) -> Array:
     """−A⁻¹ B t, differentiable in y, t and θ."""
-    b = -problem.composed(y, tensors)[1].B.matvec(t)
-    return Solve.apply(problem, False, y, b, *tensors)
+    maps = problem.composed(y, tensors)[1]
+    w = Solve.apply(problem, False, y, -maps.B.matvec(t), *tensors)
+    return w if maps.frame is None else maps.frame.back(w)
 
 
 class Implicit(torch.autograd.Function):

@@ -6,7 +6,7 @@ factorisation, `implicit_function` wraps the solver, and a `Report` tells how fa
 """
 
 from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
-from implicitdiff.conditions import Condition, FixedPoint, Root, Stationary
+from implicitdiff.conditions import KKT, QP, Condition, FixedPoint, LogBarrier, Root, Stationary
 from implicitdiff.decorator import implicit_function
 from implicitdiff.errors import (
     BackendError,
@@ -15,6 +15,7 @@ from implicitdiff.errors import (
     DTypeError,
     ImplicitDiffError,
     ImplicitDiffWarning,
+    InfeasibleError,
     InputError,
     NonFiniteError,
     NonFiniteProductError,
@@ -22,6 +23,8 @@ from implicitdiff.errors import (
     NotConvergedError,
     NotPositiveDefiniteError,
     NotSymmetricError,
+    QualificationError,
+    RegularityWarning,
     ShapeError,
     SingularError,
     SolveError,
@@ -33,6 +36,7 @@ from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import (
     CG,
     GMRES,
+    LDLT,
     LU,
     MINRES,
     Auto,
@@ -48,8 +52,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "GMRES",
+    "KKT",
+    "LDLT",
     "LU",
     "MINRES",
+    "QP",
     "Auto",
     "BackendError",
     "CallbackError",
@@ -61,14 +68,18 @@ __all__ = [
     "FixedPoint",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
+    "InfeasibleError",
     "InputError",
     "Linearization",
+    "LogBarrier",
     "NonFiniteError",
     "NonFiniteProductError",
     "NotASolutionWarning",
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "NotSymmetricError",
+    "QualificationError",
+    "RegularityWarning",
     "Report",
     "Root",
     "ShapeError",

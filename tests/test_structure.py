@@ -24,6 +24,7 @@ LAYERS = (
     ("errors", "report", "arrays", "pytree", "closures"),
     ("protocols", "vectors", "ravel", "registry"),
     ("operator",),
+    ("saddle",),
     ("preconditioner", "failure"),
     ("solvers",),
     ("solve",),
