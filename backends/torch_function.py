@@ -204,7 +204,9 @@ def _many(info: Any, in_dims: Sequence[int | None], tensors: Tensors, apply: App
     if dim is None or any(d is not None for i, d in enumerate(in_dims) if i != 1):
         return _one_by_one(info, in_dims, tensors, apply)
     b = b.movedim(dim, 0)
-    out = apply(y, b.reshape(-1, *y.shape), *rest)
+    out = apply(
+        y, b.reshape(-1, *b.shape[b.ndim - y.ndim :]), *rest
+    )  # more unknowns than y, where there are multipliers
     return out.reshape(*b.shape[: b.ndim - y.ndim], *out.shape[1:])
 
 

@@ -32,6 +32,7 @@ from implicitdiff.errors import (
     UnknownNameError,
 )
 from implicitdiff.linearization import Linearization
+from implicitdiff.regularity import Regularity, check_regularity
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import (
     CG,
@@ -79,6 +80,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "NotSymmetricError",
     "QualificationError",
+    "Regularity",
     "RegularityWarning",
     "Report",
     "Root",
@@ -90,6 +92,7 @@ __all__ = [
     "Stationary",
     "Status",
     "UnknownNameError",
+    "check_regularity",
     "implicit_function",
     "implicit_grad",
     "implicit_jacobian",

@@ -81,7 +81,7 @@ class Condition:
         """Turn findings into an error, if any, and warnings."""
         return None, []
 
-    def diagnose(self, findings: Findings) -> str:
+    def diagnose(self, findings: Findings, error: Exception) -> str:
         """Say more about a solve that failed; empty where there is nothing to add."""
         return ""
 

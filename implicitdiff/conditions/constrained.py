@@ -28,7 +28,15 @@ from implicitdiff.conditions.active_set import ActiveSet, Limits
 from implicitdiff.conditions.base import Condition, Findings, Frame, Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
-from implicitdiff.errors import InfeasibleError, InputError, QualificationError, ShapeError, UnknownNameError
+from implicitdiff.errors import (
+    InfeasibleError,
+    InputError,
+    NotPositiveDefiniteError,
+    QualificationError,
+    ShapeError,
+    SingularError,
+    UnknownNameError,
+)
 from implicitdiff.operator import LinearMap, Operator, Product
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
@@ -193,11 +201,15 @@ class Constrained(Condition):
             )
         return None, messages
 
-    def diagnose(self, findings: Findings) -> str:
-        found: ActiveSet = findings.details
-        weak = active_set.names(namespace(found.weak), found.weak, found.equality)
+    def diagnose(self, findings: Findings, error: Exception) -> str:
         if self.route == "schur":
             return "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
+        if self.route != "nullspace" and isinstance(error, NotPositiveDefiniteError):
+            return "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
+        if not isinstance(error, SingularError):
+            return ""
+        found: ActiveSet = findings.details
+        weak = active_set.names(namespace(found.weak), found.weak, found.equality)
         text = "Here: the Hessian of the Lagrangian is singular on the null space of the active constraints"
         return f"{text}, of which {weak} is weakly active and left out." if weak else f"{text}."
 

@@ -134,9 +134,9 @@ class LogBarrier(Constrained):
             ), []
         return super().tell(findings._replace(details=found), batched) if found is not None else (None, [])
 
-    def diagnose(self, findings: Findings) -> str:
+    def diagnose(self, findings: Findings, error: Exception) -> str:
         found = findings.details[0]
-        return "" if found is None else super().diagnose(findings._replace(details=found))
+        return "" if found is None else super().diagnose(findings._replace(details=found), error)
 
 
 def _inequalities(xp: Any, mask: Array) -> str:
