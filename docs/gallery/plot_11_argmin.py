@@ -60,7 +60,9 @@ print(f"dy/dx of the three branches: largest error {scalar_error:.1e}")
 # %%
 # All branches over x, and their derivatives.
 colours = {"y = 0": "tab:gray", "upper": "tab:blue", "lower": "tab:orange"}
-fig, (level, slice_, slope) = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
+fig, (level, slice_, slope) = plt.subplots(
+    1, 3, figsize=(10.5, 3.6), layout="constrained"
+)
 grid_x, grid_y = np.meshgrid(np.linspace(0.4, 4, 200), np.linspace(-7, 4, 300))
 level.contour(
     grid_x,
@@ -82,7 +84,9 @@ level.legend(loc="lower left", fontsize="small")
 line = np.linspace(-4.6, 2.8, 200)
 slice_.plot(line, f(line, 1.0), "k", linewidth=1)
 slice_.set(xlabel="y", ylabel="f(y, 1)", title="f at x = 1")
-slope.set(xlabel="x", ylabel="dy/dx", ylim=(-6, 3), title="derivatives (dots: implicitdiff)")
+slope.set(
+    xlabel="x", ylabel="dy/dx", ylim=(-6, 3), title="derivatives (dots: implicitdiff)"
+)
 slope.legend(loc="lower right", fontsize="small")
 
 # %%
@@ -116,7 +120,9 @@ print("dy/dx =", vector_derivative.round(6), f" largest error {vector_error:.1e}
 
 def log_likelihood(y, weights, t):
     mean, log_variance = y
-    return anp.sum(weights * -0.5 * ((t - mean) ** 2 * anp.exp(-log_variance) + log_variance))
+    return anp.sum(
+        weights * -0.5 * ((t - mean) ** 2 * anp.exp(-log_variance) + log_variance)
+    )
 
 
 t = np.array([0.3, -1.1, 2.4, 0.9, 5.0])
@@ -124,7 +130,11 @@ weights = np.array([1.0, 2.0, 1.0, 1.5, 0.5])
 mean = weights @ t / weights.sum()
 variance = weights @ (t - mean) ** 2 / weights.sum()
 influence, report = idf.implicit_jacobian(
-    log_likelihood, np.array([mean, np.log(variance)]), weights, args=(t,), return_report=True
+    log_likelihood,
+    np.array([mean, np.log(variance)]),
+    weights,
+    args=(t,),
+    return_report=True,
 )
 by_hand = np.stack([t - mean, (t - mean) ** 2 / variance - 1]) / weights.sum()
 argmax_error = np.abs(influence - by_hand).max()

@@ -38,12 +38,16 @@ p = np.exp(theta) / np.exp(theta).sum()
 closed = np.diag(p) - np.outer(p, p)
 
 by_route = {
-    route: idf.implicit_jacobian(idf.KKT(negative_entropy, eq=total, route=route), p, theta)
+    route: idf.implicit_jacobian(
+        idf.KKT(negative_entropy, eq=total, route=route), p, theta
+    )
     for route in ("kkt", "schur", "nullspace")
 }
 F = null_space(np.ones((1, 4)))
 by_hand = -F @ np.linalg.solve(F.T @ np.diag(1 / p) @ F, F.T @ -np.eye(4))
-softmax_errors = {route: np.abs(found - closed).max() for route, found in by_route.items()}
+softmax_errors = {
+    route: np.abs(found - closed).max() for route, found in by_route.items()
+}
 softmax_errors["formula by hand"] = np.abs(by_hand - closed).max()
 for name, error in softmax_errors.items():
     print(f"{name:>15}: largest error {error:.0e}")
@@ -85,11 +89,15 @@ except idf.SolveError as problem:
 # %%
 # Checks: the inverse of the saddle matrix, and the cubic splines that the curves tend to as the grid is refined.
 cardinal = np.linalg.solve(saddle, np.concatenate([np.zeros((n, 5)), np.eye(5)]))[:n]
-spline_errors = {route: np.abs(found - cardinal).max() for route, found in splines.items()}
+spline_errors = {
+    route: np.abs(found - cardinal).max() for route, found in splines.items()
+}
 smooth = CubicSpline(knots, np.eye(5), bc_type="natural")(np.arange(n))
 spline_gap = np.abs(splines["nullspace"] - smooth).max()
 print(
-    ", ".join(f"{route}: largest error {error:.0e}" for route, error in spline_errors.items())
+    ", ".join(
+        f"{route}: largest error {error:.0e}" for route, error in spline_errors.items()
+    )
 )
 print(f"largest distance from the natural cubic splines {spline_gap:.4f}")
 

@@ -37,12 +37,18 @@ def on_circle(y, parameters):
 circle = idf.KKT(linear, eq=on_circle)
 circle_errors, arrows = [], []
 for angle in np.radians([20, 80, 150, 215, 300]):
-    parameters = {"theta": 1.7 * np.array([np.cos(angle), np.sin(angle)]), "r": np.array(0.8)}
+    parameters = {
+        "theta": 1.7 * np.array([np.cos(angle), np.sin(angle)]),
+        "r": np.array(0.8),
+    }
     size = np.linalg.norm(parameters["theta"])
     y = -parameters["r"] * parameters["theta"] / size
     dy = idf.implicit_jacobian(circle, y, parameters)
     unit = y / parameters["r"]
-    closed = {"theta": -parameters["r"] * (np.eye(2) - np.outer(unit, unit)) / size, "r": unit}
+    closed = {
+        "theta": -parameters["r"] * (np.eye(2) - np.outer(unit, unit)) / size,
+        "r": unit,
+    }
     circle_errors.append(max(np.abs(dy[name] - closed[name]).max() for name in closed))
     turned = np.array(
         [-parameters["theta"][1], parameters["theta"][0]]
@@ -60,7 +66,8 @@ projection = idf.KKT(
 )
 y = x / np.linalg.norm(x)
 projection_error = np.abs(
-    idf.implicit_jacobian(projection, y, x) - (np.eye(3) - np.outer(y, y)) / np.linalg.norm(x)
+    idf.implicit_jacobian(projection, y, x)
+    - (np.eye(3) - np.outer(y, y)) / np.linalg.norm(x)
 ).max()
 print(f"projection: largest error {projection_error:.0e}")
 
@@ -72,7 +79,8 @@ print(f"projection: largest error {projection_error:.0e}")
 rng = np.random.default_rng(2)
 S, change = (M + M.T for M in rng.normal(size=(2, 4, 4)))
 rayleigh = idf.KKT(
-    lambda y, S: 0.5 * anp.dot(y, anp.dot(S, y)), eq=lambda y, S: 0.5 * (anp.sum(y**2) - 1)
+    lambda y, S: 0.5 * anp.dot(y, anp.dot(S, y)),
+    eq=lambda y, S: 0.5 * (anp.sum(y**2) - 1),
 )
 
 
@@ -111,9 +119,15 @@ for k, (point, by_angle, by_radius) in enumerate(arrows):
         (by_radius, "tab:orange", "r grows"),
     ):
         left.quiver(
-            *point, *(0.5 * arrow), color=colour, angles="xy", scale_units="xy", scale=1,
-            width=0.008, label=name if k == 0 else None,
-        )  # fmt: skip
+            *point,
+            *(0.5 * arrow),
+            color=colour,
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            width=0.008,
+            label=name if k == 0 else None,
+        )
 left.set(xlabel="y₁", ylabel="y₂", aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.9))
 left.set(title="minimum on the circle, half of its derivatives")
 left.legend(loc="upper center", ncols=2, fontsize="small")

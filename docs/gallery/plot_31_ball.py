@@ -62,6 +62,11 @@ print(caught[0].message)
 print("dy/dθ =", at_switch.round(6).tolist())
 
 # %%
+# The same, and all else that the derivative rests on, is in the report of `implicitdiff.check_regularity`.
+regularity = idf.check_regularity(ball, theta, theta)
+print(regularity)
+
+# %%
 # The barrier. Its minimum lies along θ, at the root ρ of t (ρ − ‖θ‖) + 2 ρ / (1 − ρ²) = 0.
 
 
@@ -90,9 +95,7 @@ for t in weights:
         ]
     )
     barrier_errors[t] = np.abs(smoothed[t] - differences).max()
-    print(
-        f"barrier t = {t:6.0f}: largest difference from central differences {barrier_errors[t]:.0e}"
-    )
+    print(f"barrier t = {t:6.0f}: differs by {barrier_errors[t]:.0e} from differences")
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
@@ -106,9 +109,15 @@ left.set(xlim=(-1.1, 1.8), ylim=(-1.1, 1.2), title="projection onto the ball")
 left.legend(loc="lower right")
 for t, shade in zip(weights, (0.4, 0.65, 1.0), strict=True):
     right.plot(
-        s, smoothed[t][:, 0], color="tab:orange", alpha=shade, label=f"barrier, t = {t:.0f}"
+        s,
+        smoothed[t][:, 0],
+        color="tab:orange",
+        alpha=shade,
+        label=f"barrier, t = {t:.0f}",
     )
 right.plot(s, closed[:, 0], "k", linewidth=1, label="closed form")
-right.plot(s[::4], slopes[::4, 0], "o", color="tab:blue", markersize=4, label="active set")
+right.plot(
+    s[::4], slopes[::4, 0], "o", color="tab:blue", markersize=4, label="active set"
+)
 right.set(xlabel="s", ylabel="dy₁/ds", title="the derivative jumps at the switch")
 right.legend(fontsize="small")

@@ -58,7 +58,9 @@ def barrier_derivatives(y, t):
 
 def barrier_value(y, t):
     return (
-        t * f(y, theta) - np.sum(np.log(-g(y, theta))) if np.all(g(y, theta) < 0) else np.inf
+        t * f(y, theta) - np.sum(np.log(-g(y, theta)))
+        if np.all(g(y, theta) < 0)
+        else np.inf
     )
 
 
@@ -70,7 +72,8 @@ for t in weights:
         gradient, hessian = barrier_derivatives(z, t)
         step, size = np.linalg.solve(hessian, gradient), 1.0
         while (
-            barrier_value(z - size * step, t) > barrier_value(z, t) + 1e-12 * t and size > 1e-8
+            barrier_value(z - size * step, t) > barrier_value(z, t) + 1e-12 * t
+            and size > 1e-8
         ):
             size /= 2
         z = z - size * step
@@ -92,9 +95,15 @@ print(f"slope of the error of y {slope_y:.3f}, of dy/dθ {slope_jacobian:.3f}")
 fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
 ax.loglog(weights, error_y, "o-", markersize=4, label=f"y, slope {slope_y:.2f}")
 ax.loglog(
-    weights, error_jacobian, "s-", markersize=4, label=f"dy/dθ, slope {slope_jacobian:.2f}"
+    weights,
+    error_jacobian,
+    "s-",
+    markersize=4,
+    label=f"dy/dθ, slope {slope_jacobian:.2f}",
 )
-ax.set(xlabel="weight t of the objective", ylabel="distance from the constrained solution")
+ax.set(
+    xlabel="weight t of the objective", ylabel="distance from the constrained solution"
+)
 ax.set(title="barrier against active set")
 ax.legend()
 

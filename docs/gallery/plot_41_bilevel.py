@@ -120,12 +120,19 @@ square = np.linspace(-1.3, 1.3, 200)
 plane = np.stack(np.meshgrid(square, square), axis=-1)
 around = np.linspace(0, 2 * np.pi, 200)
 for column, (m, run) in enumerate(runs.items()):
-    for row, (when, theta) in enumerate([("before", run["start"]), ("after", run["theta"])]):
+    for row, (when, theta) in enumerate(
+        [("before", run["start"]), ("after", run["theta"])]
+    ):
         ax, points = axes[row, column], run[when]
         ax.imshow(
             np.argmax(plane @ theta["a"].T + theta["b"], axis=-1),
-            extent=(-1.3, 1.3, -1.3, 1.3), origin="lower", cmap="Set3", vmin=0, vmax=11, alpha=0.7,
-        )  # fmt: skip
+            extent=(-1.3, 1.3, -1.3, 1.3),
+            origin="lower",
+            cmap="Set3",
+            vmin=0,
+            vmax=11,
+            alpha=0.7,
+        )
         ax.plot(np.cos(around), np.sin(around), "k", linewidth=0.8)
         ax.plot(*run["targets"].T, "kx", label="targets")
         ax.plot(*points.T, "o", color="tab:red", markersize=5, label="most likely points")

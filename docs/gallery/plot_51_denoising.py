@@ -114,7 +114,9 @@ for k in range(5):
             weights[k] += sign * step
         else:
             eps += sign * step
-        losses.append(loss(denoise(robust, {"weights": weights, "eps": eps}, noisy), None))
+        losses.append(
+            loss(denoise(robust, {"weights": weights, "eps": eps}, noisy), None)
+        )
     numeric.append((losses[0] - losses[1]) / (2 * step))
 found = np.append(gradient["weights"], gradient["eps"])
 difference_error = np.abs(found - numeric).max() / np.abs(numeric).max()

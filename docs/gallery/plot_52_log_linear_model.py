@@ -30,7 +30,9 @@ train, tune, test = ((images[i] / 16, digit[i]) for i in np.split(order, [300, 1
 
 def log_likelihood(y, X, c):
     logits = X @ y
-    return anp.sum(logits[np.arange(len(c)), c] - anp.log(anp.sum(anp.exp(logits), axis=1)))
+    return anp.sum(
+        logits[np.arange(len(c)), c] - anp.log(anp.sum(anp.exp(logits), axis=1))
+    )
 
 
 def objective(y, theta, X, c):
@@ -67,9 +69,7 @@ start_gradient = hypergradient(start_fit, theta)
 direction = np.random.default_rng(1).normal(size=64)
 ahead, back = (held_out(fit(theta + step * direction), None) for step in (1e-3, -1e-3))
 difference = (ahead - back) / 2e-3
-print(
-    f"slope along a direction: {start_gradient @ direction:.7f}, by differences {difference:.7f}"
-)
+print(f"slope {start_gradient @ direction:.7f}, by differences {difference:.7f}")
 
 # %%
 # Tuning all 64 penalties by L-BFGS on their logarithms, against the best common penalty from a grid.
@@ -82,7 +82,9 @@ def value_and_gradient(theta):
     return losses[-1], hypergradient(y, theta)
 
 
-common = min(np.linspace(-4, 2, 13), key=lambda level: held_out(fit(np.full(64, level)), None))
+common = min(
+    np.linspace(-4, 2, 13), key=lambda level: held_out(fit(np.full(64, level)), None)
+)
 result = minimize(
     value_and_gradient,
     np.full(64, common),
@@ -98,7 +100,9 @@ for name, y in fits.items():
     print(
         f"{name:>18}: held-out loss {held_out(y, None):.4f}, test loss {test_loss[name]:.4f}"
     )
-accuracy = {name: np.mean((test[0] @ y).argmax(axis=1) == test[1]) for name, y in fits.items()}
+accuracy = {
+    name: np.mean((test[0] @ y).argmax(axis=1) == test[1]) for name, y in fits.items()
+}
 print(" ".join(f"{name}: {share:.1%} right." for name, share in accuracy.items()))
 
 # %%
@@ -111,7 +115,10 @@ left.set(title="tuned penalty of each pixel", xlabel="column", ylabel="row")
 fig.colorbar(shown, ax=left, label="logarithm of the penalty θ")
 right.plot(losses, ".-", label="a penalty each")
 right.axhline(
-    held_out(fits["one common penalty"], None), color="k", ls="--", label="best common penalty"
+    held_out(fits["one common penalty"], None),
+    color="k",
+    ls="--",
+    label="best common penalty",
 )
 right.set(xlabel="evaluation", ylabel="held-out loss per digit", title="tuning")
 right.legend()

@@ -66,7 +66,7 @@ law_error = np.abs(du["t"] + u * du["x"]).max()
 print(f"largest error against the closed form {closed_error:.1e}")
 print(f"largest |u_t + u u_x|                 {law_error:.1e}")
 print(
-    f"steepest slope {du['x'].min():.3f} at t = {t}, first shock at t = {np.sqrt(np.e) / a:.3f}"
+    f"steepest slope {du['x'].min():.3f} at t = {t}, a shock at t = {np.sqrt(np.e) / a:.3f}"
 )
 
 # %%
@@ -79,7 +79,9 @@ left.legend()
 for name, colour in [("x", "tab:orange"), ("t", "tab:green"), ("a", "tab:red")]:
     right.plot(x, closed[name], color=colour, label=f"∂u/∂{name}, closed form")
     right.plot(x[::12], du[name][::12], "o", color=colour, markersize=4)
-right.set(xlabel="position x", ylabel="derivative of u", title=f"t = {t} (dots: implicitdiff)")
+right.set(
+    xlabel="position x", ylabel="derivative of u", title=f"t = {t} (dots: implicitdiff)"
+)
 right.legend(loc="lower left")
 
 # %%

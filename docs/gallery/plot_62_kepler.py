@@ -53,13 +53,17 @@ for e in eccentricities:
     lin = eccentric_anomaly.linearize({"e": np.full_like(M, e), "M": M})
     E, dE = lin.y, lin.jacobian()
     closed = {"M": 1 / (1 - e * np.cos(E)), "e": np.sin(E) / (1 - e * np.cos(E))}
-    errors += [np.abs(dE[name] - closed[name]).max() / closed[name].max() for name in closed]
+    errors += [
+        np.abs(dE[name] - closed[name]).max() / closed[name].max() for name in closed
+    ]
     solved[e] = E, dE, closed
 print(f"largest relative error against the closed form {max(errors):.1e}")
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.5), layout="constrained")
-for e, colour in zip(eccentricities, ["tab:blue", "tab:orange", "tab:green"], strict=True):
+for e, colour in zip(
+    eccentricities, ["tab:blue", "tab:orange", "tab:green"], strict=True
+):
     E, dE, closed = solved[e]
     axes[0].plot(np.degrees(M), np.degrees(E), color=colour, label=f"e = {e}")
     for ax, name in zip(axes[1:], ["M", "e"], strict=True):

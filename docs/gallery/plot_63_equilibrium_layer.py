@@ -84,7 +84,8 @@ names, sizes = list(start), [start[name].size for name in start]
 def unpack(flat):
     parts = np.split(flat, np.cumsum(sizes)[:-1])
     return {
-        name: part.reshape(start[name].shape) for name, part in zip(names, parts, strict=True)
+        name: part.reshape(start[name].shape)
+        for name, part in zip(names, parts, strict=True)
     }
 
 
@@ -116,7 +117,9 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
 fine = np.linspace(-1, 1, 200)
 left.plot(x, target, "k.", label="samples")
 left.plot(fine, start["v"] @ equilibrium(start, fine), color="tab:gray", label="before")
-left.plot(fine, trained["v"] @ equilibrium(trained, fine), color="tab:blue", label="after")
+left.plot(
+    fine, trained["v"] @ equilibrium(trained, fine), color="tab:blue", label="after"
+)
 left.set(xlabel="x", ylabel="output of the network", title="what the layer learned")
 left.legend()
 right.semilogy(losses, color="tab:blue")

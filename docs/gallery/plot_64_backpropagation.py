@@ -27,7 +27,9 @@ import implicitdiff as idf
 # A network of four layers and a loss.
 rng = np.random.default_rng(5)
 sizes = [3, 6, 5, 4, 2]
-layers = [{"W": rng.normal(size=(b, a)), "b": rng.normal(size=b)} for a, b in pairwise(sizes)]
+layers = [
+    {"W": rng.normal(size=(b, a)), "b": rng.normal(size=b)} for a, b in pairwise(sizes)
+]
 x, target = rng.normal(size=3), rng.normal(size=2)
 
 
@@ -70,7 +72,9 @@ class BackSubstitution(idf.Solver):
 
     def solve(self, state, b, x0=None):
         matrix, transposed = state
-        u = solve_triangular(matrix, b, trans=int(transposed), lower=True, unit_diagonal=True)
+        u = solve_triangular(
+            matrix, b, trans=int(transposed), lower=True, unit_diagonal=True
+        )
         return u, idf.Status.CONVERGED, idf.Counts()
 
 
@@ -122,7 +126,9 @@ for edge in np.cumsum(sizes[1:])[:-1] - 0.5:
     left.axhline(edge, color="k", linewidth=0.6)
     left.axvline(edge, color="k", linewidth=0.6)
 left.set(
-    xlabel="activation", ylabel="equation", title="A = ∂F/∂z, a block for each pair of layers"
+    xlabel="activation",
+    ylabel="equation",
+    title="A = ∂F/∂z, a block for each pair of layers",
 )
 fig.colorbar(shown, ax=left, shrink=0.8)
 right.plot(flat(ordinary), flat(gradient), "o", markersize=4)

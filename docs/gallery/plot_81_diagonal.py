@@ -105,11 +105,9 @@ for rho in correlations:
         f"rho = {rho:4.2f}: angle {angles[-1]:4.1f} degrees, {cg_report.iterations} CG iterations"
     )
 print(
-    f"largest relative error of the gradient against the closed form: {max(gradient_errors):.1e}"
+    f"gradient against the closed form: largest relative error {max(gradient_errors):.1e}"
 )
-print(
-    f"the shortcut ends {report.status.name}, residual {report.residual:.2f}, converged: {report.converged}"
-)
+print(f"the shortcut ends {report.status.name} with a residual of {report.residual:.2f}")
 
 # %%
 # Descent on the validation loss at ρ = 0.9: 40 steps of the same length along either direction. Below 90
@@ -134,9 +132,9 @@ def descend(solver_at, steps=40, length=1.0):
 exact_losses = descend(lambda theta: "cholesky")
 shortcut_losses = descend(lambda theta: Diagonal(squares + np.exp(theta)))
 print(
-    f"validation loss {exact_losses[0]:.2f}; after 40 steps {exact_losses[-1]:.2f} along the gradient,"
+    f"validation loss {exact_losses[0]:.2f}, after 40 steps along the gradient {exact_losses[-1]:.2f},"
 )
-print(f"{shortcut_losses[-1]:.2f} along the shortcut")
+print(f"along the shortcut {shortcut_losses[-1]:.2f}")
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
@@ -151,5 +149,7 @@ left.set(
 )
 right.plot(exact_losses, label="gradient")
 right.plot(shortcut_losses, label="diagonal of the Hessian")
-right.set(xlabel="step", ylabel="validation loss", title="descent with steps of equal length")
+right.set(
+    xlabel="step", ylabel="validation loss", title="descent with steps of equal length"
+)
 right.legend()

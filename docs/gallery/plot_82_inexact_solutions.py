@@ -52,7 +52,9 @@ for iteration in range(1, 801):
             warnings.simplefilter("ignore", idf.NotASolutionWarning)
             implicit = idf.implicit_jacobian(ridge, y_hat, theta, args=(X, t))
         norm = np.linalg.norm
-        rows.append((norm(y_hat - y), norm(implicit - jacobian), norm(unrolled - jacobian)))
+        rows.append(
+            (norm(y_hat - y), norm(implicit - jacobian), norm(unrolled - jacobian))
+        )
 error_y, error_implicit, error_unrolled = np.array(rows).T
 
 # %%
@@ -60,9 +62,7 @@ error_y, error_implicit, error_unrolled = np.array(rows).T
 slope = np.polyfit(np.log(error_y), np.log(error_implicit), 1)[0]
 ratio = error_unrolled / error_implicit
 print(f"slope of log error: {slope:.3f}")
-print(
-    f"error of unrolling / error of implicit differentiation: {ratio.min():.0f} to {ratio.max():.0f}"
-)
+print(f"error of unrolling / implicit error: {ratio.min():.0f} to {ratio.max():.0f}")
 within = bool(np.all(error_implicit <= error_y / smallest))
 print(f"within the bound: {within}")
 
@@ -70,7 +70,9 @@ print(f"within the bound: {within}")
 fig, ax = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
 ax.loglog(error_y, error_unrolled, "s-", markersize=4, label="unrolling")
 ax.loglog(error_y, error_y / smallest, "k--", label="bound C ‖ŷ − y‖")
-ax.loglog(error_y, error_implicit, "o-", markersize=4, label=f"implicit, slope {slope:.2f}")
+ax.loglog(
+    error_y, error_implicit, "o-", markersize=4, label=f"implicit, slope {slope:.2f}"
+)
 ax.invert_xaxis()
 ax.set(
     xlabel="error of the solution ‖ŷ − y‖ (better to the right)",
