@@ -147,6 +147,12 @@ class ArrayAPIBackend:
     def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         return function(value) if any_true(self.xp, wanted) else value
 
+    def synchronize(self, tree: Any) -> None:
+        """Wait until a result is there: at once, where nothing runs ahead of the host."""
+
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        return None
+
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         return prepared.solve(b, x0, transposed=transposed)
 

@@ -207,6 +207,9 @@ class JaxBackend(ArrayAPIBackend):
         value, pull = jax.vjp(function, y, theta)
         return (*pull(jnp.ones_like(value)), "autodiff")
 
+    def synchronize(self, tree: Any) -> None:
+        jax.block_until_ready(tree)
+
     # -- loops and linear algebra ----------------------------------------------------------------------
     def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(function)

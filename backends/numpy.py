@@ -170,6 +170,18 @@ class NumpyBackend(ArrayAPIBackend):
 
         return many
 
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        import tracemalloc
+
+        if tracemalloc.is_tracing():  # somebody else's
+            return None
+        tracemalloc.start()
+        try:
+            function()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         if self.slices is not None:
             self.slices.check(prepared, b)

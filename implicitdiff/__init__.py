@@ -6,6 +6,7 @@ factorisation, `implicit_function` wraps the solver, and a `Report` tells how fa
 """
 
 from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
+from implicitdiff.comparison import Comparison, SolverRow, compare_solvers
 from implicitdiff.conditions import KKT, QP, Condition, FixedPoint, LogBarrier, Root, Stationary
 from implicitdiff.decorator import implicit_function
 from implicitdiff.errors import (
@@ -62,6 +63,7 @@ __all__ = [
     "BackendError",
     "CallbackError",
     "Cholesky",
+    "Comparison",
     "Condition",
     "Counts",
     "DTypeError",
@@ -89,10 +91,12 @@ __all__ = [
     "SolveError",
     "SolveWarning",
     "Solver",
+    "SolverRow",
     "Stationary",
     "Status",
     "UnknownNameError",
     "check_regularity",
+    "compare_solvers",
     "implicit_function",
     "implicit_grad",
     "implicit_jacobian",

@@ -125,6 +125,12 @@ class Backend(Protocol):
     def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         """``function(value)`` where any of the mask holds, else ``value``: work that is seldom needed."""
 
+    def synchronize(self, tree: Any) -> None:
+        """Wait until a result is there."""
+
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        """Run a function, and return the most bytes that it held at once; None where that cannot be seen."""
+
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         """``prepared.solve``, differentiable where the framework is tracing."""
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("solvers",),
     ("solve",),
     ("conditions", "rules", "judgement", "linearization", "system"),
-    ("decorator", "api", "regularity"),
+    ("decorator", "api", "regularity", "comparison"),
     ("__init__",),
     ("demo", "demo_plot", "__main__"),
 )
