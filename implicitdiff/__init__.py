@@ -5,8 +5,9 @@ Whoever solved F(y, θ) = 0 for y, in whatever framework, with whatever solver: 
 factorisation, `implicit_function` wraps the solver, and a `Report` tells how far to trust the result.
 """
 
+from implicitdiff import projections, proxes
 from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
-from implicitdiff.conditions import Condition, FixedPoint, Root, Stationary
+from implicitdiff.conditions import Condition, FixedPoint, ProjectedGradient, ProximalGradient, Root, Stationary
 from implicitdiff.decorator import implicit_function
 from implicitdiff.errors import (
     BackendError,
@@ -69,6 +70,8 @@ __all__ = [
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "NotSymmetricError",
+    "ProjectedGradient",
+    "ProximalGradient",
     "Report",
     "Root",
     "ShapeError",
@@ -86,6 +89,8 @@ __all__ = [
     "implicit_vjp",
     "linear_solve",
     "linearize",
+    "projections",
+    "proxes",
     "register_solver",
     "solver_names",
 ]

@@ -4,11 +4,12 @@ from typing import Any
 
 from implicitdiff.conditions.base import Condition
 from implicitdiff.conditions.fixed_point import FixedPoint
+from implicitdiff.conditions.proximal import ProjectedGradient, ProximalGradient
 from implicitdiff.conditions.root import Root
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InputError
 
-__all__ = ["Condition", "FixedPoint", "Root", "Stationary", "as_condition"]
+__all__ = ["Condition", "FixedPoint", "ProjectedGradient", "ProximalGradient", "Root", "Stationary", "as_condition"]
 
 
 def as_condition(condition: Any) -> Condition:
