@@ -105,7 +105,7 @@ class Rules:
         self.inputs = self._finite(y.vector, y, "y") & self._finite(theta.vector, theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.B, self.value, self.at = maps.B, maps.residual, maps.at
-        self.prepared = prepare(maps.A, solver, mute=mute and task.on_failure != "ignore")
+        self.prepared = prepare(maps.A, condition.routed(solver), mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
         self.told = False
         self._seen: tuple[Array, Array, Array] | None = None

@@ -43,6 +43,10 @@ class Condition:
         """Whether A was given as a matrix."""
         return False
 
+    def routed(self, solver: Any) -> Any:
+        """Return the solver for the whole system, given the one that was asked for."""
+        return solver
+
     def maps(self, point: Point) -> Maps:
         """F, A = ∂F/∂y and B = ∂F/∂θ at a point."""
         raise NotImplementedError

@@ -22,6 +22,8 @@ from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InputError
 from implicitdiff.operator import LinearMap, Operator
+from implicitdiff.solvers import get_solver
+from implicitdiff.solvers.support import OnSupport, ProximalOperator
 
 __all__ = ["ProjectedGradient", "ProximalGradient"]
 
@@ -38,23 +40,29 @@ class _Composite(Condition):
     hessian: Callable[..., Any] | None = None
     mixed_vjp: Callable[..., Any] | None = None
     mixed_jvp: Callable[..., Any] | None = None
+    restrict: bool | None = None
 
     _name = "after"
 
-    def _set(self, fun: Any, after: Any, step: Any, **given: Any) -> None:
+    def _set(self, fun: Any, after: Any, step: Any, restrict: Any, **given: Any) -> None:
         if not callable(after):
             raise InputError(f"{self._name} is {type(after).__name__}; expected a callable.")
         if fun is None and given["grad"] is None:
             raise InputError("neither fun nor grad is given, and ∇f has to be evaluated: give one of them.")
         if not isinstance(step, (int, float)) or not 0 < step < float("inf"):
             raise InputError(f"step is {step!r}; expected a positive number.")
+        if restrict not in (None, True, False):
+            raise InputError(f"restrict is {restrict!r}; expected None, True or False.")
         check_callables(fun=fun, **given)
-        for name, value in {"fun": fun, "after": after, "step": float(step), **given}.items():
+        for name, value in {"fun": fun, "after": after, "step": float(step), "restrict": restrict, **given}.items():
             object.__setattr__(self, name, value)
 
     @property
     def has_matrix(self) -> bool:
-        return self.hessian is not None
+        return self.hessian is not None or self.restrict is True
+
+    def routed(self, solver: Any) -> Any:
+        return OnSupport(get_solver(solver), self.restrict)
 
     def _outer(self, point: Point) -> Callable[[Array, Array], Array]:
         """P as a function of the vectors x and θ."""
@@ -92,9 +100,10 @@ def _system(D: Operator, H: Operator, step: float) -> Operator:
     def adjoint(u: Array) -> Array:
         return rest.rmatvec(u) + step * curve(D.rmatvec(u))
 
-    return Operator(
+    return ProximalOperator(
         D.backend, D.n, D.n, D.items, D.dtype, D.device, forward=forward,
         adjoint=None if D.adjoint is None else adjoint, kind=_kinds(D, H), label="A", accuracy=accuracy,
+        trusted=True, outer=D, inner=H, step=step,
     )  # fmt: skip
 
 
@@ -124,8 +133,8 @@ class ProjectedGradient(_Composite):
     fun : callable, optional
         ``f(y, theta, *args) -> scalar``.
     projection : callable
-        ``P(x, theta) -> like y``: the point of the set next to x; ``args`` are for f alone. `implicitdiff.projections` has some; they
-        those that need numbers take them from theta: ``lambda x, theta: box(x, 0.0, theta)``.
+        ``P(x, theta) -> like y``: the point of the set next to x; ``args`` are for f alone. The functions of
+        `implicitdiff.projections` are wrapped: ``lambda x, theta: box(x, 0.0, theta)``.
     step : float, default 1.0
         Positive. Neither the solution nor its derivative depends on it; the linear system is conditioned best for about
         1 / ‖H‖.
@@ -133,6 +142,11 @@ class ProjectedGradient(_Composite):
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional
         Derivatives of ∇_y f, as for `Stationary`.
+    restrict : bool, optional
+        Whether the system is solved on the support, the coordinates on which D is not zero: there it is symmetric, and
+        positive definite at a strict minimum, for `CG` and `Cholesky`. None: where D is found to be diagonal, or an
+        orthogonal projector; under JAX nothing is found, and None means no. True also serves other D that are
+        symmetric, and regular on their support (the group lasso). A solution of the whole system is checked for.
 
     Notes
     -----
@@ -143,6 +157,8 @@ class ProjectedGradient(_Composite):
     References
     ----------
     M. Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022, section 2.2. arXiv:2105.15183
+    Q. Bertrand et al., "Implicit differentiation of Lasso-type models for hyperparameter optimization", ICML 2020.
+    arXiv:2002.08943
 
     Examples
     --------
@@ -164,8 +180,19 @@ class ProjectedGradient(_Composite):
     def __init__(
         self, fun: Any = None, projection: Any = None, *, step: float = 1.0, grad: Any = None, hvp: Any = None,
         hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
+        restrict: bool | None = None,
     ) -> None:  # fmt: skip
-        self._set(fun, projection, step, grad=grad, hvp=hvp, hessian=hessian, mixed_vjp=mixed_vjp, mixed_jvp=mixed_jvp)
+        self._set(
+            fun,
+            projection,
+            step,
+            restrict,
+            grad=grad,
+            hvp=hvp,
+            hessian=hessian,
+            mixed_vjp=mixed_vjp,
+            mixed_jvp=mixed_jvp,
+        )
 
     @property
     def projection(self) -> Callable[..., Any]:
@@ -189,7 +216,7 @@ class ProximalGradient(_Composite):
         ``f(y, theta, *args) -> scalar``, the smooth part.
     prox : callable
         ``prox(x, theta, step) -> like y``: the minimum over y of step · r(y, θ) + ½ ‖y − x‖²; ``args`` are for f alone.
-        `implicitdiff.proxes` has some: ``lambda x, theta, step: lasso(x, theta, step)``.
+        The functions of `implicitdiff.proxes` are wrapped: ``lambda x, theta, step: lasso(x, theta["penalty"], step)``.
     step : float, default 1.0
         Positive. Neither the solution nor its derivative depends on it; the linear system is conditioned best for about
         1 / ‖H‖.
@@ -197,6 +224,11 @@ class ProximalGradient(_Composite):
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional
         Derivatives of ∇_y f, as for `Stationary`.
+    restrict : bool, optional
+        Whether the system is solved on the support, the coordinates on which D is not zero: there it is symmetric, and
+        positive definite at a strict minimum, for `CG` and `Cholesky`. None: where D is found to be diagonal, or an
+        orthogonal projector; under JAX nothing is found, and None means no. True also serves other D that are
+        symmetric, and regular on their support (the group lasso). A solution of the whole system is checked for.
 
     Notes
     -----
@@ -207,6 +239,8 @@ class ProximalGradient(_Composite):
     References
     ----------
     M. Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022, section 2.2. arXiv:2105.15183
+    Q. Bertrand et al., "Implicit differentiation of Lasso-type models for hyperparameter optimization", ICML 2020.
+    arXiv:2002.08943
 
     Examples
     --------
@@ -226,8 +260,11 @@ class ProximalGradient(_Composite):
     def __init__(
         self, fun: Any = None, prox: Any = None, *, step: float = 1.0, grad: Any = None, hvp: Any = None,
         hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
+        restrict: bool | None = None,
     ) -> None:  # fmt: skip
-        self._set(fun, prox, step, grad=grad, hvp=hvp, hessian=hessian, mixed_vjp=mixed_vjp, mixed_jvp=mixed_jvp)
+        self._set(
+            fun, prox, step, restrict, grad=grad, hvp=hvp, hessian=hessian, mixed_vjp=mixed_vjp, mixed_jvp=mixed_jvp
+        )
 
     @property
     def prox(self) -> Callable[..., Any]:
