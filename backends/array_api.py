@@ -32,6 +32,7 @@ class ArrayAPIBackend:
 
     name = "array_api"
     traced = False
+    composable = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -187,6 +188,15 @@ class ArrayAPIBackend:
     def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
         inverse = self.xp.matrix_transpose(factor) if transposed else factor
         return inverse @ b
+
+    def has_ldl(self, matrix: Array) -> bool:
+        return False
+
+    def ldl_factor(self, matrix: Array) -> Any:
+        return self.lu_factor(matrix)
+
+    def ldl_solve(self, factor: Any, b: Array) -> Array:
+        return self.lu_solve(factor, b, False)
 
     def cho_factor(self, matrix: Array) -> Array:
         if matrix.ndim == 2:

@@ -289,6 +289,7 @@ class _Inline(JaxBackend):
     """The same inside of what is being traced: a solve has derivatives of its own."""
 
     tells = False
+    composable = True
 
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         if not prepared.operator.n or 0 in b.shape:

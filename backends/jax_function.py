@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.backends.jax_contents import captures_differentiated
-from implicitdiff.backends.jax_programs import call_for, functions_of, is_traced, program_for
+from implicitdiff.backends.jax_programs import arrays_of, call_for, functions_of, is_traced, program_for
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.judgement import warn_not_solution
 from implicitdiff.rules import Rules, Task
@@ -47,7 +47,7 @@ class _Statics:
 
 def differentiable_call(backend: Any, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the solver of an `ImplicitFunction`, and let JAX differentiate what it returns."""
-    if captures_differentiated(functions_of(function.condition)):
+    if captures_differentiated((*functions_of(function.condition), arrays_of(function.condition))):
         raise DerivativeError(
             "the condition uses a value from the enclosing scope that JAX is differentiating.\n"
             "Likely cause: a theta in a closure. The solution is differentiated with respect to its argument alone.\n"
@@ -199,7 +199,9 @@ def _zeros(tree: Any) -> Any:
 
 def _tangent(task: Task, tangent: Any) -> Any:
     """The solution w of A w = −B θ̇, from a program that JAX may transform further."""
-    if not is_traced(task.y, task.theta, task.args):  # numbers: what jit could not tell, is told here
+    if not is_traced(
+        task.y, task.theta, task.args, arrays_of(task.condition)
+    ):  # numbers: what jit could not tell, is told here
         _look_at_point(task)
     call = call_for(task, "tangent", (task.y, task.theta), tangent)
     return program_for(call, _build_tangent)(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import types
@@ -19,7 +20,7 @@ from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
 
-__all__ = ["Program", "Runner", "call_for", "functions_of", "is_traced", "program_for", "solved"]
+__all__ = ["Program", "Runner", "arrays_of", "call_for", "functions_of", "is_traced", "program_for", "solved"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -80,7 +81,10 @@ class _Call:
 
     def task_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Task:
         """Return the task with traced values in place of the arrays."""
-        return replace(self.task, y=y, theta=theta, args=self.args.join(dynamic), own=False)
+        args, arrays = self.args.join(dynamic)
+        return replace(
+            self.task, y=y, theta=theta, args=args, condition=_filled(self.task.condition, arrays), own=False
+        )
 
 
 class _Split:
@@ -89,9 +93,6 @@ class _Split:
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.dynamic: list[Any] = []
         self.static: list[Any] = []
-        if not args:
-            self.treedef = None
-            return
         leaves, self.treedef = jax.tree.flatten(args)
         for leaf in leaves:
             changes = isinstance(leaf, (jax.Array, np.ndarray, np.generic, float))
@@ -101,15 +102,13 @@ class _Split:
 
     def join(self, dynamic: list[Any]) -> tuple[Any, ...]:
         """Put the arguments together again."""
-        if self.treedef is None:
-            return ()
         rest = iter(dynamic)
         return jax.tree.unflatten(self.treedef, [next(rest) if leaf is _CHANGES else leaf for leaf in self.static])
 
 
 def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> _Call:
     """Return a call of a program on the point, the data, and more arrays."""
-    split = _Split(task.args)
+    split = _Split((task.args, arrays_of(task.condition)))
     return _Call(task, mode, outer, split, (*point, split.dynamic, *arrays))
 
 
@@ -164,8 +163,8 @@ def _changeable(value: Any) -> Any:
 
 def _identity(function: Any, found: list[Any]) -> Any:
     """Identity of a function; that of a bound method is the object's and the function's."""
-    if function is None:
-        return None
+    if not callable(function):
+        return _static(function, found)
     if isinstance(function, types.MethodType):
         found += [function.__self__, function.__func__]
         return id(function.__self__), id(function.__func__)
@@ -184,8 +183,25 @@ def _static(value: Any, found: list[Any]) -> Any:
 
 
 def functions_of(condition: Any) -> tuple[Any, ...]:
-    """Return the user's functions in a condition."""
-    return tuple(vars(condition).values()) if hasattr(condition, "maps") else (condition,)
+    """Return the user's functions in a condition, and options; not its arrays, which may be others at each call."""
+    if not hasattr(condition, "maps"):
+        return (condition,)
+    return tuple(value for name, value in vars(condition).items() if name not in condition.arrays)
+
+
+def arrays_of(condition: Any) -> dict[str, Any]:
+    """Return the numbers that a condition holds."""
+    return getattr(condition, "arrays", {})
+
+
+def _filled(condition: Any, arrays: dict[str, Any]) -> Any:
+    """Return the condition with traced values in place of its arrays."""
+    if not arrays:
+        return condition
+    filled = copy.copy(condition)
+    for name, value in arrays.items():
+        object.__setattr__(filled, name, value)
+    return filled
 
 
 def _form(tree: Any) -> tuple[Any, ...]:
@@ -212,7 +228,7 @@ class Runner:
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
         task, start = self._task, time.perf_counter()
         outer, vector = (direction, None) if mode == "gradient" else (None, direction)
-        if self._direct is not None or is_traced(task.y, task.theta, task.args, vector, x0):
+        if self._direct is not None or is_traced(task.y, task.theta, task.args, arrays_of(task.condition), vector, x0):
             return self._traced(mode, direction, x0)
         _check_leaves(task, mode, vector, x0)
         call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
@@ -269,6 +285,8 @@ def _sound(evidence: Any) -> Any:
     """Whether there is nothing to tell: one number to look at."""
     e = evidence
     good = e.inputs & e.right & e.image & e.residual & ~e.unsolved & ~e.solution.failed
+    if e.findings is not None:
+        good = good & e.findings.quiet
     return jnp.all(good) & ~jnp.any(e.vanished)
 
 

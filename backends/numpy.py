@@ -200,6 +200,19 @@ class NumpyBackend(ArrayAPIBackend):
             return lapack.dgetrs(lu, pivots.copy(), b, trans=int(transposed))[0]
         return super().lu_solve(factor, b, transposed)
 
+    def has_ldl(self, matrix: Array) -> bool:
+        return matrix.ndim == 2 and hasattr(lapack, "dsytrs")  # which SciPy does not always have
+
+    def ldl_factor(self, matrix: Array) -> Any:
+        if not self.has_ldl(matrix):
+            return super().ldl_factor(matrix)
+        return lapack.dsytrf(matrix.T, lower=1)[:2]  # symmetric: Aᵀ is A in LAPACK's order
+
+    def ldl_solve(self, factor: Any, b: Array) -> Array:
+        if len(factor) == 2 and getattr(factor[1], "dtype", None) == np.int32 and self.has_ldl(factor[0]):
+            return lapack.dsytrs(*factor, b, lower=1)[0]
+        return super().ldl_solve(factor, b)
+
     def cho_factor(self, matrix: Array) -> Array:
         if matrix.ndim == 2:
             return self._cholesky(matrix)

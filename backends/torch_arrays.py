@@ -137,6 +137,15 @@ class TorchArrays(ArrayAPIBackend):
         lu, pivots = factor
         return torch.linalg.lu_solve(lu, pivots, b, adjoint=transposed)
 
+    def has_ldl(self, matrix: Array) -> bool:
+        return True
+
+    def ldl_factor(self, matrix: Array) -> Any:
+        return torch.linalg.ldl_factor_ex(matrix)[:2]
+
+    def ldl_solve(self, factor: Any, b: Array) -> Array:
+        return torch.linalg.ldl_solve(*factor, b)
+
     def cho_factor(self, matrix: Array) -> Array:
         factor, info = torch.linalg.cholesky_ex(matrix)
         return factor.masked_fill(info[..., None, None] != 0, float("nan"))

@@ -31,14 +31,16 @@ vjp: Any = torch.func.vjp  # typed for functions of tensors only
 
 def pull(problem: Problem, y: Array, v: Array, tensors: Tensors) -> Array:
     """−Bᵀ A⁻ᵀ v, raveled, differentiable in y, v and θ."""
-    u = Solve.apply(problem, True, y, v, *tensors)
-    return -problem.composed(y, tensors)[1].B.rmatvec(u)
+    maps = problem.composed(y, tensors)[1]
+    u = Solve.apply(problem, True, y, v if maps.frame is None else maps.frame.into(v), *tensors)
+    return -maps.B.rmatvec(u)
 
 
 def push(problem: Problem, y: Array, t: Array, tensors: Tensors) -> Array:
     """−A⁻¹ B t, differentiable in y, t and θ."""
-    b = -problem.composed(y, tensors)[1].B.matvec(t)
-    return Solve.apply(problem, False, y, b, *tensors)
+    maps = problem.composed(y, tensors)[1]
+    w = Solve.apply(problem, False, y, -maps.B.matvec(t), *tensors)
+    return w if maps.frame is None else maps.frame.back(w)
 
 
 class Implicit(torch.autograd.Function):
@@ -202,7 +204,9 @@ def _many(info: Any, in_dims: Sequence[int | None], tensors: Tensors, apply: App
     if dim is None or any(d is not None for i, d in enumerate(in_dims) if i != 1):
         return _one_by_one(info, in_dims, tensors, apply)
     b = b.movedim(dim, 0)
-    out = apply(y, b.reshape(-1, *y.shape), *rest)
+    out = apply(
+        y, b.reshape(-1, *b.shape[b.ndim - y.ndim :]), *rest
+    )  # more unknowns than y, where there are multipliers
     return out.reshape(*b.shape[: b.ndim - y.ndim], *out.shape[1:])
 
 

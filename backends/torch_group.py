@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Maps
-from implicitdiff.errors import BackendError, InputError
+from implicitdiff.errors import BackendError, DerivativeError, InputError
 from implicitdiff.operator import Product
 
 __all__ = ["Group"]
@@ -65,6 +65,11 @@ class Group:
 
     def summed(self, maps: Maps) -> Maps:
         """F, A and B of the sum from those of this process's data."""
+        if maps.frame is not None:
+            raise DerivativeError(
+                "constraints are no sum over the processes of a group.\n"
+                "Next: give KKT a Lagrangian that is reduced over the group by yourself, on a backend without group=."
+            )
 
         def wrap(product: Product) -> Product:
             return lambda x: self.sum(product(x))

@@ -55,8 +55,9 @@ class TorchLinearization(Linearization):
 
     def jacobian(self) -> Any:
         def rule(point: Point, tensors: Tensors, _: Any) -> Any:
-            B = self._problem.composed(point.y.vector, tensors)[1].B.dense()
-            columns = Solve.apply(self._problem, False, point.y.vector, -B.movedim(-1, 0), *tensors)
+            maps = self._problem.composed(point.y.vector, tensors)[1]
+            columns = Solve.apply(self._problem, False, point.y.vector, -maps.B.dense().movedim(-1, 0), *tensors)
+            columns = columns if maps.frame is None else maps.frame.back(columns)
             return point.nest(columns.movedim(0, -1))
 
         return self._recorded(rule, (), super().jacobian)

@@ -7,7 +7,17 @@ factorisation, `implicit_function` wraps the solver, and a `Report` tells how fa
 
 from implicitdiff import projections, proxes
 from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
-from implicitdiff.conditions import Condition, FixedPoint, ProjectedGradient, ProximalGradient, Root, Stationary
+from implicitdiff.conditions import (
+    KKT,
+    QP,
+    Condition,
+    FixedPoint,
+    LogBarrier,
+    ProjectedGradient,
+    ProximalGradient,
+    Root,
+    Stationary,
+)
 from implicitdiff.decorator import implicit_function
 from implicitdiff.errors import (
     BackendError,
@@ -16,6 +26,7 @@ from implicitdiff.errors import (
     DTypeError,
     ImplicitDiffError,
     ImplicitDiffWarning,
+    InfeasibleError,
     InputError,
     NonFiniteError,
     NonFiniteProductError,
@@ -23,6 +34,8 @@ from implicitdiff.errors import (
     NotConvergedError,
     NotPositiveDefiniteError,
     NotSymmetricError,
+    QualificationError,
+    RegularityWarning,
     ShapeError,
     SingularError,
     SolveError,
@@ -30,10 +43,12 @@ from implicitdiff.errors import (
     UnknownNameError,
 )
 from implicitdiff.linearization import Linearization
+from implicitdiff.regularity import Regularity, check_regularity
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import (
     CG,
     GMRES,
+    LDLT,
     LU,
     MINRES,
     Auto,
@@ -49,8 +64,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "GMRES",
+    "KKT",
+    "LDLT",
     "LU",
     "MINRES",
+    "QP",
     "Auto",
     "BackendError",
     "CallbackError",
@@ -62,8 +80,10 @@ __all__ = [
     "FixedPoint",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
+    "InfeasibleError",
     "InputError",
     "Linearization",
+    "LogBarrier",
     "NonFiniteError",
     "NonFiniteProductError",
     "NotASolutionWarning",
@@ -72,6 +92,9 @@ __all__ = [
     "NotSymmetricError",
     "ProjectedGradient",
     "ProximalGradient",
+    "QualificationError",
+    "Regularity",
+    "RegularityWarning",
     "Report",
     "Root",
     "ShapeError",
@@ -82,6 +105,7 @@ __all__ = [
     "Stationary",
     "Status",
     "UnknownNameError",
+    "check_regularity",
     "implicit_function",
     "implicit_grad",
     "implicit_jacobian",

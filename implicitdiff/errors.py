@@ -12,7 +12,9 @@
     ├── CallbackError (ValueError)           a user's function returned the wrong thing
     ├── DerivativeError (NotImplementedError) a derivative is missing and cannot be derived
     └── SolveError (numpy.linalg.LinAlgError) the linear solve failed
+        ├── InfeasibleError (ValueError)     y violates a constraint
         ├── SingularError                    A is singular, or so to working precision
+        │   └── QualificationError           the gradients of the active constraints are linearly dependent
         ├── NotPositiveDefiniteError         zero or negative curvature
         ├── NotSymmetricError                A was declared symmetric and is not
         ├── NotConvergedError                the residual is above the tolerance
@@ -20,6 +22,7 @@
 
     ImplicitDiffWarning (UserWarning)
     ├── NotASolutionWarning                  F(y, theta) is not zero
+    ├── RegularityWarning                    a weakly active constraint, a multiplier of the wrong sign
     └── SolveWarning                         a failed solve under on_failure="warn"
 """
 
@@ -36,6 +39,7 @@ __all__ = [
     "DerivativeError",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
+    "InfeasibleError",
     "InputError",
     "NonFiniteError",
     "NonFiniteProductError",
@@ -43,6 +47,8 @@ __all__ = [
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "NotSymmetricError",
+    "QualificationError",
+    "RegularityWarning",
     "ShapeError",
     "SingularError",
     "SolveError",
@@ -109,6 +115,14 @@ class SingularError(SolveError):
     """A is singular, or singular to working precision."""
 
 
+class QualificationError(SingularError):
+    """The gradients of the active constraints are linearly dependent (LICQ fails): the multipliers are not unique."""
+
+
+class InfeasibleError(SolveError, ValueError):
+    """The point violates a constraint: it is no solution, and has no derivative as one."""
+
+
 class NotPositiveDefiniteError(SolveError):
     """A method for positive definite A met zero or negative curvature."""
 
@@ -131,6 +145,10 @@ class ImplicitDiffWarning(UserWarning):
 
 class NotASolutionWarning(ImplicitDiffWarning):
     """The point handed in is not a solution: F(y, theta) is not zero."""
+
+
+class RegularityWarning(ImplicitDiffWarning):
+    """The solution is less regular than its derivative assumes: a weakly active constraint, a wrong multiplier."""
 
 
 class SolveWarning(ImplicitDiffWarning):

@@ -10,6 +10,7 @@ from implicitdiff.errors import (
     NonFiniteError,
     NonFiniteProductError,
     NotASolutionWarning,
+    RegularityWarning,
     SolveError,
     SolveWarning,
 )
@@ -42,6 +43,9 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
         Name of the method that was used.
     """
     xp = rules.point.backend.xp
+    told = _findings_error(evidence, rules)
+    if told is not None:
+        return told
     if any_true(xp, evidence.vanished) and not any_true(xp, evidence.solution.failed):  # else A is what is to be told
         _check_dependence(rules)
     good = evidence.inputs  # the others have been told already
@@ -58,8 +62,24 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
         return residual
     failed = evidence.solution.failed & good
     if any_true(xp, failed):
-        return explain(rules.prepared.operator, evidence.solution, solver)
+        error = explain(rules.prepared.operator, evidence.solution, solver)
+        if evidence.findings is not None and (more := rules.condition.diagnose(evidence.findings, error)):
+            error.args = (f"{error}\n{more}",)
+        return error
     return _product_error(rules.point, evidence.image | ~good, "mixed_vjp (Bᵀ u)")
+
+
+def _findings_error(evidence: Any, rules: Any) -> SolveError | None:
+    """Warn about what the condition saw at the point, once; return the error where no derivative exists."""
+    findings = evidence.findings
+    if findings is None or not any_true(rules.point.backend.xp, evidence.inputs & ~findings.quiet):
+        return None
+    error, warnings = rules.condition.tell(findings, bool(rules.point.items))
+    if not rules.warned:
+        rules.warned = True
+        for message in warnings:
+            warn(message, RegularityWarning)
+    return error
 
 
 def _right_name(rules: Any) -> str:

@@ -149,6 +149,18 @@ class Backend(Protocol):
     def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
         """Solve with columns b, shape (*items, n, k)."""
 
+    def has_ldl(self, matrix: Array) -> bool:
+        """Whether `ldl_factor` of such a matrix is an LDLᵀ factorisation, and not LU in its place."""
+
+    def ldl_factor(self, matrix: Array) -> Any:
+        """LDLᵀ factors of symmetric (*items, n, n)."""
+
+    def ldl_solve(self, factor: Any, b: Array) -> Array:
+        """Solve with columns b, shape (*items, n, k)."""
+
+    composable: bool
+    """Whether what is computed may be differentiated again."""
+
     def cho_factor(self, matrix: Array) -> Array:
         """Lower Cholesky factors; NaN in the items that are not positive definite."""
 

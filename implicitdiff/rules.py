@@ -80,6 +80,8 @@ class Evidence(NamedTuple):
     """Whether F(y, θ) is finite."""
     unsolved: Array
     """Whether F(y, θ) is far from zero."""
+    findings: Any = None
+    """What the condition saw beside F."""
 
 
 class Rules:
@@ -104,10 +106,11 @@ class Rules:
         self.point = Point(engine, y, theta, tuple(task.args))
         self.inputs = self._finite(y.vector, y, "y") & self._finite(theta.vector, theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
-        self.B, self.value, self.at = maps.B, maps.residual, maps.at
+        self.condition, self.B, self.value, self.at = condition, maps.B, maps.residual, maps.at
+        self.frame, self.findings = maps.frame, maps.findings
         self.prepared = prepare(maps.A, condition.routed(solver), mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
-        self.told = False
+        self.told = self.warned = False
         self._seen: tuple[Array, Array, Array] | None = None
 
     @property
@@ -141,8 +144,11 @@ class Rules:
         """w of A w = −B θ̇, as a linear function of θ̇ and nothing else: no look at what θ̇ is."""
         border = self.point.theta
         b = self.B.matvec(border.like(tangent, "tangent", dtype=border.dtype))
-        solution = self.point.backend.linear(self.prepared, -b, None, False)
-        return self.point.y.unravel(solution.x)
+        w = self._back(self.point.backend.linear(self.prepared, -b, None, False).x)
+        if self.mute and self.findings is not None and self.task.on_failure != "ignore":
+            space = self.point.y.space
+            w = space.select(self.findings.usable, w, space.nan())
+        return self.point.y.unravel(w)
 
     def gradient(self, outer: Any, x0: Any = None) -> tuple[Any, Evidence]:
         """∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y."""
@@ -159,7 +165,7 @@ class Rules:
         p = self.point
         xp, n, m, items = p.backend.xp, p.y.n, p.theta.n, p.items
         if m <= n or n == 0:
-            b = xp.zeros((m, *items, n), dtype=p.y.dtype, device=p.y.device)
+            b = xp.zeros((m, *items, self.B.rows), dtype=p.y.dtype, device=p.y.device)
             if n and m:
                 b = xp.moveaxis(self.B.dense(), -1, 0)
             w, evidence = self._push(b, None, self.inputs, p.theta.vector + 1)
@@ -194,13 +200,18 @@ class Rules:
         space = p.backend.space(b)
         vanished = space.vanishes(b) & ~p.theta.space.vanishes(t)
         solution = self._solve(-b, x0, inputs, transposed=False)
-        right = self._per_item(space.finite(b))
-        return self._poisoned(solution.x, solution), self._evidence(solution, inputs, right, None, vanished)
+        right, w = self._per_item(space.finite(b)), self._back(solution.x)
+        return self._poisoned(w, solution), self._evidence(solution, inputs, right, None, vanished)
+
+    def _back(self, x: Any) -> Any:
+        """The part of the system's unknowns that is y."""
+        return x if self.frame is None else self.frame.back(x)
 
     def _pull(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Evidence]:
         """−Bᵀ A⁻ᵀ v."""
         space = self.point.backend.space
-        solution = self._solve(v, x0, inputs, transposed=True)
+        b = v if self.frame is None else self.frame.into(v)
+        solution = self._solve(b, x0, inputs, transposed=True)
         u = solution.x
         g = -self.B.rmatvec(u)
         to_theta = space(g)
@@ -231,10 +242,11 @@ class Rules:
         """NaN in the failed items, where that is asked for, or where nothing can be raised."""
         mode, backend = self.task.on_failure, self.point.backend
         wanted = mode == "nan" or (self.mute and mode != "ignore")
-        if not wanted or not needed(backend, solution.failed):
+        failed = solution.failed if self.findings is None else solution.failed | ~self.findings.usable
+        if not wanted or not needed(backend, failed):
             return value
         space = backend.space(value)
-        return space.select(backend.xp.broadcast_to(solution.failed, space.items), space.nan(), value)
+        return space.select(backend.xp.broadcast_to(failed, space.items), space.nan(), value)
 
     def _start(self, x0: Any, b: Any) -> Any:
         border, backend = self.point.y, self.point.backend
@@ -257,7 +269,7 @@ class Rules:
         yes = self.point.backend.xp.ones_like(inputs)
         return Evidence(
             solution, inputs, yes if right is None else right, yes if image is None else image, vanished,
-            size, finite, unsolved,
+            size, finite, unsolved, self.findings,
         )  # fmt: skip
 
     def look(self, known: Array | None, *, sure: bool = False) -> tuple[Array, Array, Array]:
@@ -272,21 +284,22 @@ class Rules:
             no = xp.zeros(p.items, dtype=xp.bool, device=p.y.device)
             return size, ~no, no
         residual = self.value()
-        size, length = space.size(residual), space.size(y)
+        of_system = backend.space(residual)
+        size, length = of_system.size(residual), space.size(y)
         length = xp.where(length > 1, length, xp.ones_like(length))
         level = 1e-5 if float(xp.finfo(p.y.dtype).eps) < 1e-10 else 1e-3
 
         def along(norm: Array) -> Array:  # the estimate is a lower one, and may not have seen the direction of F
             safe = xp.where(size > 0, size, xp.ones_like(size))
-            unit = space.scale(1 / safe, space.copy(residual))
-            return xp.maximum(norm, space.size(self.prepared.operator.matvec(unit)))
+            unit = of_system.scale(1 / safe, of_system.copy(residual))
+            return xp.maximum(norm, of_system.size(self.prepared.operator.matvec(unit)))
 
         norm = xp.zeros_like(size) if known is None else xp.asarray(known, dtype=size.dtype)
         if not backend.traced:
             norm = backend.rescue(~(size <= level * norm * length), along, norm)
         elif known is None or sure:  # else whoever judges is to make sure
             norm = along(norm)
-        return size, space.finite(residual), size > level * norm * length
+        return size, of_system.finite(residual), size > level * norm * length
 
 
 class Run(NamedTuple):

@@ -256,7 +256,7 @@ def test_digits_by_default_with_a_plot(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--solver", "qr"], "--solver qr: not known; expected one of auto, lu, cholesky, cg, minres, gmres"),
+        (["--solver", "qr"], "--solver qr: not known; expected one of auto, lu, ldlt, cholesky, cg, minres, gmres"),
         (["--plot", "figure.xyz"], "figure.xyz: unknown kind of file; .*png"),
         (["--plot", "no/such/folder/figure.png"], "there is no folder no/such/folder"),
     ],

@@ -4,12 +4,26 @@ from typing import Any
 
 from implicitdiff.conditions.base import Condition
 from implicitdiff.conditions.fixed_point import FixedPoint
+from implicitdiff.conditions.kkt import KKT
+from implicitdiff.conditions.log_barrier import LogBarrier
 from implicitdiff.conditions.proximal import ProjectedGradient, ProximalGradient
+from implicitdiff.conditions.qp import QP
 from implicitdiff.conditions.root import Root
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InputError
 
-__all__ = ["Condition", "FixedPoint", "ProjectedGradient", "ProximalGradient", "Root", "Stationary", "as_condition"]
+__all__ = [
+    "KKT",
+    "QP",
+    "Condition",
+    "FixedPoint",
+    "LogBarrier",
+    "ProjectedGradient",
+    "ProximalGradient",
+    "Root",
+    "Stationary",
+    "as_condition",
+]
 
 
 def as_condition(condition: Any) -> Condition:
@@ -19,5 +33,5 @@ def as_condition(condition: Any) -> Condition:
     if callable(condition) and not isinstance(condition, type):
         return Stationary(condition)
     raise InputError(
-        f"condition is {condition!r}; expected Stationary(f), Root(F), FixedPoint(T), or the objective f itself."
+        f"condition is {condition!r}; expected one of {', '.join(__all__[:-1])}, or the objective f itself."
     )

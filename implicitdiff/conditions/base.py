@@ -17,10 +17,33 @@ from implicitdiff.conditions.point import Point
 from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
 from implicitdiff.operator import LinearMap, Operator, matrix_map
 
-__all__ = ["Condition", "Given", "Maps", "check_callables", "maps_from"]
+__all__ = ["Condition", "Findings", "Frame", "Given", "Maps", "check_callables", "maps_from"]
 
 ASSEMBLY_LIMIT = 1024
 """Up to this order a missing product is assembled from its exact transpose rather than differenced."""
+
+
+class Frame(NamedTuple):
+    """How a system whose unknowns are not those of y is used: y extended by multipliers, or a part of y.
+
+    With E the map from y to the unknowns, the derivative is that of E y = 0-padded (or cut) y.
+    """
+
+    into: Callable[[Array], Array]
+    """A cotangent of y, (*rhs, *items, n), as a right-hand side of the system."""
+    back: Callable[[Array], Array]
+    """The part of the system's unknowns that is y."""
+
+
+class Findings(NamedTuple):
+    """What a condition saw at the point beside F, per item: arrays only, so that it may leave a compiled program."""
+
+    usable: Array
+    """Whether the derivative exists, as far as was seen."""
+    quiet: Array
+    """Whether there is nothing to tell."""
+    details: Any
+    """For `Condition.tell`."""
 
 
 class Maps(NamedTuple):
@@ -33,6 +56,8 @@ class Maps(NamedTuple):
     at: Callable[[Array, Array], Array] | None
     A: Operator
     B: LinearMap
+    frame: Frame | None = None
+    findings: Findings | None = None
 
 
 class Condition:
@@ -40,12 +65,25 @@ class Condition:
 
     @property
     def has_matrix(self) -> bool:
-        """Whether A was given as a matrix."""
+        """Whether vectors are needed as they are, not leaf by leaf: A is a matrix, or is made of one."""
         return False
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """Fields that hold numbers, not functions: they may be others at the next call."""
+        return {}
 
     def routed(self, solver: Any) -> Any:
         """Return the solver for the whole system, given the one that was asked for."""
         return solver
+
+    def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
+        """Turn findings into an error, if any, and warnings."""
+        return None, []
+
+    def diagnose(self, findings: Findings, error: Exception) -> str:
+        """Say more about a solve that failed; empty where there is nothing to add."""
+        return ""
 
     def maps(self, point: Point) -> Maps:
         """F, A = ∂F/∂y and B = ∂F/∂θ at a point."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError
+from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
 
 __all__ = ["Flat", "Point"]
@@ -81,6 +83,32 @@ class Point:
         """``f(y, theta, *args) -> scalar`` (one per item) as a function of two vectors."""
         flat = self._scalars(function, name, args)
         return Flat(flat, self, name, lambda point: point.scalar_function(function, name, args))
+
+    def raveled_function(self, function: Callable[..., Any], name: str) -> Flat:
+        """``f(y, theta, *args) -> tree of arrays`` as a function of two vectors with values of shape (*items, k)."""
+        return Flat(self._raveled(function, name), self, name, lambda point: point.raveled_function(function, name))
+
+    def _raveled(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
+        if self._one is not None:
+            return self.backend.vmap(self._one._raveled(function, name))
+        backend, lead = self.backend, len(self.items)
+        call = backend.callback(function)
+
+        def part(leaf: Any) -> Array:
+            out = backend.as_array(leaf, self.y.device, self.y.dtype)
+            if out is None or tuple(out.shape[:lead]) != self.items:
+                got = type(leaf).__name__ if out is None else f"an array of shape {tuple(out.shape)}"
+                what = f"arrays with the leading axis {self.items}" if lead else "an array, or a tree of arrays"
+                raise CallbackError(f"{name} returned {got}.\nExpected {what}.")
+            return backend.reshape(out, (*self.items, math.prod(out.shape[lead:])))
+
+        def flat(y: Array, theta: Array) -> Array:
+            parts = [part(leaf) for leaf in flatten(call(*self._trees(y, theta), *self.args)).leaves]
+            if not parts:
+                raise CallbackError(f"{name} returned an empty tree.\nExpected an array, or a tree of arrays.")
+            return parts[0] if len(parts) == 1 else backend.concat(parts)
+
+        return flat
 
     def _vectors(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
         if self._one is not None:

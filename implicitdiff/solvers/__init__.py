@@ -11,12 +11,14 @@ from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.cg import CG
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.gmres import GMRES
+from implicitdiff.solvers.ldlt import LDLT
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
 
 __all__ = [
     "CG",
     "GMRES",
+    "LDLT",
     "LU",
     "MINRES",
     "Auto",
@@ -27,7 +29,9 @@ __all__ = [
     "solver_names",
 ]
 
-_FACTORIES: dict[str, Callable[[], Any]] = {solver.name: solver for solver in (Auto, LU, Cholesky, CG, MINRES, GMRES)}
+_FACTORIES: dict[str, Callable[[], Any]] = {
+    solver.name: solver for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES)
+}
 
 
 def solver_names() -> list[str]:

@@ -1,8 +1,9 @@
 """The automatic choice: a ladder of methods that explains itself.
 
 - The matrix is at hand (dense or sparse), or A is so small that assembling it is cheap (n <= 256, or n <= 8 times
-  the number of right-hand sides): Cholesky where A is symmetric and positive definite, else LU.
-- Larger, symmetric: CG; on zero or negative curvature MINRES.
+  the number of right-hand sides): Cholesky where A is symmetric and positive definite, LDLᵀ where it is known to be
+  indefinite (a saddle system), else LU.
+- Larger, symmetric: CG; on zero or negative curvature, or where A is known to be indefinite, MINRES.
 - Larger, not symmetric: GMRES.
 - Where an iterative method does not get there and n <= 4 096: assemble and factor after all.
 """
@@ -20,6 +21,7 @@ from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.cg import CG
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.gmres import GMRES
+from implicitdiff.solvers.ldlt import LDLT
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
 
@@ -75,7 +77,7 @@ class Auto(Solver):
     def foresee(self, state: _State, rhs: int) -> None:
         """Factor where so many right-hand sides will need it: what is made inside of a traced solve cannot be kept."""
         op = state.operator
-        first: Solver = Cholesky() if op.symmetric and not op.backend.traced else LU()
+        first = _first_direct(op)
         if self.preconditioner is None and first.name not in state.prepared and _dense_reason(op, rhs) is not None:
             state.prepared[first.name] = first.init(op)
 
@@ -102,6 +104,11 @@ class Auto(Solver):
         if not state.operator.symmetric:
             state.methods = [("lu", f"{why}; A is not symmetric")]
             return self._run(state, LU(), b, None)
+        if state.operator.positive_definite is False:
+            result = self._run(state, LDLT(), b, None)
+            name = LDLT().describe(state.prepared["ldlt"])[0][0]
+            state.methods = [(name, f"{why}; A is symmetric and indefinite")]
+            return result
         if state.operator.backend.traced:  # one factorisation, and no loop with LAPACK calls in it
             state.methods = [("lu", f"{why}; compiled, where nothing is tried first")]
             return self._run(state, LU(), b, None)
@@ -116,16 +123,18 @@ class Auto(Solver):
         options = {"rtol": self.rtol, "maxiter": self.maxiter, "preconditioner": self.preconditioner}
         first: Solver = CG(**options) if op.symmetric else GMRES(**options)
         why = f"n = {op.n} > {SMALL}; A is {'' if op.symmetric else 'not '}symmetric"
+        if op.symmetric and op.positive_definite is False:
+            first, why = MINRES(**options), f"{why} and indefinite"
         state.methods = methods = [(first.name, why)]
         result = self._run(state, first, b, x0)
-        if op.symmetric:
+        if first.name == "cg":
             negative = xp.asarray(result[1] == int(Status.NOT_POSITIVE_DEFINITE))
             methods.append(("minres", f"{why}; CG met zero or negative curvature"))
             result = self._rescue(state, negative, MINRES(**options), b, result, 1)
         if op.n > DENSE_LIMIT:
             return result
         failed = xp.asarray((result[1] == int(Status.MAX_ITERATIONS)) | (result[1] == int(Status.STAGNATED)))
-        for solver in (Cholesky(), LU()) if op.symmetric else (LU(),):
+        for solver in _after_iterations(op):
             methods.append((solver.name, f"{why}; {first.name} did not reach the tolerance"))
             result = self._rescue(state, failed, solver, b, result, len(methods) - 1)
             failed = xp.asarray(failed & (result[1] == int(Status.NOT_POSITIVE_DEFINITE)))
@@ -152,6 +161,22 @@ class Auto(Solver):
             state.prepared[solver.name] = solver.init(state.operator)
         inner = state.prepared[solver.name]
         return solver.solve(solver.transpose(inner) if state.transposed else inner, b, x0)
+
+
+def _first_direct(op: Operator) -> Solver:
+    """Return the direct method that is tried first."""
+    if not op.symmetric:
+        return LU()
+    if op.positive_definite is False:
+        return LDLT()
+    return LU() if op.backend.traced else Cholesky()
+
+
+def _after_iterations(op: Operator) -> tuple[Solver, ...]:
+    """Return the direct methods for what no iterative one solved."""
+    if not op.symmetric:
+        return (LU(),)
+    return (LDLT(),) if op.positive_definite is False else (Cholesky(), LU())
 
 
 def _dense_reason(op: Operator, rhs: int) -> str | None:

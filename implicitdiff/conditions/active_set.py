@@ -1,0 +1,132 @@
+"""Which constraints are active at a point, with which multipliers, and whether that is regular.
+
+All of it is arithmetic on arrays without a branch on a value, so that it runs over a batch and inside a compiled
+program. Constraint i is c_i(y, θ), its gradient J_i. Distances are measured in y: a constraint is as far away as
+|c_i| / ‖J_i‖, held against max(1, ‖y‖∞).
+
+References
+----------
+J. Nocedal, S. J. Wright, "Numerical Optimization", 2nd ed., Springer, 2006, chapter 12 (LICQ, strict complementarity)
+and equation (18.22) (least-squares multipliers). DOI 10.1007/978-0-387-40065-5
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, item_numbers, needed
+
+__all__ = ["ActiveSet", "Limits", "candidates", "classified", "names", "recovered"]
+
+
+class Limits(NamedTuple):
+    """Distances, in the scale of y, and multipliers, in the scale of ∇f, that count as zero."""
+
+    active: float
+    violated: float
+
+    @classmethod
+    def of(cls, xp: Any, dtype: Any, active: float | None) -> Limits:
+        """Return the limits for a dtype, with the user's own for active constraints."""
+        double = float(xp.finfo(dtype).eps) < 1e-10
+        default = cls(1e-6, 1e-4) if double else cls(3e-4, 1e-2)
+        return default if active is None else cls(active, max(100 * active, default.violated))
+
+
+class ActiveSet(NamedTuple):
+    """What was found of the constraints, arrays of shape (*items, k): the p equalities first, then the inequalities."""
+
+    equality: Array
+    """Whether it is an equality."""
+    values: Array
+    multipliers: Array
+    active: Array
+    """Whether it is part of the system: an equality, or an inequality that is held with a multiplier."""
+    weak: Array
+    """Whether it is active with a multiplier of zero."""
+    wrong: Array
+    """Whether it is active with a multiplier of the wrong sign, or has one and is not active."""
+    violated: Array
+    dependent: Array
+    """Whether its gradient is a combination of those of others that are active."""
+
+
+def candidates(xp: Any, equality: Array, values: Array, norms: Array, reach: Array, limit: float) -> Array:
+    """Equalities, and inequalities that hold with equality up to a tolerance."""
+    return equality | (values >= -limit * norms * reach)
+
+
+def recovered(backend: Any, gradient: Array, rows: Array, norms: Array, candidate: Array) -> tuple[Array, Array]:
+    """Least-squares multipliers of ∇f = −Jᵀ z over the candidates, and which of those are linearly dependent.
+
+    Rows of J are scaled to norm one. With G = JJᵀ, and the identity in place of the other constraints, G z = −J∇f; one
+    step of refinement on the residual of the least-squares problem itself makes up for the squared condition number.
+    """
+    xp = backend.xp
+    safe = xp.where(norms > 0, norms, xp.ones_like(norms))
+    held = backend.astype(candidate, rows.dtype)
+    unit = rows * (held / safe)[..., None]
+    k = rows.shape[-2]
+    eye = xp.eye(k, dtype=rows.dtype, device=backend.device(rows))
+    gram = unit @ xp.matrix_transpose(unit) + (1 - held)[..., None] * eye
+    dependent, factor = _dependent(backend, gram, candidate)
+
+    def solve(b: Array) -> Array:
+        if backend.composable:
+            return xp.linalg.solve(gram, b[..., None])[..., 0]
+        z = backend.cho_solve(factor, b[..., None])[..., 0]
+        bad = ~xp.all(xp.isfinite(z), axis=-1)
+        if backend.traced or not needed(backend, bad):
+            return z
+        return xp.where(bad[..., None], (xp.linalg.pinv(gram) @ b[..., None])[..., 0], z)
+
+    def image(vector: Array) -> Array:
+        return (unit @ vector[..., None])[..., 0]
+
+    z = solve(-image(gradient))
+    left = gradient + (xp.matrix_transpose(unit) @ z[..., None])[..., 0]
+    return (z + solve(-image(left))) / safe, dependent
+
+
+def _dependent(backend: Any, gram: Array, candidate: Array) -> tuple[Array, Any]:
+    """Mark the candidates that take part in a linear dependence: all of an item's, where its Gram matrix is singular.
+
+    Which of them, is found out where values are seen, from the null vectors.
+    """
+    xp = backend.xp
+    if backend.composable and not backend.traced:  # judged where the numbers are
+        return xp.zeros_like(candidate), None
+    factor = backend.cho_factor(gram)
+    pivots = xp.linalg.diagonal(factor)
+    limit = 1e4 * float(xp.finfo(gram.dtype).eps) * gram.shape[-1]
+    singular = ~(xp.min(pivots * pivots, axis=-1) > limit)  # NaN: not positive definite
+    if not backend.traced and needed(backend, singular):
+        values, vectors = xp.linalg.eigh(gram)
+        null = xp.where((values < limit)[..., None, :], xp.abs(vectors), xp.zeros_like(vectors))
+        return candidate & singular[..., None] & (xp.max(null, axis=-1) > 1e-4), factor
+    return candidate & singular[..., None], factor
+
+
+def classified(
+    xp: Any, equality: Array, values: Array, norms: Array, reach: Array, limits: Limits, candidate: Array,
+    dependent: Array, multipliers: Array, force: Array,
+) -> ActiveSet:  # fmt: skip
+    """Tell active constraints from weakly active, wrong and violated ones; ``force`` is what multipliers measure."""
+    pull = multipliers * norms
+    held = candidate & ~equality
+    small = xp.abs(pull) <= limits.active * force
+    wrong = ~equality & ~small & ((candidate & (pull < 0)) | ~candidate)
+    size = xp.where(equality, xp.abs(values), values)
+    violated = size > limits.violated * norms * reach
+    return ActiveSet(
+        equality, values, xp.where(candidate, multipliers, xp.zeros_like(multipliers)), candidate & ~(held & small),
+        held & small, wrong, violated, dependent,
+    )  # fmt: skip
+
+
+def names(xp: Any, mask: Array, equality: Array) -> str:
+    """Names of the constraints of a mask (*items, k), eq[i] or ineq[i], each that it holds for in any item."""
+    if len(mask.shape) > 1:
+        mask, equality = xp.any(mask, axis=0), equality[0, ...]
+    p = int(xp.sum(xp.astype(equality, xp.int32)))
+    return ", ".join(f"eq[{i}]" if i < p else f"ineq[{i - p}]" for i in item_numbers(xp, mask))

@@ -1,0 +1,332 @@
+"""What the conditions with constraints share: the saddle system of the Lagrangian, reduced to the active set.
+
+With 𝓛(y, z, θ) = f + zᵀc, c = (h, g) and z = (λ, μ), a solution makes 𝓛 stationary over Y = (y, z), as far as c is
+active. So the system is that of a stationary point in Y: its matrix is the Hessian of 𝓛,
+
+    K = [[H, Jᵀ], [J, 0]],   H = ∂²𝓛/∂y²,   J = ∂c/∂y,
+
+and its right-hand side B = (∂²𝓛/∂θ∂y, ∂c/∂θ). Two things are done to it, both by a diagonal W = diag(I, w):
+
+- w_i = 0 for a constraint that is not active, with −h on the diagonal of K in its place: it drops out, and every item
+  of a batch keeps its size;
+- otherwise w_i brings the row of J to the size h of H. Multipliers are then forces in the units of f, whatever the
+  units of c, and the conditioning of K is that of the problem. It is a power of two: nothing is rounded.
+
+The solution's part for y is not touched by W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, item_norm, item_numbers, namespace
+from implicitdiff.conditions import active_set
+from implicitdiff.conditions.active_set import ActiveSet, Limits
+from implicitdiff.conditions.base import Condition, Findings, Frame, Maps
+from implicitdiff.conditions.point import Point
+from implicitdiff.conditions.stationary import Stationary
+from implicitdiff.errors import (
+    InfeasibleError,
+    InputError,
+    NotPositiveDefiniteError,
+    QualificationError,
+    ShapeError,
+    SingularError,
+    UnknownNameError,
+)
+from implicitdiff.operator import LinearMap, Operator, Product
+from implicitdiff.pytree import flatten
+from implicitdiff.ravel import Ravel
+from implicitdiff.saddle import padded, saddle
+from implicitdiff.solvers.saddle import NullSpace, Schur
+
+__all__ = ["ROUTES", "Constrained", "FirstOrder"]
+
+ROUTES = ("auto", "kkt", "schur", "nullspace")
+
+
+class FirstOrder(NamedTuple):
+    """The problem at a point, to first order; k constraints, of which the first p are equalities."""
+
+    p: int
+    values: Array
+    """c, shape (*items, k)."""
+    rows: Array
+    """J, shape (*items, k, n)."""
+    gradient: Array
+    """∇f, shape (*items, n)."""
+
+
+class Constrained(Condition):
+    """Base of the conditions with constraints; subclasses are frozen dataclasses with these fields."""
+
+    eq: Callable[..., Any] | None
+    ineq: Callable[..., Any] | None
+    multipliers: Any
+    route: str
+    active_tol: float | None
+
+    @property
+    def has_matrix(self) -> bool:
+        return True
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        return {} if self.multipliers is None or callable(self.multipliers) else {"multipliers": self.multipliers}
+
+    def routed(self, solver: Any) -> Any:
+        """Return the solver for the saddle system: through its blocks, where the route says so."""
+        return {"schur": Schur, "nullspace": NullSpace}.get(self.route, lambda inner: inner)(solver)
+
+    def _check_options(self) -> None:
+        if self.route not in ROUTES:
+            raise UnknownNameError(f"route = {self.route!r}: expected one of {', '.join(ROUTES)}.")
+        if self.active_tol is not None and not 0 < self.active_tol < 1:
+            raise InputError(f"active_tol = {self.active_tol!r}: expected a number between 0 and 1.")
+
+    # -- the problem, for subclasses to say --------------------------------------------------------------
+    @property
+    def constraints(self) -> dict[str, Callable[..., Any]]:
+        """The constraints by the name of their argument, equalities first."""
+        return {name: f for name, f in (("eq", self.eq), ("ineq", self.ineq)) if f is not None}
+
+    def objective(self, lead: int) -> Callable[..., Any]:
+        """f as a function of trees; ``lead`` is the number of leading axes of items."""
+        raise NotImplementedError
+
+    def first_order(self, point: Point) -> FirstOrder:
+        """Constraints, their gradients, and ∇f."""
+        backend, y, theta = point.backend, point.y.vector, point.theta.vector
+        sizes = {name: point.raveled_function(f, name)(y, theta).shape[-1] for name, f in self.constraints.items()}
+        found = backend.differentiate(point.raveled_function(self._all, " and ".join(sizes)), y, theta)
+        k = sum(sizes.values())
+        unit = backend.xp.eye(k, dtype=point.y.dtype, device=point.y.device)
+        lead = (1,) * len(point.items)
+        unit = backend.xp.broadcast_to(backend.reshape(unit, (k, *lead, k)), (k, *point.items, k))
+        rows = backend.xp.moveaxis(found.vjp_y(unit), 0, -2)
+        objective = point.scalar_function(self.objective(_lead(point)), "f")
+        gradient = backend.differentiate_gradient(objective, y, theta).value()
+        return FirstOrder(sizes.get("eq", 0), found.value(), rows, gradient)
+
+    def system(self, point: Point, z: Array) -> Maps:
+        """F, A and B of the Lagrangian's stationary point over (y, z), all constraints in it."""
+        border = Ravel(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
+        both = Point(point.backend, border, point.theta, point.args)
+        return Stationary(_lagrangian(self.objective(_lead(point)), self._all, _lead(point))).maps(both)
+
+    def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:
+        return tuple(c(y, theta, *args) for c in self.constraints.values())
+
+    # -- maps ----------------------------------------------------------------------------------------
+    def maps(self, point: Point) -> Maps:
+        first = self.first_order(point)
+        if first.values.shape[-1] == 0:
+            raise InputError("eq and ineq hold no constraint: use Stationary(f).")
+        xp, backend = point.backend.xp, point.backend
+        limits = Limits.of(xp, point.y.dtype, self.active_tol)
+        norms = _row_norms(xp, first.rows)
+        largest = xp.max(xp.abs(point.y.vector), axis=-1, keepdims=True)
+        reach = xp.where(largest > 1, largest, xp.ones_like(largest))
+        equality = xp.broadcast_to(_equalities(point, first), first.values.shape)
+        candidate = active_set.candidates(xp, equality, first.values, norms, reach, limits.active)
+        given, whole = self._given(point, first), None
+        if given is not None and not backend.composable:
+            whole = self.system(point, given)
+            candidate = candidate | _pressed(first, given, norms, limits, _curvature(point, whole.A, first.gradient))
+        z, dependent = active_set.recovered(backend, first.gradient, first.rows, norms, candidate)
+        if whole is None:  # and where the derivative is differentiated again: there z has to follow y and theta
+            whole = self.system(point, xp.where(candidate, z, xp.zeros_like(z)))
+        size = _curvature(point, whole.A, first.gradient)
+        force = xp.max(xp.abs(first.gradient), axis=-1, keepdims=True) + size * reach
+        judged = active_set.classified(
+            xp, equality, first.values, norms, reach, limits, candidate, dependent, z if given is None else given, force
+        )  # fmt: skip
+        return _reduced(point, whole, first.rows, norms, size, judged)
+
+    def _given(self, point: Point, first: FirstOrder) -> Array | None:
+        """Return the user's multipliers as one vector per item."""
+        given = self.multipliers
+        if callable(given):
+            parts = given(point.y.unravel(point.y.vector), point.theta.unravel(point.theta.vector), *point.args)
+        else:
+            parts = given
+        if parts is None:
+            return None
+        sizes = {"eq": first.p, "ineq": first.values.shape[-1] - first.p}
+        both = tuple(parts) if isinstance(parts, (tuple, list)) else (parts, None) if sizes["eq"] else (None, parts)
+        if len(both) != 2:
+            raise InputError(f"multipliers holds {len(both)} parts; expected the pair (of eq, of ineq).")
+        vectors = []
+        for name, part in zip(sizes, both, strict=True):
+            if part is None and not sizes[name]:
+                continue
+            vectors.append(_multiplier(point, part, name, sizes[name]))
+        return vectors[0] if len(vectors) == 1 else point.backend.concat(vectors)
+
+    # -- what was found --------------------------------------------------------------------------------
+    def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
+        found: ActiveSet = findings.details
+        xp = namespace(found.active)
+
+        def which(mask: Array) -> str:
+            names = active_set.names(xp, mask, found.equality)
+            return f"items {item_numbers(xp, xp.any(mask, axis=-1))}: {names}" if batched and names else names
+
+        if violated := which(found.violated):
+            return InfeasibleError(
+                f"y violates {violated} by {float(xp.max(xp.abs(found.values[found.violated]))):.3g}.\n"
+                "The convention is eq(y, theta) = 0 and ineq(y, theta) <= 0.\n"
+                "Next: check the sign of ineq, or solve to a tighter tolerance."
+            ), []
+        if dependent := which(found.dependent):
+            return QualificationError(
+                f"LICQ fails: the gradients of {dependent} are linearly dependent (or zero) at y.\n"
+                "Likely cause: a constraint that is there twice, or more active constraints than variables.\n"
+                "Next: drop the redundant ones; check_regularity(condition, y, theta) shows the active set."
+            ), []
+        messages = []
+        if weak := which(found.weak):
+            messages.append(
+                f"{weak} is weakly active: it holds with equality, and its multiplier is zero.\n"
+                "The solution has a kink in theta here; the derivative is that of the side where the constraint is not "
+                "active.\nNext: move theta, or use LogBarrier for a smooth neighbour."
+            )
+        if wrong := which(found.wrong):
+            messages.append(
+                f"the multiplier of {wrong} is negative (or is not zero, and it is not active): y is no minimum.\n"
+                "Likely cause: f is to be maximised (give -f), or ineq has the other sign."
+            )
+        return None, messages
+
+    def diagnose(self, findings: Findings, error: Exception) -> str:
+        if self.route == "schur":
+            return "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
+        if self.route != "nullspace" and isinstance(error, NotPositiveDefiniteError):
+            return "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
+        if not isinstance(error, SingularError):
+            return ""
+        found: ActiveSet = findings.details
+        weak = active_set.names(namespace(found.weak), found.weak, found.equality)
+        text = "Here: the Hessian of the Lagrangian is singular on the null space of the active constraints"
+        return f"{text}, of which {weak} is weakly active and left out." if weak else f"{text}."
+
+
+# -- parts ---------------------------------------------------------------------------------------------
+def _lead(point: Point) -> int:
+    """Leading axes of items that the user's functions see."""
+    return 0 if point.backend.vmap is not None else len(point.items)
+
+
+def _lagrangian(f: Callable[..., Any], constraints: Callable[..., Any], lead: int) -> Callable[..., Any]:
+    """f + zᵀc as a function of ((y, z), θ)."""
+
+    def value(both: Any, theta: Any, *args: Any) -> Any:
+        y, z = both
+        total, start = f(y, theta, *args), 0
+        for c in flatten(constraints(y, theta, *args)).leaves:
+            shape = tuple(getattr(c, "shape", ()))
+            size = math.prod(shape[lead:])
+            total = total + _paired(z[..., start : start + size], c, shape, lead)
+            start += size
+        return total
+
+    return value
+
+
+def _paired(z: Any, c: Any, shape: tuple[int, ...], lead: int) -> Any:
+    """Σ z_i c_i over all axes but those of the items."""
+    if len(shape) == lead:
+        return z[..., 0] * c
+    xp = namespace(z)
+    product = xp.reshape(z, shape) * c
+    return xp.sum(product, axis=tuple(range(lead, len(shape))))
+
+
+def _pressed(first: FirstOrder, given: Array, norms: Array, limits: Limits, size: Array) -> Array:
+    """Inequalities with a multiplier that is larger than what is left of the constraint, both as distances.
+
+    So much is known where multipliers are given: an interior-point solution stops short of its constraints.
+    """
+    near = first.values > -100 * limits.violated * norms
+    return near & (given > 0) & (given * norms * norms > -first.values * size)
+
+
+def _row_norms(xp: Any, rows: Array) -> Array:
+    return item_norm(xp, rows) if rows.shape[-1] else xp.zeros(rows.shape[:-1], dtype=rows.dtype)
+
+
+def _equalities(point: Point, first: FirstOrder) -> Array:
+    """Mask of the equalities, shape (k,)."""
+    return point.backend.xp.arange(first.values.shape[-1], device=point.y.device) < first.p
+
+
+def _multiplier(point: Point, part: Any, name: str, size: int) -> Array:
+    backend = point.backend
+    if part is None or not size:
+        raise InputError(f"multipliers: there {'are' if size else 'is no'} {name}, and its part is {part!r}.")
+    leaf = backend.as_leaf(part, f"multipliers of {name}")
+    if math.prod(leaf.shape) != size * math.prod(point.items):
+        raise ShapeError(f"the multipliers of {name} have shape {tuple(leaf.shape)}; expected {(*point.items, size)}.")
+    return backend.astype(backend.reshape(leaf, (*point.items, size)), point.y.dtype)
+
+
+def _curvature(point: Point, K: Operator, gradient: Array) -> Array:
+    """Return the size of H, shape (*items, 1), seen on one vector; where it is zero, that of ∇f, or 1."""
+    backend, n = point.backend, point.y.n
+    xp, probe = backend.xp, point.y.space.probe()
+    image = K.matvec(padded(backend, probe, K.n))[..., :n]
+    found = item_norm(xp, image) / item_norm(xp, probe)
+    slope = item_norm(xp, gradient)
+    found = xp.where(found > 0, found, xp.where(slope > 0, slope, xp.ones_like(slope)))
+    return found[..., None]
+
+
+def _reduced(point: Point, whole: Maps, rows: Array, norms: Array, size: Array, found: ActiveSet) -> Maps:
+    """Scale the system and reduce it to the active set."""
+    backend, n = point.backend, point.y.n
+    xp = backend.xp
+    held = backend.astype(found.active, rows.dtype)
+    ratio = size / xp.where(norms > 0, norms, xp.ones_like(norms))
+    w = held * 2.0 ** xp.round(xp.log2(ratio))
+    corner = (1 - held) * size
+    ones, zeros = xp.ones_like(rows[..., 0, :]), xp.zeros_like(rows[..., 0, :])
+    scale, diagonal = backend.concat([ones, w]), backend.concat([zeros, corner])
+
+    def wrap(product: Product) -> Product:
+        return lambda x: scale * product(scale * x) - diagonal * x
+
+    matrix = whole.A.matrix
+    if matrix is not None:
+        eye = xp.eye(whole.A.n, dtype=matrix.dtype, device=point.y.device)
+        matrix = scale[..., :, None] * matrix * scale[..., None, :] - diagonal[..., None] * eye
+    A = saddle(
+        whole.A.rewrapped(wrap, matrix=matrix, positive_definite=False), primal=n, jacobian=w[..., None] * rows,
+        corner=corner,
+    )  # fmt: skip
+    usable = ~xp.any(found.violated | found.dependent, axis=-1)
+    quiet = usable & ~xp.any(found.weak | found.wrong, axis=-1)
+    residual, at = whole.residual, whole.at
+    z = xp.where(found.active, found.multipliers, xp.zeros_like(w))
+    return Maps(
+        None if residual is None else (lambda: scale * residual()),
+        None if at is None else (lambda y, theta: at(backend.concat([y, z]), theta)),
+        A,
+        _scaled(whole.B, scale),
+        Frame(lambda v: padded(backend, v, A.n), lambda x: x[..., :n]),
+        Findings(usable, quiet, found),
+    )
+
+
+def _scaled(B: LinearMap, scale: Array) -> LinearMap:
+    """W B."""
+    forward, adjoint, matrix = B.forward, B.adjoint, B.matrix
+    return replace(
+        B,
+        forward=None if forward is None else (lambda t: scale * forward(t)),
+        adjoint=None if adjoint is None else (lambda u: adjoint(scale * u)),
+        matrix=None if matrix is None else scale[..., None] * matrix,
+        _cache={},
+    )

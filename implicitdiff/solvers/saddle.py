@@ -1,0 +1,177 @@
+"""Saddle systems through their blocks: the Schur complement, and the null space of the constraints.
+
+With K = [[H, Jᵀ], [J, −D]], K (x, z) = (v, w) is, by rows, H x + Jᵀ z = v and J x − D z = w.
+
+- Schur complement: x = H⁻¹(v − Jᵀ z) from the first row; the second then says (J H⁻¹ Jᵀ + D) z = J H⁻¹ v − w.
+- Null space: x = x_p + P u with the particular part x_p = Jᵀ(JJᵀ)⁻¹ w and the orthogonal projector P = FFᵀ on
+  null(J), F an orthonormal basis of it. Within null(J), where Jᵀ z is not seen, the first row says
+  P H P u = P(v − H x_p). H may be singular as long as FᵀHF is not.
+
+References
+----------
+M. Benzi, G. H. Golub, J. Liesen, "Numerical solution of saddle point problems", Acta Numerica 14 (2005) 1-137, sections
+5 and 6. DOI 10.1017/S0962492904000212
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from implicitdiff.arrays import Array
+from implicitdiff.errors import InputError
+from implicitdiff.operator import Operator
+from implicitdiff.report import Counts
+from implicitdiff.saddle import SaddleOperator
+from implicitdiff.solvers.base import Solver
+
+__all__ = ["NullSpace", "Schur"]
+
+
+class _State(NamedTuple):
+    """The operator with its blocks, the inner operator with the state for it, and what was made of J."""
+
+    operator: SaddleOperator
+    inner: Operator
+    prepared: Any
+    factor: Any
+    solved: Any = None
+    status: Any = None
+
+
+@dataclass(frozen=True)
+class _Blockwise(Solver):
+    """A method that solves a saddle system through a smaller one.
+
+    Parameters
+    ----------
+    inner : Solver
+        For the smaller system.
+    """
+
+    inner: Any
+
+    route: ClassVar[str] = ""
+
+    @property
+    def damping(self) -> float:  # type: ignore[override]
+        """Damping of H."""
+        return float(getattr(self.inner, "damping", 0.0))
+
+    @property
+    def rtol(self) -> float | None:
+        """Tolerance, where the inner solver has one: the residual of the whole is held to a little more."""
+        rtol = getattr(self.inner, "rtol", None)
+        return None if rtol is None else 100 * rtol
+
+    def transpose(self, state: _State) -> _State:
+        return state  # K is symmetric
+
+    def describe(self, state: _State) -> list[tuple[str, str]]:
+        describe = getattr(self.inner, "describe", None)
+        methods = describe(state.prepared) if describe else [(type(self.inner).__name__, "chosen by name")]
+        return [(name, f"{self.route}; {why}") for name, why in methods]
+
+    def _blocks(self, operator: Operator) -> SaddleOperator:
+        if not isinstance(operator, SaddleOperator):
+            raise InputError(f"{type(self).__name__} solves saddle systems; name it as route= of a KKT condition.")
+        return operator
+
+
+@dataclass(frozen=True)
+class Schur(_Blockwise):
+    """H first, then the Schur complement J H⁻¹ Jᵀ + D of order k."""
+
+    route: ClassVar[str] = "Schur complement"
+
+    def init(self, operator: Operator) -> _State:
+        op = self._blocks(operator)
+        xp, hessian = op.backend.xp, op.hessian()
+        prepared = self.inner.init(hessian)  # K was damped already, and H with it
+        rows = xp.moveaxis(op.jacobian, -2, 0)  # k right-hand sides (k, *items, n)
+        solved, status, _ = self.inner.solve(prepared, rows)
+        solved = xp.moveaxis(solved, 0, -2)  # (*items, k, n), the rows H⁻¹ Jᵢᵀ
+        eye = xp.eye(op.n - op.primal, dtype=op.dtype, device=op.device)
+        complement = op.jacobian @ xp.matrix_transpose(solved) + op.corner[..., None] * eye
+        factor = op.backend.lu_factor(op.backend.widen(complement))
+        return _State(op, hessian, prepared, factor, solved, xp.max(xp.asarray(status), axis=0))
+
+    def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+        op, n = state.operator, state.operator.primal
+        xp = op.backend.xp
+        v, w = b[..., :n], b[..., n:]
+        t, status, counts = self.inner.solve(state.prepared, v)
+        z = _factored(op, state.factor, _times(xp, op.jacobian, t) - w)
+        x = t - _times(xp, xp.matrix_transpose(state.solved), z)
+        worst = xp.maximum(xp.asarray(status), state.status)
+        return op.backend.concat([x, z]), worst, _counts(counts, op.n - n)
+
+
+@dataclass(frozen=True)
+class NullSpace(_Blockwise):
+    """The reduced Hessian on null(J), by the orthogonal projector on it."""
+
+    route: ClassVar[str] = "null space"
+
+    def init(self, operator: Operator) -> _State:
+        op = self._blocks(operator)
+        xp, hessian = op.backend.xp, op.hessian()
+        k = op.n - op.primal
+        eye = xp.eye(k, dtype=op.dtype, device=op.device)
+        # inactive rows of J are zero; D, positive there, keeps the Gram matrix regular
+        scale = xp.where(op.corner > 0, op.corner, xp.zeros_like(op.corner))
+        gram = op.jacobian @ xp.matrix_transpose(op.jacobian) + scale[..., None] * eye
+        factor = op.backend.lu_factor(op.backend.widen(gram))
+        size = xp.sqrt(xp.sum(op.jacobian * op.jacobian, axis=(-2, -1)) / max(k, 1))
+        size = xp.where(size > 0, size, xp.ones_like(size))[..., None]
+
+        def product(x: Array) -> Array:  # P H P + h (I − P): H on null(J), the size of the rows of J beside it
+            inside = _projected(op, factor, x)
+            return _projected(op, factor, hessian.matvec(inside)) + size * (x - inside)
+
+        inner = Operator(
+            op.backend, op.primal, op.primal, op.items, op.dtype, op.device, forward=product, adjoint=product,
+            kind=op.kind, label="the reduced Hessian", symmetric=True, trusted=op.trusted, accuracy=op.accuracy,
+        )  # fmt: skip
+        return _State(op, hessian, self.inner.init(inner), factor)
+
+    def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+        op, n = state.operator, state.operator.primal
+        xp, jacobian_t = op.backend.xp, op.backend.xp.matrix_transpose(op.jacobian)
+        v, w = b[..., :n], b[..., n:]
+        particular = _times(xp, jacobian_t, _factored(op, state.factor, w))
+        rest = v - state.inner.matvec(particular)
+        u, status, counts = self.inner.solve(state.prepared, _projected(op, state.factor, rest))
+        x = particular + _projected(op, state.factor, u)
+        z = _factored(op, state.factor, _times(xp, op.jacobian, v - state.inner.matvec(x)))
+        inactive = xp.broadcast_to(op.corner > 0, z.shape)
+        safe = xp.where(op.corner > 0, op.corner, xp.ones_like(op.corner))
+        return op.backend.concat([x, xp.where(inactive, -w / safe, z)]), status, _counts(counts, 2)
+
+
+def _times(xp: Any, matrix: Array, x: Array) -> Array:
+    """Product of a matrix (*items, r, c) with vectors (*rhs, *items, c)."""
+    return (matrix @ x[..., None])[..., 0]
+
+
+def _factored(op: Operator, factor: Any, b: Array) -> Array:
+    """Solve with a factored matrix (*items, k, k) for b of shape (*rhs, *items, k)."""
+    backend, lead = op.backend, len(op.items)
+    xp = backend.xp
+    many = len(b.shape) > lead + 1
+    columns = xp.moveaxis(b, 0, -1) if many else b[..., None]
+    x = backend.astype(backend.lu_solve(factor, backend.widen(columns), False), b.dtype)
+    return xp.moveaxis(x, -1, 0) if many else x[..., 0]
+
+
+def _projected(op: SaddleOperator, factor: Any, x: Array) -> Array:
+    """P x = x − Jᵀ(JJᵀ)⁻¹ J x."""
+    xp = op.backend.xp
+    z = _factored(op, factor, _times(xp, op.jacobian, x))
+    return x - _times(xp, xp.matrix_transpose(op.jacobian), z)
+
+
+def _counts(counts: Counts, more: int) -> Counts:
+    """Counts of the inner solve, as those of a solve that says nothing of its own residual."""
+    counts = Counts(*counts)
+    return Counts(counts.iterations, counts.matvecs + more, None, counts.operator_norm, counts.rcond)
