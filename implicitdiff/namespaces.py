@@ -18,6 +18,10 @@ def namespace(x: Array, *others: Any) -> Any:
         import autograd.numpy
 
         return autograd.numpy
+    if type(x).__module__.partition(".")[0] == "torch":  # array_namespace has a cache that torch.compile warns about
+        import array_api_compat.torch
+
+        return array_api_compat.torch
     import array_api_compat
 
     return array_api_compat.array_namespace(x)

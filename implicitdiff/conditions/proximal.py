@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from implicitdiff.arrays import Array
-from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, maps_from
+from implicitdiff.arrays import Array, item_numbers
+from implicitdiff.conditions.base import Condition, Findings, Given, Maps, check_callables, maps_from
 from implicitdiff.conditions.fixed_point import identity_minus
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
@@ -24,6 +24,7 @@ from implicitdiff.errors import InputError
 from implicitdiff.operator import LinearMap, Operator
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.support import OnSupport, ProximalOperator
+from implicitdiff.vectors import is_tree_vector
 
 __all__ = ["ProjectedGradient", "ProximalGradient"]
 
@@ -86,7 +87,22 @@ class _Composite(Condition):
             return z - outer(moved, t) + 0.6 * moved
 
         backend.check_dependence(lambda t: at(y, t), theta)
-        return Maps(lambda: y - outer(x, theta), at, _system(P.A, smooth.A, step), _mixed(P, smooth, step))
+        findings = None if backend.composable or is_tree_vector(x) else _kinks(point, P.A.kind, outer, x)
+        A, B = _system(P.A, smooth.A, step), _mixed(P, smooth, step)
+        return Maps(lambda: y - outer(x, theta), at, A, B, findings=findings)
+
+    def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
+        import array_api_compat
+
+        bent = findings.details
+        xp = array_api_compat.array_namespace(bent)
+        where = f"items {item_numbers(xp, xp.any(bent, axis=-1))}" if batched else f"y, at {item_numbers(xp, bent)}"
+        return None, [
+            f"{self._name} has a kink at x = y - step ∇f, or next to it: in {where} (in raveled order).\n"
+            "Likely cause: a constraint, or a zero of y, that holds with a multiplier of zero (no strict "
+            "complementarity); or finite differences that reach across a kink.\n"
+            "The derivative is that of one side, or a mean. Next: move theta, or let autodiff derive it."
+        ]
 
 
 def _system(D: Operator, H: Operator, step: float) -> Operator:
@@ -116,6 +132,21 @@ def _mixed(P: Maps, smooth: Maps, step: float) -> LinearMap:
         adjoint=lambda u: step * C.rmatvec(D.rmatvec(u)) - E.rmatvec(u),
         kind=_kinds(E, C), label="B", domain=E.domain,
     )  # fmt: skip
+
+
+def _kinks(point: Point, kind: str, outer: Callable[[Array, Array], Array], x: Array) -> Findings:
+    """Look whether P is bent at x: a second difference is of second order in its step only where P is smooth."""
+    backend, theta = point.backend, point.theta.vector
+    xp, eps = backend.xp, float(backend.xp.finfo(x.dtype).eps)
+    z = backend.space(x).probe() + xp.zeros_like(x)
+    z = xp.where(z < 0, z - 0.5, z + 0.5)
+    size = xp.max(xp.abs(x), axis=-1, keepdims=True) if point.y.n else xp.zeros_like(x)
+    reach = 2 * eps ** (1 / 3) if kind == "finite differences" else eps**0.5  # as far as the derivative looked
+    h = reach * xp.where(size > 1, size, xp.ones_like(size))
+    middle = outer(x, theta)
+    bent = xp.abs((outer(x + h * z, theta) - middle) - (middle - outer(x - h * z, theta))) > 0.05 * h
+    quiet = ~xp.any(bent, axis=-1)
+    return Findings(xp.ones_like(quiet), quiet, bent)
 
 
 def _kinds(*maps: LinearMap) -> str:
