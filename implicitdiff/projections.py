@@ -128,7 +128,7 @@ def simplex(x: Array, *, total: Any = 1.0) -> Array:
     # u_k lies above it, and only so long.
     v = plain(x)
     u, count = -xp.sort(-v, axis=-1), constant(xp, v, np.arange(1.0, v.shape[-1] + 1))
-    cumulated = (xp.cumulative_sum if hasattr(xp, "cumulative_sum") else xp.cumsum)(u, axis=-1)
+    cumulated = (xp.cumsum if hasattr(xp, "cumsum") else xp.cumulative_sum)(u, axis=-1)
     threshold = xp.max((cumulated - plain(total)) / count, axis=-1, keepdims=True)
     # Once more from the support alone, which keeps the order of the coordinates out of the derivative.
     support = x > threshold
