@@ -1,4 +1,4 @@
-"""Sphinx configuration: Markdown pages, API reference from the docstrings."""
+"""Sphinx configuration: Markdown pages, a gallery that is run, API reference from the docstrings."""
 
 import re
 from pathlib import Path
@@ -13,8 +13,8 @@ author = "the implicitdiff authors"
 copyright = "the implicitdiff authors"  # noqa: A001
 version = release = implicitdiff.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
-exclude_patterns = ["_build"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_gallery.gen_gallery"]
+exclude_patterns = ["_build", "gallery"]  # of the gallery, what is made of it is read
 default_role = "py:obj"
 myst_heading_anchors = 3
 
@@ -22,6 +22,18 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "worked_systems",
+    "within_subsection_order": "FileNameSortKey",
+    "capture_repr": (),
+    "image_srcset": ["2x"],
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 1e9,  # seconds; times differ from build to build
+}
 
 html_theme = "furo"
 html_title = f"implicitdiff {release}"

@@ -63,8 +63,8 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
     failed = evidence.solution.failed & good
     if any_true(xp, failed):
         error = explain(rules.prepared.operator, evidence.solution, solver)
-        if evidence.findings is not None and (more := rules.condition.diagnose(evidence.findings, error)):
-            error.args = (f"{error}\n{more}",)
+        if evidence.findings is not None:
+            return rules.condition.diagnose(evidence.findings, error, rules.prepared.operator)
         return error
     return _product_error(rules.point, evidence.image | ~good, "mixed_vjp (Bᵀ u)")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
+import operator
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, item_numbers
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, ShapeError
 from implicitdiff.pytree import Tree, flatten, same_structure
-from implicitdiff.vectors import TreeVector
+from implicitdiff.vectors import TreeVector, is_tree_vector
 
 __all__ = ["Leaf", "LeafRavel", "Ravel"]
 
@@ -212,6 +214,19 @@ class Ravel:
         """Cut a vector into the raveled leaves."""
         ends = list(itertools.accumulate(leaf.size for leaf in self.leaves))
         return [vector[..., end - leaf.size : end] for leaf, end in zip(self.leaves, ends, strict=True)]
+
+    def finite(self, vector: Any) -> Array:
+        """Whether a vector is finite, per item."""
+        return functools.reduce(operator.and_, (self.backend.space(x).finite(x) for x in self._looked_at(vector)))
+
+    def vanishes(self, vector: Any) -> Array:
+        """Whether a vector is exactly zero in every item."""
+        return functools.reduce(operator.and_, (self.backend.space(x).vanishes(x) for x in self._looked_at(vector)))
+
+    def _looked_at(self, vector: Any) -> list[Any]:
+        # In a compiled program the leaves are looked at one by one, and need not be concatenated for it.
+        apart = self.backend.traced and not is_tree_vector(vector) and 1 < len(self.leaves) <= 16
+        return [x for x in self.parts(vector) if x.shape[-1]] or [vector] if apart else [vector]
 
     def bad_leaf(self, vector: Any) -> str:
         """Name the first leaf of a vector that is not finite, and the items where there is a batch."""

@@ -86,7 +86,7 @@ class Regularity:
         lines = [f"Regularity: {'regular' if self.regular else '; '.join(self.problems)}"]
         for name, value in self.__dict__.items():
             if name == "multipliers" and value is not None:
-                value = ", ".join(f"{float(value[i]):.6g}" for i in range(value.shape[0]))
+                value = ", ".join(f"{float(value[i]) + 0.0:.6g}" for i in range(value.shape[0]))
             if name != "problems" and value is not None and value != ():
                 lines.append(f"  {name:<24}{', '.join(map(str, value)) if isinstance(value, tuple) else value}")
         return "\n".join(lines)

@@ -120,7 +120,7 @@ class Rules:
 
     def _finite(self, x: Any, border: Ravel, name: str) -> Array:
         """Whether the items of a vector are finite; where values are seen, one that is not is told at once."""
-        finite = self.task.backend.space(x).finite(x)
+        finite = border.finite(x) if x.shape[-1] == border.n else self.task.backend.space(x).finite(x)
         if not self.task.backend.traced and any_true(self.task.backend.xp, ~finite):
             reject_non_finite(self.task, border, x, name)
         return finite
@@ -214,9 +214,9 @@ class Rules:
         solution = self._solve(b, x0, inputs, transposed=True)
         u = solution.x
         g = -self.B.rmatvec(u)
-        to_theta = space(g)
-        vanished = to_theta.vanishes(g) & ~space(u).vanishes(u)
-        evidence = self._evidence(solution, inputs, right, self._per_item(to_theta.finite(g)), vanished)
+        theta = self.point.theta
+        vanished = theta.vanishes(g) & ~space(u).vanishes(u)
+        evidence = self._evidence(solution, inputs, right, self._per_item(theta.finite(g)), vanished)
         return self._poisoned(g, solution), evidence
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:

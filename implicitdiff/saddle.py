@@ -73,13 +73,15 @@ class SaddleOperator(Operator):
         if self.sparse is not None:
             return super()._assemble()
         xp, n, lead = self.backend.xp, self.primal, len(self.items)
-        k = self.n - n
         unit = xp.eye(n, self.n, dtype=self.dtype, device=self.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * lead, self.n)), (n, *self.items, self.n))
-        left = xp.moveaxis(self.matvec(unit), 0, -1)  # (*items, N, n)
-        lower = xp.matrix_transpose(left[..., n:, :])
-        eye = xp.eye(k, dtype=self.dtype, device=self.device)
-        right = xp.concat([lower, -self.corner[..., :, None] * eye], axis=-2)
+        return self.matrix_of(xp.moveaxis(self.matvec(unit), 0, -1))
+
+    def matrix_of(self, left: Array) -> Array:
+        """Complete the first n columns, H over J, to the whole matrix."""
+        xp, n = self.backend.xp, self.primal
+        eye = xp.eye(self.n - n, dtype=self.dtype, device=self.device)
+        right = xp.concat([xp.matrix_transpose(left[..., n:, :]), -self.corner[..., :, None] * eye], axis=-2)
         return xp.concat([left, right], axis=-1)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, item_numbers, needed
 
-__all__ = ["ActiveSet", "Limits", "candidates", "classified", "names", "recovered"]
+__all__ = ["ActiveSet", "Limits", "candidates", "classified", "dependent_rows", "names", "recovered"]
 
 
 class Limits(NamedTuple):
@@ -101,10 +101,26 @@ def _dependent(backend: Any, gram: Array, candidate: Array) -> tuple[Array, Any]
     limit = 1e4 * float(xp.finfo(gram.dtype).eps) * gram.shape[-1]
     singular = ~(xp.min(pivots * pivots, axis=-1) > limit)  # NaN: not positive definite
     if not backend.traced and needed(backend, singular):
-        values, vectors = xp.linalg.eigh(gram)
-        null = xp.where((values < limit)[..., None, :], xp.abs(vectors), xp.zeros_like(vectors))
-        return candidate & singular[..., None] & (xp.max(null, axis=-1) > 1e-4), factor
+        return candidate & singular[..., None] & _in_null_space(xp, gram, limit), factor
     return candidate & singular[..., None], factor
+
+
+def _in_null_space(xp: Any, gram: Array, limit: float) -> Array:
+    """Mark the rows that the null vectors of a Gram matrix are made of."""
+    values, vectors = xp.linalg.eigh(gram)
+    null = xp.where((values < limit)[..., None, :], xp.abs(vectors), xp.zeros_like(vectors))
+    return xp.max(null, axis=-1) > 1e-4
+
+
+def dependent_rows(backend: Any, rows: Array, active: Array) -> Array | None:
+    """Mark the active rows of J that are linearly dependent, or None. For eager use, after a failure."""
+    xp = backend.xp
+    norms = xp.sqrt(xp.sum(rows * rows, axis=-1))
+    unit = rows / xp.where(norms > 0, norms, xp.ones_like(norms))[..., None]
+    eye = xp.eye(rows.shape[-2], dtype=rows.dtype, device=backend.device(rows))
+    gram = unit @ xp.matrix_transpose(unit) + (1 - backend.astype(active, rows.dtype))[..., None] * eye
+    found = active & _in_null_space(xp, gram, 1e4 * float(xp.finfo(rows.dtype).eps) * rows.shape[-2])
+    return found if bool(xp.any(found)) else None
 
 
 def classified(

@@ -81,9 +81,9 @@ class Condition:
         """Turn findings into an error, if any, and warnings."""
         return None, []
 
-    def diagnose(self, findings: Findings, error: Exception) -> str:
-        """Say more about a solve that failed; empty where there is nothing to add."""
-        return ""
+    def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
+        """Say more about a solve that failed."""
+        return error
 
     def maps(self, point: Point) -> Maps:
         """F, A = ∂F/∂y and B = ∂F/∂θ at a point."""

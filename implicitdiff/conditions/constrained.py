@@ -37,7 +37,7 @@ from implicitdiff.errors import (
     SingularError,
     UnknownNameError,
 )
-from implicitdiff.operator import LinearMap, Operator, Product
+from implicitdiff.operator import LinearMap, Operator, Product, matrix_product
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
 from implicitdiff.saddle import padded, saddle
@@ -111,6 +111,10 @@ class Constrained(Condition):
         gradient = backend.differentiate_gradient(objective, y, theta).value()
         return FirstOrder(sizes.get("eq", 0), found.value(), rows, gradient)
 
+    def hessian(self, point: Point) -> Array | None:
+        """H as a matrix, shape (*items, n, n), where it is at hand."""
+        return None
+
     def system(self, point: Point, z: Array) -> Maps:
         """F, A and B of the Lagrangian's stationary point over (y, z), all constraints in it."""
         border = Ravel(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
@@ -136,7 +140,9 @@ class Constrained(Condition):
         if given is not None and not backend.composable:
             whole = self.system(point, given)
             candidate = candidate | _pressed(first, given, norms, limits, _curvature(point, whole.A, first.gradient))
-        z, dependent = active_set.recovered(backend, first.gradient, first.rows, norms, candidate)
+            z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
+        else:
+            z, dependent = active_set.recovered(backend, first.gradient, first.rows, norms, candidate)
         if whole is None:  # and where the derivative is differentiated again: there z has to follow y and theta
             whole = self.system(point, xp.where(candidate, z, xp.zeros_like(z)))
         size = _curvature(point, whole.A, first.gradient)
@@ -144,7 +150,7 @@ class Constrained(Condition):
         judged = active_set.classified(
             xp, equality, first.values, norms, reach, limits, candidate, dependent, z if given is None else given, force
         )  # fmt: skip
-        return _reduced(point, whole, first.rows, norms, size, judged)
+        return _reduced(point, whole, self.hessian(point), first.rows, norms, size, judged)
 
     def _given(self, point: Point, first: FirstOrder) -> Array | None:
         """Return the user's multipliers as one vector per item."""
@@ -182,11 +188,7 @@ class Constrained(Condition):
                 "Next: check the sign of ineq, or solve to a tighter tolerance."
             ), []
         if dependent := which(found.dependent):
-            return QualificationError(
-                f"LICQ fails: the gradients of {dependent} are linearly dependent (or zero) at y.\n"
-                "Likely cause: a constraint that is there twice, or more active constraints than variables.\n"
-                "Next: drop the redundant ones; check_regularity(condition, y, theta) shows the active set."
-            ), []
+            return _unqualified(dependent), []
         messages = []
         if weak := which(found.weak):
             messages.append(
@@ -201,17 +203,33 @@ class Constrained(Condition):
             )
         return None, messages
 
-    def diagnose(self, findings: Findings, error: Exception) -> str:
-        if self.route == "schur":
-            return "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
-        if self.route != "nullspace" and isinstance(error, NotPositiveDefiniteError):
-            return "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
-        if not isinstance(error, SingularError):
-            return ""
+    def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
         found: ActiveSet = findings.details
-        weak = active_set.names(namespace(found.weak), found.weak, found.equality)
-        text = "Here: the Hessian of the Lagrangian is singular on the null space of the active constraints"
-        return f"{text}, of which {weak} is weakly active and left out." if weak else f"{text}."
+        xp = operator.backend.xp
+        text = ""
+        if self.route == "schur":
+            text = "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
+        elif self.route != "nullspace" and isinstance(error, NotPositiveDefiniteError):
+            text = "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
+        elif isinstance(error, SingularError):
+            rows = operator.jacobian  # type: ignore[attr-defined]
+            dependent = active_set.dependent_rows(operator.backend, rows, found.active)
+            if dependent is not None:
+                return _unqualified(active_set.names(xp, dependent, found.equality))
+            weak = active_set.names(xp, found.weak, found.equality)
+            text = "Here: the Hessian of the Lagrangian is singular on the null space of the active constraints"
+            text = f"{text}, of which {weak} is weakly active and left out." if weak else f"{text}."
+        if text:
+            error.args = (f"{error}\n{text}",)
+        return error
+
+
+def _unqualified(names: str) -> QualificationError:
+    return QualificationError(
+        f"LICQ fails: the gradients of {names} are linearly dependent (or zero) at y.\n"
+        "Likely cause: a constraint that is there twice, or more active constraints than variables.\n"
+        "Next: drop the redundant ones; check_regularity(condition, y, theta) shows the active set."
+    )
 
 
 # -- parts ---------------------------------------------------------------------------------------------
@@ -284,7 +302,9 @@ def _curvature(point: Point, K: Operator, gradient: Array) -> Array:
     return found[..., None]
 
 
-def _reduced(point: Point, whole: Maps, rows: Array, norms: Array, size: Array, found: ActiveSet) -> Maps:
+def _reduced(
+    point: Point, whole: Maps, H: Array | None, rows: Array, norms: Array, size: Array, found: ActiveSet
+) -> Maps:  # fmt: skip
     """Scale the system and reduce it to the active set."""
     backend, n = point.backend, point.y.n
     xp = backend.xp
@@ -298,14 +318,12 @@ def _reduced(point: Point, whole: Maps, rows: Array, norms: Array, size: Array, 
     def wrap(product: Product) -> Product:
         return lambda x: scale * product(scale * x) - diagonal * x
 
-    matrix = whole.A.matrix
-    if matrix is not None:
-        eye = xp.eye(whole.A.n, dtype=matrix.dtype, device=point.y.device)
-        matrix = scale[..., :, None] * matrix * scale[..., None, :] - diagonal[..., None] * eye
-    A = saddle(
-        whole.A.rewrapped(wrap, matrix=matrix, positive_definite=False), primal=n, jacobian=w[..., None] * rows,
-        corner=corner,
-    )  # fmt: skip
+    blocks = {"primal": n, "jacobian": w[..., None] * rows, "corner": corner, "positive_definite": False}
+    A = saddle(whole.A.rewrapped(wrap), **blocks)
+    if H is not None:
+        matrix = A.matrix_of(xp.concat([H, blocks["jacobian"]], axis=-2))
+        product = matrix_product(xp, matrix)
+        A = replace(A, matrix=matrix, forward=product, adjoint=product)
     usable = ~xp.any(found.violated | found.dependent, axis=-1)
     quiet = usable & ~xp.any(found.weak | found.wrong, axis=-1)
     residual, at = whole.residual, whole.at

@@ -13,6 +13,7 @@ from implicitdiff.conditions.constrained import Constrained
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
+from implicitdiff.operator import Operator
 from implicitdiff.pytree import flatten
 
 __all__ = ["LogBarrier"]
@@ -52,13 +53,13 @@ class LogBarrier(Constrained):
 
     Examples
     --------
-    min over y of t (y − θ) − log(y), hence y = 1/t for every θ and y >= 0 in the limit:
+    min over y >= 0 of θ y, hence y = 0, from t θ y − log(y), hence y = 1 / (t θ):
 
     >>> import numpy as np
     >>> from implicitdiff import LogBarrier, implicit_jacobian
     >>> barrier = LogBarrier(lambda y, theta: theta * y, ineq=lambda y, theta: -y, t=10.0)
     >>> theta = np.array(2.0)
-    >>> round(float(implicit_jacobian(barrier, 1 / (10 * theta), theta)), 6)  # y = 1 / (t theta)
+    >>> round(float(implicit_jacobian(barrier, 1 / (10 * theta), theta)), 6)  # −1 / (t theta²)
     -0.025
     """
 
@@ -134,9 +135,9 @@ class LogBarrier(Constrained):
             ), []
         return super().tell(findings._replace(details=found), batched) if found is not None else (None, [])
 
-    def diagnose(self, findings: Findings, error: Exception) -> str:
+    def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
         found = findings.details[0]
-        return "" if found is None else super().diagnose(findings._replace(details=found), error)
+        return error if found is None else super().diagnose(findings._replace(details=found), error, operator)
 
 
 def _inequalities(xp: Any, mask: Array) -> str:

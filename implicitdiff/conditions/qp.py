@@ -11,7 +11,7 @@ from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.constrained import Constrained, FirstOrder
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, ShapeError
-from implicitdiff.operator import LinearMap, Operator, matrix_map
+from implicitdiff.operator import LinearMap, Operator
 
 __all__ = ["QP"]
 
@@ -158,16 +158,21 @@ class _Bound(Constrained):
         values = _times(rows, y) - xp.concat([d["b"], d["h"]], axis=-1)
         return FirstOrder(d["A"].shape[-2], values, rows, _times(_symmetric(xp, d["Q"]), y) + d["q"])
 
+    def hessian(self, point: Point) -> Array | None:
+        return _symmetric(point.backend.xp, self.all_data(point.theta.vector)["Q"])
+
     def system(self, point: Point, z: Array) -> Maps:
         xp, backend, n = point.backend.xp, point.backend, point.y.n
         d, y = self.all_data(point.theta.vector), point.y.vector
-        rows = xp.concat([d["A"], d["G"]], axis=-2)
+        H, rows = _symmetric(xp, d["Q"]), xp.concat([d["A"], d["G"]], axis=-2)
         k = rows.shape[-2]
-        corner = xp.zeros((*point.items, k, k), dtype=y.dtype, device=point.y.device)
-        upper = xp.concat([_symmetric(xp, d["Q"]), xp.matrix_transpose(rows)], axis=-1)
-        matrix = xp.concat([upper, xp.concat([rows, corner], axis=-1)], axis=-2)
-        A = matrix_map(Operator, backend, matrix, point.items, y.dtype, point.y.device, label="A", symmetric=True,
-                       trusted=True)  # fmt: skip
+
+        def product(x: Array) -> Array:
+            return xp.concat([_times(H, x[..., :n]) + _times(xp.matrix_transpose(rows), x[..., n:]),
+                              _times(rows, x[..., :n])], axis=-1)  # fmt: skip
+
+        A = Operator(backend, n + k, n + k, point.items, y.dtype, point.y.device, forward=product, adjoint=product,
+                     symmetric=True, trusted=True)  # fmt: skip
 
         def at(both: Array, theta: Array) -> Array:
             d = self.all_data(theta)

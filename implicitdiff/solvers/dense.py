@@ -29,7 +29,8 @@ __all__ = ["DenseSolver", "DenseState"]
 class DenseState(NamedTuple):
     """A factored matrix.
 
-    ``rcond`` estimates 1/(‖A‖ ‖A⁻¹‖) and ``failed`` holds a status per item, 0 where the factorisation is sound.
+    ``rcond`` estimates 1/(‖A‖ ‖A⁻¹‖) and ``failed`` holds a status per item, 0 where the factorisation is sound. Where
+    JAX is tracing, ``rcond`` is None: the estimate comes with the solve, as one more right-hand side.
     """
 
     operator: Operator
@@ -81,21 +82,12 @@ class DenseSolver(Solver):
         if broken is not None:
             failed = _mark(xp, failed, broken, Status.NOT_POSITIVE_DEFINITE)
         norm = xp.max(xp.sum(xp.abs(matrix), axis=-1), axis=-1)
-        rcond = self._reciprocal_condition(operator, factor, matrix, norm)
-        # one probe sees ‖A⁻¹‖ up to a modest factor; at 1 % of uncertainty the solution is told singular
-        failed = _mark(xp, failed, rcond < 100 * float(xp.finfo(matrix.dtype).eps), Status.SINGULAR)
-        return DenseState(operator, matrix, factor, False, norm, rcond, failed)
-
-    def _reciprocal_condition(self, operator: Operator, factor: Any, matrix: Array, norm: Array) -> Array:
-        """Estimate 1/(‖A‖ ‖A⁻¹‖) from the image of one vector without structure under A⁻¹."""
-        xp = operator.backend.xp
-        z = probe_vector(xp, operator.n, matrix.dtype, operator.device)
-        columns = xp.broadcast_to(z, (*operator.items, operator.n))[..., None]
-        w = self.apply(operator.backend, factor, columns, False)[..., 0]
-        product = norm * math.sqrt(operator.n) * item_norm(xp, w) / item_norm(xp, z)
-        usable = xp.isfinite(product) & (product > 0)
-        one = xp.ones_like(product)
-        return xp.where(usable, one / xp.where(usable, product, one), 0 * one)
+        if backend.traced:
+            failed = xp.where(xp.isfinite(norm), failed, xp.full_like(failed, int(Status.NON_FINITE)))
+            return DenseState(operator, matrix, factor, False, norm, None, failed)
+        state = DenseState(operator, matrix, factor, False, norm, None, failed)
+        w = self.apply(backend, factor, _probe(state)[..., None], False)[..., 0]
+        return _with_condition(state, w)
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         if not isinstance(state, DenseState):
@@ -106,9 +98,10 @@ class DenseSolver(Solver):
         zero = size == 0
         scale = xp.where(zero, xp.ones_like(size), size)
         unit = backend.widen(b / scale[..., None])
-        if backend.traced:  # wait for the condition estimate: XLA may hang on LAPACK calls at one time (on the CPU)
-            unit = unit + 0 * state.rcond[..., None]
-        x, residual = self._refined(state, unit)
+        if backend.traced:
+            state, x, residual = self._with_probe(state, unit)
+        else:
+            x, residual = self._refined(state, unit)
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
         if needed(backend, zero):
             residual, status = xp.where(zero, 0 * scale, residual), xp.where(zero, xp.zeros_like(status), status)
@@ -124,10 +117,6 @@ class DenseSolver(Solver):
         x = self._apply_rows(state, b)
         r = b - product(x)
         residual = xp.sqrt(xp.vecdot(r, r))
-        if backend.traced:  # one step at once: no loop with LAPACK calls in it is to be there
-            x = x + self._apply_rows(state, r)
-            r = b - product(x)
-            return x, xp.sqrt(xp.vecdot(r, r))
         # The size of b − A x that rounding explains is eps ‖A‖ ‖x‖; factors that are stable leave no more.
         rounding = float(xp.finfo(r.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
 
@@ -137,6 +126,25 @@ class DenseSolver(Solver):
             return x, xp.sqrt(xp.vecdot(r, r))
 
         return backend.rescue(~(residual <= 100 * rounding), refine, (x, residual))
+
+    def _with_probe(self, state: DenseState, b: Array) -> tuple[DenseState, Array, Array]:
+        """Solve for b and for the probe vector in one go.
+
+        A compiled program has no branch that is cheap: single precision is always refined, double never. And XLA was
+        seen to hang, on the CPU, where calls of LAPACK run at the same time or in a loop: these follow one another.
+        """
+        backend, lead = state.operator.backend, len(state.operator.items)
+        xp = backend.xp
+        product = matrix_product(xp, state.matrix, transposed=state.transposed)
+        many = len(b.shape) > lead + 1
+        rows = xp.concat([b if many else b[None, ...], _probe(state)[None, ...]], axis=0)
+        rows = self._apply_rows(state, rows)
+        x, w = (rows[:-1, ...] if many else rows[0, ...]), rows[-1, ...]
+        r = b - product(x)
+        if float(xp.finfo(r.dtype).eps) > 1e-10:
+            x = x + self._apply_rows(state, r)
+            r = b - product(x)
+        return _with_condition(state, w), x, xp.sqrt(xp.vecdot(r, r))
 
     def _apply_rows(self, state: DenseState, b: Array) -> Array:
         """Solve for b of shape (*rhs, *items, n), whose right-hand sides are columns to LAPACK."""
@@ -153,13 +161,32 @@ class DenseSolver(Solver):
         return state._replace(operator=state.operator.transpose(), transposed=not state.transposed)
 
 
+def _probe(state: DenseState) -> Array:
+    """Return a vector without structure for every item, shape (*items, n)."""
+    op = state.operator
+    z = probe_vector(op.backend.xp, op.n, state.matrix.dtype, op.device)
+    return op.backend.xp.broadcast_to(z, (*op.items, op.n))
+
+
+def _with_condition(state: DenseState, w: Array) -> DenseState:
+    """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the image of the probe vector under A⁻¹."""
+    xp, n = state.operator.backend.xp, state.operator.n
+    product = state.norm * math.sqrt(n) * item_norm(xp, w) / item_norm(xp, _probe(state))
+    usable = xp.isfinite(product) & (product > 0)
+    one = xp.ones_like(product)
+    rcond = xp.where(usable, one / xp.where(usable, product, one), 0 * one)
+    # one probe sees ‖A⁻¹‖ up to a modest factor; at 1 % of uncertainty the solution is told singular
+    failed = _mark(xp, state.failed, rcond < 100 * float(xp.finfo(state.matrix.dtype).eps), Status.SINGULAR)
+    return state._replace(rcond=rcond, failed=failed)
+
+
 def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
     """Mark items whose matrix is not finite, and put the identity in their place."""
     xp = operator.backend.xp
     failed = xp.zeros(operator.items, dtype=xp.int32, device=operator.device)
+    if operator.backend.traced:  # no exception comes of a NaN there; it shows in the norm
+        return matrix, failed
     finite = xp.all(xp.isfinite(matrix), axis=(-2, -1))
-    if operator.backend.traced:  # no exception comes of a NaN there, and its factors are NaN as well
-        return matrix, _mark(xp, failed, ~finite, Status.NON_FINITE)
     if any_true(xp, ~finite):
         eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
         matrix = xp.where(finite[..., None, None], matrix, eye)
@@ -170,7 +197,8 @@ def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
 def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Array, Array]:
     """Check a declared symmetry, and take the symmetric part of a matrix that has it up to noise only."""
     xp = operator.backend.xp
-    if operator.trusted and not operator.accuracy and not operator.backend.traced:
+    exact = operator.trusted and not operator.accuracy
+    if exact and not (operator.backend.traced and float(xp.finfo(matrix.dtype).eps) > 1e-10):
         return matrix, failed  # where traced, rounding in single precision is not refined away afterwards
     transpose = xp.matrix_transpose(matrix)
     if not needed(operator.backend, matrix != transpose):
