@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-from conftest import NUMPY, PLAIN, Library
+from conftest import JAX, NUMPY, PLAIN, Library
 from frameworks import framework
 from helpers_proximal import (
     CASE,
