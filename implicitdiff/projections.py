@@ -140,7 +140,7 @@ def simplex(x: Array, *, total: Any = 1.0) -> Array:
 
 
 def l1_ball(x: Array, *, radius: Any = 1.0) -> Array:
-    """Project onto the ℓ1 ball {y: Σ |y| <= radius}.
+    """Project onto the ℓ1 ball {y: ‖y‖₁ <= radius}.
 
     Parameters
     ----------

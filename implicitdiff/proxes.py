@@ -2,7 +2,7 @@
 
 The vector is the last axis; leading axes are independent vectors. A penalty is a number or an array, and may be a
 parameter: each function can be compiled, vectorised and differentiated by the framework in x and in the penalty. At
-points where the operator has a kink (|x| = step · penalty) autodiff gives one of the one-sided derivatives.
+points where the operator has a kink (abs(x) = step · penalty) autodiff gives one of the one-sided derivatives.
 
 For `ProximalGradient` write ``lambda x, theta, step: lasso(x, theta["penalty"], step)``; where theta
 is the penalty, ``lasso`` itself will do.
@@ -28,7 +28,7 @@ __all__ = ["elastic_net", "group_lasso", "lasso", "ridge"]
 
 
 def lasso(x: Array, penalty: Any, step: float = 1.0) -> Array:
-    """Proximal operator of the lasso penalty Σ penalty |y|: soft thresholding.
+    """Proximal operator of the lasso penalty penalty · ‖y‖₁: soft thresholding.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def lasso(x: Array, penalty: Any, step: float = 1.0) -> Array:
     Returns
     -------
     array, shape (..., n)
-        Exactly 0 where |x| <= step · penalty.
+        Exactly 0 where abs(x) <= step · penalty.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def lasso(x: Array, penalty: Any, step: float = 1.0) -> Array:
 
 
 def ridge(x: Array, penalty: Any, step: float = 1.0) -> Array:
-    """Proximal operator of the ridge penalty ½ Σ penalty y².
+    """Proximal operator of the ridge penalty ½ penalty · ‖y‖².
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def ridge(x: Array, penalty: Any, step: float = 1.0) -> Array:
 
 
 def elastic_net(x: Array, l1: Any, l2: Any, step: float = 1.0) -> Array:
-    """Proximal operator of the elastic net Σ l1 |y| + ½ Σ l2 y²: soft thresholding, then shrinking.
+    """Proximal operator of the elastic net l1 · ‖y‖₁ + ½ l2 · ‖y‖²: soft thresholding, then shrinking.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def elastic_net(x: Array, l1: Any, l2: Any, step: float = 1.0) -> Array:
     Returns
     -------
     array, shape (..., n)
-        Exactly 0 where |x| <= step · l1.
+        Exactly 0 where abs(x) <= step · l1.
 
     Raises
     ------

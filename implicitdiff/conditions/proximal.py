@@ -263,7 +263,7 @@ class ProximalGradient(_Composite):
 
     Notes
     -----
-    The derivative exists where prox is differentiable at x = y − step ∇f: for the lasso, where no |∂f/∂y_i| equals the
+    The derivative exists where prox is differentiable at x = y − step ∇f: for the lasso, where no ∂f/∂y_i equals ± the
     penalty while y_i = 0. The support is that of prox(x), so that a y that is zero only to within the tolerance of its
     solver does no harm.
 
