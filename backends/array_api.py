@@ -110,6 +110,9 @@ class ArrayAPIBackend:
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         return scalar_gradients(self, function, y, theta)
 
+    def check_dependence(self, function: Callable[[Array], Array], theta: Array) -> None:
+        """Nothing to do: whether F sees θ is asked where a result makes one doubt it."""
+
     def combined(self, maps: Any, y: Array, theta: Array) -> Any:
         return maps
 

@@ -106,6 +106,9 @@ class Backend(Protocol):
     def gradients(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         """∂L/∂y, ∂L/∂θ and their kind, for a scalar function L (one scalar per item)."""
 
+    def check_dependence(self, function: Callable[[Array], Array], theta: Array) -> None:
+        """Raise for an F that does not use θ, where nothing could be told once a result is there."""
+
     def combined(self, maps: Any, y: Array, theta: Array) -> Any:
         """Return the maps of the whole problem, where this process holds a part of it."""
 
