@@ -1,4 +1,4 @@
-"""What `projections` and `proxes` need to run on the arrays of any framework, traced and recorded ones included."""
+"""What functions need that run on the arrays of any framework, traced and recorded ones included."""
 
 from __future__ import annotations
 

@@ -156,3 +156,13 @@ def test_on_the_frameworks(name):
         assert row.converged
         assert np.allclose(fw.numpy(gradient), truth, rtol=1e-8)
     assert found.facts["backend"] == name
+
+
+@EACH
+def test_auto_goes_from_cg_to_minres_on_the_frameworks(name):
+    fw, n = framework(name), 600
+    d = np.where(np.arange(n) % 2, 1.0, -1.0) * np.linspace(1.0, 3.0, n)
+    diagonal = fw.xp.asarray(d)
+    x, report = idf.linear_solve(lambda v: diagonal * v, fw.xp.asarray(np.ones(n)), symmetric=True, return_report=True)
+    assert report.solver == "minres"
+    assert np.allclose(fw.numpy(x), 1 / d, atol=1e-8)
