@@ -275,7 +275,8 @@ def test_no_nan_at_the_origin(name: str, function: str) -> None:
     for x in (np.zeros(N), CENTER):
         first = jacrev(lambda x: ALL[function](array, x, 0.5))
         assert np.all(np.isfinite(fw.numpy(first(array(x)))))
-        assert np.all(np.isfinite(fw.numpy(jacrev(first)(array(x)))))
+        second = jacrev(first)(array(x)) + array(np.zeros((N, N, N)))  # Torch may hand out zeros without memory
+        assert np.all(np.isfinite(fw.numpy(second)))
 
 
 def test_import_needs_no_framework() -> None:
