@@ -130,8 +130,10 @@ class DenseSolver(Solver):
     def _with_probe(self, state: DenseState, b: Array) -> tuple[DenseState, Array, Array]:
         """Solve for b and for the probe vector in one go.
 
-        A compiled program has no branch that is cheap: single precision is always refined, double never. And XLA was
-        seen to hang, on the CPU, where calls of LAPACK run at the same time or in a loop: these follow one another.
+        A compiled program has no branch that is cheap: data in single precision is always refined, in double never.
+        (XLA may compute an entry of A twice, for the factors and for the residual, and round it to single precision
+        differently.) And XLA was seen to hang, on the CPU, where calls of LAPACK run at the same time or in a loop:
+        these follow one another.
         """
         backend, lead = state.operator.backend, len(state.operator.items)
         xp = backend.xp
@@ -141,7 +143,7 @@ class DenseSolver(Solver):
         rows = self._apply_rows(state, rows)
         x, w = (rows[:-1, ...] if many else rows[0, ...]), rows[-1, ...]
         r = b - product(x)
-        if float(xp.finfo(r.dtype).eps) > 1e-10:
+        if float(xp.finfo(state.operator.dtype).eps) > 1e-10:
             x = x + self._apply_rows(state, r)
             r = b - product(x)
         return _with_condition(state, w), x, xp.sqrt(xp.vecdot(r, r))
@@ -198,8 +200,8 @@ def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Arra
     """Check a declared symmetry, and take the symmetric part of a matrix that has it up to noise only."""
     xp = operator.backend.xp
     exact = operator.trusted and not operator.accuracy
-    if exact and not (operator.backend.traced and float(xp.finfo(matrix.dtype).eps) > 1e-10):
-        return matrix, failed  # where traced, rounding in single precision is not refined away afterwards
+    if exact and not (operator.backend.traced and float(xp.finfo(operator.dtype).eps) > 1e-10):
+        return matrix, failed  # where traced, rounding of products in single precision is not refined away afterwards
     transpose = xp.matrix_transpose(matrix)
     if not needed(operator.backend, matrix != transpose):
         return matrix, failed
