@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.backends.jax_contents import Contents
+from implicitdiff.errors import ShapeError
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
@@ -244,6 +245,11 @@ class Runner:
         return Run(value, evidence, **facts["told"], seconds=seconds, sound=sound)
 
     def _traced(self, mode: str, direction: Any, x0: Any) -> Run:
+        if self._task.batched and not self._task.own:
+            task = replace(self._task, backend=self._inline)
+            value, evidence, rules = run_rules(task, mode, direction, x0, mute=True)
+            p = rules.prepared
+            return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, False)
         if self._direct is None:
             self._direct = Direct(replace(self._task, backend=self._inline, own=False), mute=True)
         return self._direct(mode, direction, x0)
@@ -274,6 +280,41 @@ def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:
         task.backend.as_leaf(x0, "x0")
 
 
+def run_rules(task: Task, mode: str, direction: Any, x0: Any, *, mute: bool = False) -> tuple[Any, Any, Rules]:
+    """Run a mode of the rules; for a batch those of one item, mapped over the items.
+
+    XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
+    """
+    flat = mode == "jacobian"
+    if not task.batched or not _check_items(task, mode, direction, x0):
+        rules = Rules(task, flat=flat, mute=mute)
+        return *getattr(rules, mode)(direction, x0), rules
+    made: list[Rules] = []
+    each = {name: value for name, value in arrays_of(task.condition).items() if name in task.condition.per_item}
+
+    def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any]) -> Any:
+        condition = _filled(task.condition, each)
+        rules = Rules(replace(task, y=y, theta=theta, condition=condition, batched=False), flat=flat, mute=mute)
+        made.append(rules)
+        return getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
+
+    vector = None if mode == "gradient" else direction
+    value, evidence = jax.vmap(one)(task.y, task.theta, vector, x0, each)
+    return value, evidence, made[-1]
+
+
+def _check_items(task: Task, mode: str, direction: Any, x0: Any) -> int:
+    """Check that everything carries the same leading axis, and return its length."""
+    y, theta = (Ravel(task.backend, tree, name, True) for tree, name in ((task.y, "y"), (task.theta, "theta")))
+    y.check_partner(theta)
+    if mode in {"vjp", "jvp"}:
+        border, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")
+        border.like(direction, name, dtype=border.dtype)
+    if x0 is not None and tuple(x0.shape[:1]) != y.items:
+        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected one raveled vector for each of {y.items[0]} items.")
+    return y.items[0]
+
+
 def _note(program: Program, rules: Rules) -> None:
     prepared = rules.prepared
     program.facts["told"] = {
@@ -292,9 +333,9 @@ def _sound(evidence: Any) -> Any:
 
 def _build(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
     """Trace one mode at a point."""
-    rules = Rules(call.task_at(y, theta, dynamic), flat=call.mode == "jacobian")
+    task = call.task_at(y, theta, dynamic)
     direction = call.outer if call.mode == "gradient" else vector
-    value, evidence = getattr(rules, call.mode)(direction, x0)
+    value, evidence, rules = run_rules(task, call.mode, direction, x0)
     _note(program, rules)
     return value, evidence, _sound(evidence)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
@@ -72,6 +72,9 @@ class Condition:
     def arrays(self) -> dict[str, Any]:
         """Fields that hold numbers, not functions: they may be others at the next call."""
         return {}
+
+    per_item: ClassVar[tuple[str, ...]] = ()
+    """Names of those of them that carry the leading axis of a batch."""
 
     def routed(self, solver: Any) -> Any:
         """Return the solver for the whole system, given the one that was asked for."""

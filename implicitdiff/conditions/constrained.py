@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, item_norm, item_numbers
 from implicitdiff.conditions import active_set
@@ -69,6 +69,8 @@ class Constrained(Condition):
     multipliers: Any
     route: str
     active_tol: float | None
+
+    per_item: ClassVar[tuple[str, ...]] = ("multipliers",)
 
     @property
     def has_matrix(self) -> bool:
