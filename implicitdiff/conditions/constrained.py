@@ -109,7 +109,8 @@ class Constrained(Condition):
         rows = backend.xp.moveaxis(found.vjp_y(unit), 0, -2)
         objective = point.scalar_function(self.objective(_lead(point)), "f")
         gradient = backend.differentiate_gradient(objective, y, theta).value()
-        return FirstOrder(sizes.get("eq", 0), found.value(), rows, gradient)
+        cast = [backend.astype(x, point.y.dtype) for x in (found.value(), rows, gradient)]  # autograd may widen
+        return FirstOrder(sizes.get("eq", 0), *cast)
 
     def hessian(self, point: Point) -> Array | None:
         """H as a matrix, shape (*items, n, n), where it is at hand."""
