@@ -10,7 +10,6 @@ import pytest
 from conftest import JAX, NUMPY, PLAIN, READONLY, STRICT, TORCH, Library, relative_error
 from helpers_constraints import (
     EACH_SOLVER,
-    EXACT,
     MODES,
     PROGRAMS,
     ROUTES,
@@ -23,6 +22,7 @@ from helpers_constraints import (
     rtol_for,
     with_choices,
 )
+from problems import TIGHT
 from scipy.optimize import minimize
 
 from implicitdiff import KKT, implicit_function, implicit_jacobian, implicit_vjp, linearize
@@ -49,7 +49,7 @@ def test_every_route_and_solver(lib: Library, name: str, route: str, solver: str
     program = PROGRAMS[name](lib)
     condition = program.condition(route=route)
     # the products are exact to rounding, or to the error of finite differences: the solver's own tolerance then
-    method, modes = (solver, ("vjp", "jvp")) if lib.name == "array_api_strict" else (EXACT[solver], MODES)
+    method, modes = (solver, ("vjp", "jvp")) if lib.name == "array_api_strict" else (TIGHT[solver], MODES)
     for mode in modes:
         program.check(mode, condition, rtol_for(lib), solver=method)
 
@@ -73,7 +73,7 @@ def test_finite_differences(route: str) -> None:
 def test_every_route_on_a_compiler(lib: Library, route: str, solver: str) -> None:
     program = curved(lib)
     lin = linearize(program.condition(route=route), program.array(program.y), program.array(program.theta),
-                    solver=EXACT[solver])  # fmt: skip
+                    solver=TIGHT[solver])  # fmt: skip
     for got, mode in (
         (lin.vjp(program.array(program.cotangent)), "vjp"),
         (lin.jvp(program.array(program.tangent)), "jvp"),
@@ -273,7 +273,7 @@ def test_single_precision(lib: Library, name: str, route: str, solver: str) -> N
 def test_batch(lib: Library, name: str, route: str, solver: str) -> None:
     """On NumPy and the like, the functions take the leading axis; on Torch they are those of one item."""
     program = PROGRAMS[name](lib, items=(3,))
-    method, modes = (solver, ("jvp",)) if lib.name == "array_api_strict" else (EXACT[solver], MODES)
+    method, modes = (solver, ("jvp",)) if lib.name == "array_api_strict" else (TIGHT[solver], MODES)
     options = {"solver": method, "batched": True}
     for mode in modes:
         program.check(mode, program.condition(route=route), rtol_for(lib), **options)
