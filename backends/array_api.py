@@ -110,6 +110,9 @@ class ArrayAPIBackend:
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         return scalar_gradients(self, function, y, theta)
 
+    def check_dependence(self, function: Callable[[Array], Array], theta: Array) -> None:
+        """Nothing to do: whether F sees θ is asked where a result makes one doubt it."""
+
     def combined(self, maps: Any, y: Array, theta: Array) -> Any:
         return maps
 
@@ -146,6 +149,12 @@ class ArrayAPIBackend:
 
     def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         return function(value) if any_true(self.xp, wanted) else value
+
+    def synchronize(self, tree: Any) -> None:
+        """Wait until a result is there: at once, where nothing runs ahead of the host."""
+
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        return None
 
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         return prepared.solve(b, x0, transposed=transposed)

@@ -125,6 +125,17 @@ class CupyBackend(ArrayAPIBackend):
                     raise
         return None
 
+    def synchronize(self, tree: Any) -> None:
+        cupy.cuda.Device().synchronize()
+
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        pool = cupy.get_default_memory_pool()
+        pool.free_all_blocks()
+        before = pool.total_bytes()
+        function()
+        cupy.cuda.Device().synchronize()
+        return pool.total_bytes() - before  # the pool keeps what it took
+
     # -- loops and linear algebra ----------------------------------------------------------------------
     def waits(self, held: Any) -> bool:
         return isinstance(held, cupy.ndarray)

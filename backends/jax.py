@@ -82,8 +82,10 @@ class Derivatives:
     kind = "autodiff"
     accuracy = 0.0
 
-    def __init__(self, backend: JaxBackend, function: Callable[..., Any], y: Any, theta: Any) -> None:
-        self._backend, self._function, self._y, self._theta = backend, function, y, theta
+    def __init__(
+        self, backend: JaxBackend, function: Callable[..., Any], y: Any, theta: Any, *, whole: bool = True
+    ) -> None:
+        self._backend, self._function, self._y, self._theta, self._whole = backend, function, y, theta, whole
         self._items = () if is_tree_vector(y) else tuple(y.shape[:-1])
 
     @cached_property
@@ -120,9 +122,8 @@ class Derivatives:
         return self._pullback(lambda theta: self._function(self._y, theta), self._theta)
 
     def _check_dependence(self) -> None:
-        """Raise, where nothing can be told later, for a function whose program does not use θ: a silent zero."""
-        if not self._backend.tells and not _uses(lambda theta: self._function(self._y, theta), self._theta):
-            raise independent("what JAX traced of it does not use it")
+        if self._whole:
+            self._backend.check_dependence(lambda theta: self._function(self._y, theta), self._theta)
 
     def _pullback(self, function: Callable[[Any], Any], x: Any) -> Callable[[Any], Any]:
         pull = jax.vjp(function, x)[1]
@@ -194,18 +195,25 @@ class JaxBackend(ArrayAPIBackend):
 
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
-        return Derivatives(self, function, y, theta)
+        return Derivatives(self, function, y, theta, whole=_is_whole(function))
 
     def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
         def gradient(z: Any, t: Any) -> Any:
             value, pull = jax.vjp(lambda w: function(w, t), z)
             return pull(jnp.ones_like(value))[0]
 
-        return Derivatives(self, gradient, y, theta)
+        return Derivatives(self, gradient, y, theta, whole=_is_whole(function))
+
+    def check_dependence(self, function: Callable[[Any], Any], theta: Any) -> None:
+        if not self.tells and not _uses(function, theta):  # nothing can be told later: a silent zero
+            raise independent("what JAX traced of it does not use it")
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         value, pull = jax.vjp(function, y, theta)
         return (*pull(jnp.ones_like(value)), "autodiff")
+
+    def synchronize(self, tree: Any) -> None:
+        jax.block_until_ready(tree)
 
     # -- loops and linear algebra ----------------------------------------------------------------------
     def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,6 +323,11 @@ INLINE = _Inline()
 def _like(old: Any, new: Any) -> Any:
     """Give what a turn of a loop returned the dtypes that it was given."""
     return jax.tree.map(lambda a, b: jnp.asarray(b, dtype=a.dtype), old, new)
+
+
+def _is_whole(function: Any) -> bool:
+    """Whether a function is all of a condition."""
+    return not hasattr(function, "point") or bool(function.point.whole)
 
 
 def _uses(function: Callable[[Any], Any], x: Any) -> bool:

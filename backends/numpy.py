@@ -170,6 +170,18 @@ class NumpyBackend(ArrayAPIBackend):
 
         return many
 
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        import tracemalloc
+
+        if tracemalloc.is_tracing():  # somebody else's
+            return None
+        tracemalloc.start()
+        try:
+            function()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         if self.slices is not None:
             self.slices.check(prepared, b)
@@ -206,7 +218,8 @@ class NumpyBackend(ArrayAPIBackend):
     def ldl_factor(self, matrix: Array) -> Any:
         if not self.has_ldl(matrix):
             return super().ldl_factor(matrix)
-        return lapack.dsytrf(matrix.T, lower=1)[:2]  # symmetric: Aᵀ is A in LAPACK's order
+        work = max(64 * matrix.shape[0], 1)  # for blocks; without it LAPACK goes column by column
+        return lapack.dsytrf(matrix.T, lower=1, lwork=work)[:2]  # symmetric: Aᵀ is A in LAPACK's order
 
     def ldl_solve(self, factor: Any, b: Array) -> Array:
         if len(factor) == 2 and getattr(factor[1], "dtype", None) == np.int32 and self.has_ldl(factor[0]):

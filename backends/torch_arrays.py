@@ -119,6 +119,20 @@ class TorchArrays(ArrayAPIBackend):
 
         return many
 
+    def synchronize(self, tree: Any) -> None:
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in flatten(tree).leaves):
+            torch.cuda.synchronize()
+
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        if not torch.cuda.is_available():
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return max(torch.cuda.max_memory_allocated() - before, 0) or None  # None: it ran on the CPU
+
     def waits(self, held: Any) -> bool:
         return isinstance(held, torch.Tensor) and held.device.type != "cpu"
 

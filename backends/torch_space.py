@@ -113,6 +113,12 @@ class TorchSpace(ArraySpace):
 class TorchItemsSpace(ArraySpace):
     """Many vectors, shape (..., n), or vectors on an accelerator: scalars stay tensors, and nothing waits for them."""
 
+    def finite(self, x: Array) -> Array:
+        return (x * 0).sum(dim=-1) == 0  # a fifth of the time of torch.isfinite and all
+
+    def vanishes(self, x: Array) -> Array:
+        return ~x.any()
+
     def axpy(self, a: Any, x: Array, y: Array) -> Array:
         return y.addcmul_(x, a[..., None])
 

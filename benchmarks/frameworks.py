@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from benchmarks.cases import SIZES, counted_row, timed_row
 from benchmarks.measure import Function, Setting, interleave
 from benchmarks.problems import Logistic, Penalties, Quadratic, Ridge, System, relative_error
+from benchmarks.programs import qp
 from benchmarks.report import Row, Skipped
 from implicitdiff import CG, Auto, Root, Stationary, implicit_jacobian, implicit_vjp
 
@@ -84,6 +85,13 @@ class Framework(ABC):
     @abstractmethod
     def ways(self, function: Callable[..., Any], arrays: Any) -> dict[str, Function]:
         """Ways in which a user may call a function; the first is the one that bars are set on."""
+
+    by_hand: ClassVar[str]
+    """What `mapped` is called in a table."""
+
+    @abstractmethod
+    def mapped(self, function: Callable[..., Any], arrays: Any) -> Function:
+        """Map a function of one item over the leading axis of all arrays, compiled where a user would."""
 
     @abstractmethod
     def logistic(self, W: Any, theta: Any, X: Any, Y: Any) -> Any:
@@ -153,7 +161,9 @@ class Framework(ABC):
 
 def cases(framework: Callable[[Setting], Framework]) -> dict[str, Callable[[Setting], list[Row | Skipped]]]:
     """Cases of a framework that is made when the first one runs."""
-    found = {"gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "syncs": syncs}
+    found = {
+        "gradient": gradient, "jacobian": jacobian, "batch": batch, "qp": qp, "products": products, "syncs": syncs
+    }  # fmt: skip
     return {name: partial(_at, case, framework) for name, case in found.items()}
 
 

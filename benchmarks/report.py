@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Spread
+from benchmarks.sample import Sample
 
-__all__ = ["Result", "Row", "Skipped", "read_json", "table", "write_json"]
+__all__ = ["Result", "Row", "Skipped", "columns", "read_json", "table", "write_json"]
 
+SAMPLE_COLUMNS = (
+    "backend", "problem", "size", "solver", "status", "time (median, min..max)", "/ floor", "products", "error",
+    "memory",
+)  # fmt: skip
 COLUMNS = ("backend", "case", "size", "ours", "reference", "ratio (median, min..max)", "bar", "met?", "correct?")
 
 
@@ -91,6 +96,8 @@ class Result:
 
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    samples: list[Any] = field(default_factory=list)
+    """Rows of the sweep."""
     skipped: list[Skipped] = field(default_factory=list)
     broken: bool = False
     """Whether a process ended without a result."""
@@ -99,23 +106,26 @@ class Result:
         """Sort out what a case returned."""
         self.rows += [row for row in found if isinstance(row, Row)]
         self.skipped += [row for row in found if isinstance(row, Skipped)]
+        self.samples += [row for row in found if not isinstance(row, (Row, Skipped))]
 
     @property
     def correct(self) -> bool:
         """Whether everything came to an end, and every value is right."""
-        return not self.broken and all(row.correct for row in self.rows)
+        return not self.broken and all(row.correct for row in (*self.rows, *self.samples))
 
 
 def table(result: Result) -> str:
     """Lay the rows out in columns; what was skipped follows, with the reasons."""
-    lines = _columns(result.rows) if result.rows else []
+    lines = columns([COLUMNS, *map(_cells, result.rows)]) if result.rows else []
+    if result.samples:
+        lines += [*([""] if lines else []), *columns([SAMPLE_COLUMNS, *map(_sample_cells, result.samples)])]
     lines += [f"skipped: {s.backend}: {s.case}{', ' if s.size else ''}{s.size}: {s.reason}" for s in result.skipped]
     return "\n".join(lines)
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
-    cells = [COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+def columns(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of cells, the first of which is the head."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return lines
@@ -128,6 +138,28 @@ def _cells(row: Row) -> tuple[str, ...]:
     correct = "yes" if row.correct else f"NO: error {row.error:.1e}"
     amounts = (_amount(row.ours, row.unit), _amount(row.reference, row.unit))
     return (row.backend, row.case, row.size, *amounts, spread, bar, met, correct)
+
+
+def _sample_cells(s: Any) -> tuple[str, ...]:
+    where = s.backend if s.device == "cpu" else f"{s.backend} {s.device}"
+    used = s.solver if s.used == s.solver else f"{s.solver} ({s.used})"
+    time = f"{_amount(s.seconds.median, 's')} ({_amount(s.seconds.low, 's')}..{_amount(s.seconds.high, 's')})"
+    floor = "-" if s.floor is None else f"{s.seconds.median / s.floor:.3g}"
+    memory = "-" if s.memory is None else f"{s.memory / 2**20:.3g} MiB"
+    status = s.status.lower().replace("_", " ") + ("" if s.correct else " and WRONG")
+    name = where if s.library == "implicitdiff" else f"{where}: {s.library}"
+    return (
+        name,
+        s.problem,
+        f"{s.axis} = {s.size}",
+        used,
+        status,
+        time,
+        floor,
+        str(s.products),
+        f"{s.error:.1e}",
+        memory,
+    )
 
 
 def _amount(value: float, unit: str) -> str:
@@ -143,6 +175,7 @@ def write_json(path: Path, setting: Any, result: Result) -> None:
     """Write machine, setting, rows, and what was skipped."""
     content = {
         "machine": result.machine, "setting": asdict(setting), "rows": [row.as_dict() for row in result.rows],
+        "samples": [sample.as_dict() for sample in result.samples],
         "skipped": [asdict(row) for row in result.skipped],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,9 +185,12 @@ def write_json(path: Path, setting: Any, result: Result) -> None:
 def read_json(path: Path) -> Result:
     """Read what `write_json` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    known = {f.name for f in fields(Sample)}
+    found = [{name: value for name, value in s.items() if name in known} for s in content.get("samples", [])]
+    samples = [Sample(**{**s, "seconds": Spread(**s["seconds"])}) for s in found]
     names = {f.name for f in fields(Row)}
     rows = [{name: value for name, value in row.items() if name in names} for row in content["rows"]]
     return Result(
-        content["machine"], [Row(**{**row, "ratio": Spread(**row["ratio"])}) for row in rows],
+        content["machine"], [Row(**{**row, "ratio": Spread(**row["ratio"])}) for row in rows], samples,
         [Skipped(**row) for row in content["skipped"]],
     )  # fmt: skip

@@ -55,6 +55,11 @@ class Torch(Framework):
     def ways(self, function: Callable[..., Any], arrays: Any) -> dict[str, Function]:
         return {"": self.timed(lambda: function(*arrays))}
 
+    by_hand = "vmap(KKT matrix + LU)"
+
+    def mapped(self, function: Callable[..., Any], arrays: Any) -> Function:
+        return self.timed(lambda: torch.func.vmap(function)(*arrays))
+
     def logistic(self, W: Any, theta: Any, X: Any, Y: Any) -> Any:
         scores = X @ W
         return (torch.logsumexp(scores, dim=1) - (scores * Y).sum(dim=1)).sum() + 0.5 * theta.exp() @ (W * W).sum(dim=1)

@@ -5,8 +5,20 @@ Whoever solved F(y, θ) = 0 for y, in whatever framework, with whatever solver: 
 factorisation, `implicit_function` wraps the solver, and a `Report` tells how far to trust the result.
 """
 
+from implicitdiff import projections, proxes
 from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
-from implicitdiff.conditions import KKT, QP, Condition, FixedPoint, LogBarrier, Root, Stationary
+from implicitdiff.comparison import Comparison, SolverRow, compare_solvers
+from implicitdiff.conditions import (
+    KKT,
+    QP,
+    Condition,
+    FixedPoint,
+    LogBarrier,
+    ProjectedGradient,
+    ProximalGradient,
+    Root,
+    Stationary,
+)
 from implicitdiff.decorator import implicit_function
 from implicitdiff.errors import (
     BackendError,
@@ -62,6 +74,7 @@ __all__ = [
     "BackendError",
     "CallbackError",
     "Cholesky",
+    "Comparison",
     "Condition",
     "Counts",
     "DTypeError",
@@ -79,6 +92,8 @@ __all__ = [
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "NotSymmetricError",
+    "ProjectedGradient",
+    "ProximalGradient",
     "QualificationError",
     "Regularity",
     "RegularityWarning",
@@ -89,10 +104,12 @@ __all__ = [
     "SolveError",
     "SolveWarning",
     "Solver",
+    "SolverRow",
     "Stationary",
     "Status",
     "UnknownNameError",
     "check_regularity",
+    "compare_solvers",
     "implicit_function",
     "implicit_grad",
     "implicit_jacobian",
@@ -100,6 +117,8 @@ __all__ = [
     "implicit_vjp",
     "linear_solve",
     "linearize",
+    "projections",
+    "proxes",
     "register_solver",
     "solver_names",
 ]

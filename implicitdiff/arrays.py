@@ -14,7 +14,6 @@ __all__ = [
     "any_true",
     "item_norm",
     "item_numbers",
-    "namespace",
     "needed",
     "probe_vector",
     "to_python",
@@ -25,17 +24,6 @@ Array = Any
 
 _SAFE = {"f": (1e-25, 1e35), "d": (1e-250, 1e300)}
 _NRM2 = {"f": blas.snrm2, "d": blas.dnrm2}
-
-
-def namespace(x: Any) -> Any:
-    """Array namespace of a value that a user's function may have made, recorded by autograd or not."""
-    if type(x).__module__.startswith("autograd"):
-        import autograd.numpy
-
-        return autograd.numpy
-    import array_api_compat
-
-    return array_api_compat.array_namespace(x)
 
 
 def item_norm(xp: Any, x: Array) -> Array:

@@ -106,6 +106,9 @@ class Backend(Protocol):
     def gradients(self, function: Callable[[Array, Array], Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         """∂L/∂y, ∂L/∂θ and their kind, for a scalar function L (one scalar per item)."""
 
+    def check_dependence(self, function: Callable[[Array], Array], theta: Array) -> None:
+        """Raise for an F that does not use θ, where nothing could be told once a result is there."""
+
     def combined(self, maps: Any, y: Array, theta: Array) -> Any:
         """Return the maps of the whole problem, where this process holds a part of it."""
 
@@ -124,6 +127,12 @@ class Backend(Protocol):
 
     def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         """``function(value)`` where any of the mask holds, else ``value``: work that is seldom needed."""
+
+    def synchronize(self, tree: Any) -> None:
+        """Wait until a result is there."""
+
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        """Run a function, and return the most bytes that it held at once; None where that cannot be seen."""
 
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         """``prepared.solve``, differentiable where the framework is tracing."""

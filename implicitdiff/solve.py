@@ -102,7 +102,8 @@ class Prepared:
 
     def _newly_assembled(self) -> int:
         """Count the products that went into assembling matrices since the last solve."""
-        before, self._counted = self._counted, sum(op.n for op, _ in self._states.values() if op.assembled)
+        operators = {id(op): op for op, _ in self._states.values()}.values()  # a symmetric one is its own transpose
+        before, self._counted = self._counted, sum(op.n for op in operators if op.assembled)
         return self._counted - before
 
 

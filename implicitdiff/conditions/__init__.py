@@ -6,12 +6,24 @@ from implicitdiff.conditions.base import Condition
 from implicitdiff.conditions.fixed_point import FixedPoint
 from implicitdiff.conditions.kkt import KKT
 from implicitdiff.conditions.log_barrier import LogBarrier
+from implicitdiff.conditions.proximal import ProjectedGradient, ProximalGradient
 from implicitdiff.conditions.qp import QP
 from implicitdiff.conditions.root import Root
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InputError
 
-__all__ = ["KKT", "QP", "Condition", "FixedPoint", "LogBarrier", "Root", "Stationary", "as_condition"]
+__all__ = [
+    "KKT",
+    "QP",
+    "Condition",
+    "FixedPoint",
+    "LogBarrier",
+    "ProjectedGradient",
+    "ProximalGradient",
+    "Root",
+    "Stationary",
+    "as_condition",
+]
 
 
 def as_condition(condition: Any) -> Condition:

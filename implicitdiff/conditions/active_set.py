@@ -72,11 +72,9 @@ def recovered(backend: Any, gradient: Array, rows: Array, norms: Array, candidat
     dependent, factor = _dependent(backend, gram, candidate)
 
     def solve(b: Array) -> Array:
-        if backend.composable:
-            return xp.linalg.solve(gram, b[..., None])[..., 0]
         z = backend.cho_solve(factor, b[..., None])[..., 0]
         bad = ~xp.all(xp.isfinite(z), axis=-1)
-        if backend.traced or not needed(backend, bad):
+        if backend.traced or backend.composable or not needed(backend, bad):
             return z
         return xp.where(bad[..., None], (xp.linalg.pinv(gram) @ b[..., None])[..., 0], z)
 
@@ -94,9 +92,9 @@ def _dependent(backend: Any, gram: Array, candidate: Array) -> tuple[Array, Any]
     Which of them, is found out where values are seen, from the null vectors.
     """
     xp = backend.xp
-    if backend.composable and not backend.traced:  # judged where the numbers are
-        return xp.zeros_like(candidate), None
     factor = backend.cho_factor(gram)
+    if backend.composable and not backend.traced:  # judged where the numbers are
+        return xp.zeros_like(candidate), factor
     pivots = xp.linalg.diagonal(factor)
     limit = 1e4 * float(xp.finfo(gram.dtype).eps) * gram.shape[-1]
     singular = ~(xp.min(pivots * pivots, axis=-1) > limit)  # NaN: not positive definite

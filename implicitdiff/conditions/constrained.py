@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, item_numbers, namespace
+from implicitdiff.arrays import Array, item_norm, item_numbers
 from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
 from implicitdiff.conditions.base import Condition, Findings, Frame, Maps
@@ -37,6 +37,7 @@ from implicitdiff.errors import (
     SingularError,
     UnknownNameError,
 )
+from implicitdiff.namespaces import namespace
 from implicitdiff.operator import LinearMap, Operator, Product, matrix_product
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel

@@ -11,7 +11,7 @@ from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.root import Root
 from implicitdiff.operator import LinearMap, Product
 
-__all__ = ["FixedPoint"]
+__all__ = ["FixedPoint", "identity_minus"]
 
 
 @dataclass(frozen=True, init=False)
@@ -44,12 +44,12 @@ class FixedPoint(Root):
         return Maps(
             None if value is None else (lambda: y - value()),
             None if at is None else (lambda z, theta: z - at(z, theta)),
-            _identity_minus(t.A),
+            identity_minus(t.A),
             _negated(t.B),
         )
 
 
-def _identity_minus(a: Any) -> Any:
+def identity_minus(a: Any) -> Any:
     """I − A of products, matrix and sparse matrix."""
     matrix, sparse = a.matrix, a.sparse
     if matrix is not None:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, item_numbers, namespace
+from implicitdiff.arrays import Array, any_true, item_numbers
 from implicitdiff.conditions.active_set import names
 from implicitdiff.conditions.base import Findings, Maps, check_callables
 from implicitdiff.conditions.constrained import Constrained
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
+from implicitdiff.namespaces import namespace
 from implicitdiff.operator import Operator
 from implicitdiff.pytree import flatten
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,14 +58,22 @@ class Point:
     ----------
     items : tuple of int
         ``()``, or ``(number of items,)`` for a batch.
+    whole : bool
+        Whether a function made here is all of F: then it has to depend on θ.
     """
 
     def __init__(self, backend: Any, y: Ravel, theta: Ravel, args: tuple[Any, ...]) -> None:
         self.backend, self.y, self.theta, self.args = backend, y, theta, args
-        self.items = y.items
+        self.items, self.whole = y.items, True
         self._one: Point | None = None
         if self.items and backend.vmap is not None:
             self._one = Point(backend, y.of_one_item(), theta.of_one_item(), args)
+
+    def part(self) -> Point:
+        """Return the same point for functions that make up F together, of which not each has to depend on θ."""
+        found = copy.copy(self)
+        found.whole = False
+        return found
 
     def vector_function(self, function: Callable[..., Any], name: str) -> Flat:
         """``f(y, theta, *args) -> like y`` as a function of two vectors."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Maps
@@ -90,6 +91,16 @@ class QP(Constrained):
         return _Bound(self, point).maps(point)
 
 
+class _Blocks(NamedTuple):
+    """The symmetric part of Q; q; A over G; b over h; the number of equalities."""
+
+    H: Array
+    q: Array
+    rows: Array
+    right: Array
+    p: int
+
+
 @dataclass(frozen=True)
 class _Bound(Constrained):
     """A QP with its data at hand."""
@@ -151,20 +162,26 @@ class _Bound(Constrained):
             data[name] = backend.xp.broadcast_to(data[name], (*point.items, *shape))
         return data
 
+    @cached_property
+    def _here(self) -> _Blocks:
+        return self._blocks(self.point.theta.vector)
+
+    def _blocks(self, theta: Array) -> _Blocks:
+        xp, d = self.point.backend.xp, self.all_data(theta)
+        rows, right = xp.concat([d["A"], d["G"]], axis=-2), xp.concat([d["b"], d["h"]], axis=-1)
+        return _Blocks(_symmetric(xp, d["Q"]), d["q"], rows, right, d["A"].shape[-2])
+
     # -- to first order --------------------------------------------------------------------------------
     def first_order(self, point: Point) -> FirstOrder:
-        d, y, xp = self.all_data(point.theta.vector), point.y.vector, point.backend.xp
-        rows = xp.concat([d["A"], d["G"]], axis=-2)
-        values = _times(rows, y) - xp.concat([d["b"], d["h"]], axis=-1)
-        return FirstOrder(d["A"].shape[-2], values, rows, _times(_symmetric(xp, d["Q"]), y) + d["q"])
+        here, y = self._here, point.y.vector
+        return FirstOrder(here.p, _times(here.rows, y) - here.right, here.rows, _times(here.H, y) + here.q)
 
     def hessian(self, point: Point) -> Array | None:
-        return _symmetric(point.backend.xp, self.all_data(point.theta.vector)["Q"])
+        return self._here.H
 
     def system(self, point: Point, z: Array) -> Maps:
         xp, backend, n = point.backend.xp, point.backend, point.y.n
-        d, y = self.all_data(point.theta.vector), point.y.vector
-        H, rows = _symmetric(xp, d["Q"]), xp.concat([d["A"], d["G"]], axis=-2)
+        (H, _, rows, _, p), y = self._here, point.y.vector
         k = rows.shape[-2]
 
         def product(x: Array) -> Array:
@@ -175,15 +192,15 @@ class _Bound(Constrained):
                      symmetric=True, trusted=True)  # fmt: skip
 
         def at(both: Array, theta: Array) -> Array:
-            d = self.all_data(theta)
-            y, z = both[..., :n], both[..., n:]
-            rows = xp.concat([d["A"], d["G"]], axis=-2)
-            values = _times(rows, y) - xp.concat([d["b"], d["h"]], axis=-1)
-            slope = _times(_symmetric(xp, d["Q"]), y) + d["q"] + _times(xp.matrix_transpose(rows), z)
-            return xp.concat([slope, values], axis=-1)
+            there, y, z = self._blocks(theta), both[..., :n], both[..., n:]
+            slope = _times(there.H, y) + there.q + _times(xp.matrix_transpose(there.rows), z)
+            return xp.concat([slope, _times(there.rows, y) - there.right], axis=-1)
 
-        both = xp.concat([y, z], axis=-1)
-        return Maps(lambda: at(both, point.theta.vector), at, A, self._mixed(z, n + k, d["A"].shape[-2]))
+        def residual() -> Array:
+            slope = _times(H, y) + self._here.q + _times(xp.matrix_transpose(rows), z)
+            return xp.concat([slope, _times(rows, y) - self._here.right], axis=-1)
+
+        return Maps(residual, at, A, self._mixed(z, n + k, p))
 
     # -- B = (∂²𝓛/∂θ∂y, ∂c/∂θ) ---------------------------------------------------------------------------
     def _mixed(self, z: Array, rows: int, p: int) -> LinearMap:

@@ -203,7 +203,7 @@ def _filled(backend: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _code(xp: Any, status: Array, method: Any) -> Array:
     """Return a method's number as an array like the status, on its device."""
-    return method if hasattr(method, "shape") else xp.full_like(status, method or 0)
+    return method if hasattr(method, "shape") else xp.full_like(xp.asarray(status), method or 0)
 
 
 def _merge(backend: Any, mask: Array, new: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -97,8 +97,9 @@ class GMRES(Krylov):
 
         first = _first(space, r, beta, start.active, m)
         end = state.operator.backend.while_loop(lambda s: space.any(s.active), step, first, limit=m)
-        y = _triangular_solve(space, end, beta, m)
-        d = space.combine(end.basis, m - 1, y)
+        k = end.j if isinstance(end.j, int) else m  # in a compiled program it is not known
+        y = _triangular_solve(space, end, beta, k)
+        d = space.combine(end.basis, k - 1, y)
         x = space.axpy(space.scalar(1.0), d if left else precondition(d), start.x)
         return Cycle(x, end.iterations, end.j, end.status, end.operator_norm)
 
@@ -172,11 +173,11 @@ def _one_hot(space: Any, j: Any, m: int) -> Array:
     return xp.astype(xp.arange(m, device=space.device) == j, space.dtype)
 
 
-def _triangular_solve(space: Any, end: _State, beta: Array, m: int) -> Array:
-    """Solve R y = β Q e₀ for the columns that each item has; 0 beyond."""
+def _triangular_solve(space: Any, end: _State, beta: Array, k: int) -> Array:
+    """Solve R y = β Q e₀ for the columns that each item has of the first k; 0 beyond."""
     xp = space.xp
     columns = space.where(end.status == 0, end.iterations, end.iterations - 1)  # the last one may be bad
-    known = xp.arange(m, device=space.device) < xp.asarray(columns)[..., None]
-    g = xp.asarray(beta)[..., None] * end.rotation[..., :m, 0]
+    known = xp.arange(k, device=space.device) < xp.asarray(columns)[..., None]
+    g = xp.asarray(beta)[..., None] * end.rotation[..., :k, 0]
     g = xp.where(known, g, xp.zeros_like(g))
-    return xp.linalg.solve(xp.matrix_transpose(end.upper), g[..., None])[..., 0]
+    return xp.linalg.solve(xp.matrix_transpose(end.upper[..., :k, :k]), g[..., None])[..., 0]

@@ -1,0 +1,325 @@
+"""`compare_solvers`: the linear solvers side by side on the user's own problem."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from implicitdiff.api import implicit_grad
+from implicitdiff.arrays import item_norm, to_python
+from implicitdiff.errors import ImplicitDiffWarning, InputError, SolveError
+from implicitdiff.ravel import Ravel
+from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.report import Report, Status
+from implicitdiff.solvers import get_solver
+
+__all__ = ["Comparison", "SolverRow", "compare_solvers"]
+
+SOLVERS = ("auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres")
+
+
+@dataclass(frozen=True)
+class SolverRow:
+    """How one solver did.
+
+    Attributes
+    ----------
+    solver : str
+        As it was asked for.
+    used : str
+        The method that was really used.
+    status : str
+        Name of the `Status`, the worst over the items of a batch.
+    converged : bool
+        Whether the true residual is within the tolerance, in all items.
+    seconds : float
+        Median wall-clock time of a call after the first, in seconds.
+    first : float
+        Wall-clock time of the first call, which compiles where the framework does, in seconds.
+    products, iterations : int
+        Products with A, and iterations; the sum and the largest over the items.
+    residual : float
+        True relative residual of the linear system, the largest over the items.
+    error : float
+        ‖g − g_ref‖ / ‖g_ref‖ of the gradient, against that of the converged solver with the smallest residual.
+    memory : int or None
+        Most that the call held at once beside its arguments, in bytes; None where it cannot be seen.
+    message : str
+        First line of the error, where the solve failed.
+    """
+
+    solver: str
+    used: str
+    status: str
+    converged: bool
+    seconds: float
+    first: float
+    products: int
+    iterations: int
+    residual: float
+    error: float
+    memory: int | None
+    message: str = ""
+
+
+class Comparison(Sequence[SolverRow]):
+    """The rows of `compare_solvers`, in the order asked for; prints as a table, in a notebook as well.
+
+    Parameters
+    ----------
+    rows : sequence of SolverRow
+        One for each solver.
+    facts : dict
+        What all rows share: backend, number of unknowns and parameters, repeats.
+
+    Attributes
+    ----------
+    gradients : list
+        The gradient by each solver, structured like theta.
+    """
+
+    def __init__(self, rows: Sequence[SolverRow], facts: dict[str, Any], gradients: Sequence[Any] = ()) -> None:
+        self.rows, self.facts, self.gradients = tuple(rows), dict(facts), list(gradients)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fastest(self) -> SolverRow | None:
+        """The fastest of those that converged."""
+        return min((row for row in self.rows if row.converged), key=lambda row: row.seconds, default=None)
+
+    def __str__(self) -> str:
+        head, *body = self._cells()
+        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)
+        ]
+        notes = [f"{row.solver}: {row.message}" for row in self.rows if row.message]
+        return "\n".join([self._about(), lines[0], "-" * len(lines[0]), *lines[1:], *notes])
+
+    def _repr_html_(self) -> str:
+        head, *body = self._cells()
+
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        rows = "".join(line(cells, "td") for cells in body)
+        caption = f"<caption>{html.escape(self._about())}</caption>"
+        return f"<table>{caption}<thead>{line(head, 'th')}</thead><tbody>{rows}</tbody></table>"
+
+    def _about(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.facts.items())
+
+    def _cells(self) -> Iterator[list[str]]:
+        yield ["solver", "used", "status", "time", "first call", "products", "residual", "error", "memory"]
+        for row in self.rows:
+            yield [
+                row.solver, row.used, row.status, _time(row.seconds), _time(row.first), str(row.products),
+                f"{row.residual:.1e}", "reference" if row.error == 0 and row.converged else f"{row.error:.1e}",
+                "-" if row.memory is None else _bytes(row.memory),
+            ]  # fmt: skip
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return the rows as dicts, for a data frame.
+
+        Returns
+        -------
+        list of dict
+        """
+        return [asdict(row) for row in self.rows]
+
+    def save(self, path: str | Path) -> None:
+        """Write the rows to a file, by its suffix: .json or .csv.
+
+        Parameters
+        ----------
+        path : str or Path
+            Where to.
+
+        Raises
+        ------
+        InputError
+            For another suffix.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps({"facts": self.facts, "rows": self.to_dicts()}, indent=1), encoding="utf-8")
+        elif path.suffix == ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(SolverRow.__dataclass_fields__))
+                writer.writeheader()
+                writer.writerows(self.to_dicts())
+        else:
+            raise InputError(f"path = {str(path)!r}: expected a name that ends with .json or .csv.")
+
+
+def compare_solvers(
+    condition: Any, outer: Any, y: Any, theta: Any, *, solvers: Sequence[Any] = SOLVERS, args: tuple[Any, ...] = (),
+    backend: Any = None, batched: bool = False, repeats: int = 3, memory: bool = True,
+) -> Comparison:  # fmt: skip
+    """Compute the gradient of a loss through a solution with several linear solvers, and compare them.
+
+    A solver that fails is a row with its status and message, not an error.
+
+    Parameters
+    ----------
+    condition, outer, y, theta, args, backend, batched
+        As for `implicit_grad`.
+    solvers : sequence of str or Solver
+        Names, or instances with their own options.
+    repeats : int
+        Timed calls after the first; the median counts.
+    memory : bool
+        Whether to measure memory, by one more call. It is seen for NumPy on the CPU, and for Torch and CuPy on a GPU.
+
+    Returns
+    -------
+    Comparison
+        A sequence of `SolverRow`; ``print`` it, or ``save`` it.
+
+    Raises
+    ------
+    InputError, DTypeError, BackendError, CallbackError, DerivativeError
+        As `implicit_grad`, for what no solver could help.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from implicitdiff import Stationary, compare_solvers
+    >>> H = np.diag([1.0, 2.0, -4.0])  # a saddle point
+    >>> inner = Stationary(grad=lambda y, t: H @ y - t, hessian=lambda y, t: H, mixed_vjp=lambda y, t, u: -u)
+    >>> theta = np.ones(3)
+    >>> y = np.linalg.solve(H, theta)
+    >>> found = compare_solvers(inner, np.ones(3), y, theta, solvers=("lu", "cholesky", "minres"))
+    >>> [(row.solver, row.status) for row in found]
+    [('lu', 'CONVERGED'), ('cholesky', 'NOT_POSITIVE_DEFINITE'), ('minres', 'CONVERGED')]
+    """
+    if isinstance(solvers, str) or not solvers:
+        raise InputError(f"solvers = {solvers!r}: expected a sequence of names or instances.")
+    if repeats < 1:
+        raise InputError(f"repeats = {repeats!r}: expected a positive integer.")
+    engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
+    trials = []
+    for i, solver in enumerate(solvers):
+        get_solver(solver)  # an unknown name is told before anything runs
+        call = _Call(
+            engine, (condition, outer, y, theta), {"args": args, "backend": engine, "batched": batched}, solver
+        )
+        trials.append((_label(solver), *call.measured(repeats, memory, quiet=i > 0)))
+    borders = [Ravel(engine, tree, name, batched) for name, tree in (("y", y), ("theta", theta))]
+    facts = {"backend": engine.name, "n": borders[0].n, "m": borders[1].n, "repeats": repeats}
+    if batched:
+        facts["items"] = borders[0].items[0]
+    return Comparison(_rows(engine, borders[1], trials), facts, [gradient for _, gradient, *_ in trials])
+
+
+def _label(solver: Any) -> str:
+    """Return a name, or a class with the options that are not its defaults."""
+    if isinstance(solver, str):
+        return solver
+    known = getattr(solver, "__dataclass_fields__", {})
+    options = [f"{name}={getattr(solver, name)!r}" for name, f in known.items() if getattr(solver, name) != f.default]
+    return f"{type(solver).__name__}({', '.join(options)})"
+
+
+class _Call:
+    """A call of `implicit_grad` with one of the solvers."""
+
+    def __init__(self, engine: Any, arguments: tuple[Any, ...], options: dict[str, Any], solver: Any) -> None:
+        self.engine, self.arguments, self.options, self.solver = engine, arguments, options, solver
+
+    def __call__(self) -> tuple[Any, Report, str]:
+        try:
+            value, report = implicit_grad(*self.arguments, **self.options, solver=self.solver, return_report=True)
+        except SolveError as error:
+            if error.report is None:  # of the point, not of a solver
+                raise
+            return error.value, error.report, str(error).partition("\n")[0]
+        self.engine.synchronize(value)
+        return value, report, ""
+
+    def measured(self, repeats: int, memory: bool, *, quiet: bool) -> tuple[Any, Report, str, float, float, int | None]:
+        """Return the gradient, the report, the message, the seconds of later calls and of the first, and bytes."""
+        with warnings.catch_warnings():
+            if quiet:  # told with the first solver
+                warnings.simplefilter("ignore", ImplicitDiffWarning)
+            first = _timed(self)
+            warnings.simplefilter("ignore", ImplicitDiffWarning)
+            later = [_timed(self)[0] for _ in range(repeats)]
+            held = self.engine.peak_memory(self) if memory else None
+        return (*first[1], median(later), first[0], held)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = call()
+    return time.perf_counter() - start, found
+
+
+def _rows(engine: Any, border: Ravel, trials: Sequence[tuple[Any, ...]]) -> list[SolverRow]:
+    """Turn the trials into rows, with their errors against the tightest."""
+    xp = engine.xp
+    vectors = [border.like(gradient, "the gradient", dtype=border.dtype) for _, gradient, *_ in trials]
+    reports = [trial[2] for trial in trials]
+    sound = [i for i, report in enumerate(reports) if _all(report.converged)]
+    best = min(sound, key=lambda i: _largest(reports[i].residual), default=None)
+    rows = []
+    for vector, (label, _, report, message, seconds, first, held) in zip(vectors, trials, strict=True):
+        error = math.nan
+        if best is not None and border.n:
+            size = _largest(item_norm(xp, vectors[best]))
+            error = _largest(item_norm(xp, vector - vectors[best])) / (size or 1.0)
+        rows.append(SolverRow(
+            label, report.solver, Status(int(_largest(report.status))).name, _all(report.converged), seconds, first,
+            int(_total(report.matvecs)), int(_largest(report.iterations)), _largest(report.residual), error, held,
+            message,
+        ))  # fmt: skip
+    return rows
+
+
+def _all(x: Any) -> bool:
+    return bool(x.all()) if hasattr(x, "all") else bool(x if not hasattr(x, "shape") else _largest(x))
+
+
+def _values(x: Any) -> list[float]:
+    if not getattr(x, "shape", ()):
+        return [float(to_python(x))]
+    return [float(x[i]) for i in range(x.shape[0])]
+
+
+def _largest(x: Any) -> float:
+    found = _values(x)
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+
+def _total(x: Any) -> float:
+    return sum(_values(x))
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
