@@ -40,11 +40,14 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "schur": {"ineq": outside, "route": "schur"},
     "nullspace": {"ineq": outside, "route": "nullspace"},
     "multipliers": {"ineq": outside, "multipliers": multipliers},
+    "an array of multipliers": {"ineq": outside, "multipliers": np.array([np.sqrt(10.0) / 1.5 - 1])},
 }
 
 
 def projection(fw: Any, **options: Any) -> Callable[[Any], Any]:
     """The projection, by a black box."""
+    if isinstance(options.get("multipliers"), np.ndarray):
+        options["multipliers"] = fw.xp.asarray(options["multipliers"])
     return implicit_function(KKT(objective, **options))(fw.black_box(truth))
 
 
