@@ -130,7 +130,8 @@ def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, sol
         size, residual = item_norm(xp, b), item_norm(xp, b - op.matvec(x))
         safe = xp.where(size > 0, size, xp.ones_like(size))
         counts = Counts(*counts)._replace(residual=residual / safe)
-        rtol = getattr(solver, "rtol", None) or (1e-8 if xp.finfo(b.dtype).eps < 1e-10 else 1e-4)
+        default = max(1e-8 if xp.finfo(b.dtype).eps < 1e-10 else 1e-4, 30 * op.accuracy)
+        rtol = getattr(solver, "rtol", None) or default
         counts = counts._replace(tolerance=rtol + 0 * counts.residual, matvecs=counts.matvecs + 1)
         claimed = xp.broadcast_to(status, counts.residual.shape)
         wrong = (claimed == 0) & ~(counts.residual <= rtol)

@@ -17,6 +17,7 @@ import numpy as np
 from implicitdiff import (
     CG,
     GMRES,
+    LDLT,
     LU,
     MINRES,
     Auto,
@@ -247,7 +248,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 SOLVERS_FOR: dict[str, tuple[str, ...]] = {
     "general": ("auto", "lu", "gmres"),
     "positive definite": ("auto", "lu", "cholesky", "cg", "minres", "gmres"),
-    "indefinite": ("auto", "lu", "minres", "gmres"),
+    "indefinite": ("auto", "lu", "ldlt", "minres", "gmres"),
     "negative definite": ("auto", "lu", "minres", "gmres"),
 }
 """The solvers that are right for a structure of A."""
@@ -258,10 +259,10 @@ STRUCTURES: dict[str, str] = {name: make(np, np.float64).structure for name, mak
 # -- linear systems --------------------------------------------------------------------------------------
 N = 30
 TIGHT: dict[str, Any] = {
-    "auto": Auto(rtol=1e-13), "lu": LU(), "cholesky": Cholesky(), "cg": CG(rtol=1e-13), "minres": MINRES(rtol=1e-13),
-    "gmres": GMRES(rtol=1e-13),
+    "auto": Auto(rtol=1e-13), "lu": LU(), "ldlt": LDLT(), "cholesky": Cholesky(), "cg": CG(rtol=1e-13),
+    "minres": MINRES(rtol=1e-13), "gmres": GMRES(rtol=1e-13),
 }  # fmt: skip
-RIGHT_FOR = {"pos": tuple(TIGHT), "sym": ("auto", "lu", "minres", "gmres"), "gen": ("auto", "lu", "gmres")}
+RIGHT_FOR = {"pos": tuple(TIGHT), "sym": ("auto", "lu", "ldlt", "minres", "gmres"), "gen": ("auto", "lu", "gmres")}
 
 
 def with_eigenvalues(values: Any, seed: int = 0) -> np.ndarray:

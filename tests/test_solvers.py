@@ -61,11 +61,11 @@ def test_against_sixty_digits(structure: str, solver: str) -> None:
         exact = mpmath.lu_solve(mpmath.matrix(a.tolist()), mpmath.matrix(b.tolist()))
         x = linear_solve(a, b, solver=TIGHT[solver])
         error = mpmath.norm(mpmath.matrix(x.tolist()) - exact) / mpmath.norm(exact)
-    bound = 4 * np.finfo(float).eps if solver in {"auto", "lu", "cholesky"} else 1e-13
+    bound = 4 * np.finfo(float).eps if solver in {"auto", "lu", "ldlt", "cholesky"} else 1e-13
     assert error <= bound * np.linalg.cond(a)
 
 
-@pytest.mark.parametrize("solver", ["lu", "cholesky", "auto", "cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ["lu", "ldlt", "cholesky", "auto", "cg", "minres", "gmres"])
 def test_hilbert_matrix(solver: str) -> None:
     """At a condition number of 1.5e10 the residual stays true, and a factorisation keeps six digits."""
     a, b = scipy.linalg.hilbert(8), np.ones(8)
@@ -75,7 +75,7 @@ def test_hilbert_matrix(solver: str) -> None:
         found = mpmath.matrix(x.tolist())
         error = mpmath.norm(found - exact) / mpmath.norm(exact)
         residual = mpmath.norm(mpmath.matrix(a.tolist()) * found - mpmath.matrix(b.tolist())) / mpmath.norm(b.tolist())
-    if solver in {"lu", "cholesky", "auto"}:
+    if solver in {"lu", "ldlt", "cholesky", "auto"}:
         assert error <= 1e-6
     rounding = np.finfo(float).eps * np.linalg.norm(a) * np.linalg.norm(x) / np.linalg.norm(b)
     assert residual <= max(1e-10, 20 * rounding)
@@ -93,7 +93,7 @@ def test_multiple_of_identity_takes_one_iteration(solver: str, c: float, n: int)
     np.testing.assert_allclose(x, b / c, rtol=4e-16 * n)
 
 
-@pytest.mark.parametrize("solver", ["lu", "cholesky", "auto"])
+@pytest.mark.parametrize("solver", ["lu", "ldlt", "cholesky", "auto"])
 def test_powers_of_two_are_exact(solver: str) -> None:
     d = 2.0 ** np.arange(-3, 4)
     x = linear_solve(np.diag(d), 3 * d, solver=solver)
@@ -111,7 +111,7 @@ def test_distinct_eigenvalues_bound_the_iterations(solver: str, k: int) -> None:
     close(x, np.linalg.solve(product.a, b), 1e-9)
 
 
-@pytest.mark.parametrize("solver", ["auto", "lu", "cholesky", "cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres"])
 @pytest.mark.parametrize("columns", [(), (3,)])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_products_are_counted(solver: str, columns: tuple[int, ...], warm: bool) -> None:
@@ -159,7 +159,7 @@ def test_report_solution_is_the_next_start() -> None:
 
 
 @LIBS
-@pytest.mark.parametrize("solver", ["auto", "lu", "cholesky", "cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres"])
 def test_many_right_hand_sides_are_the_single_ones(lib: Library, solver: str) -> None:
     """Norms and stops are per column: a tiny column keeps its digits, a zero one is exactly zero."""
     a, b = matrix("pos"), vector(columns=(4,)) * np.array([1.0, 1e-20, 0.0, 1e20])

@@ -83,7 +83,7 @@ def recovered(backend: Any, gradient: Array, rows: Array, norms: Array, candidat
 
     z = solve(-image(gradient))
     left = gradient + (xp.matrix_transpose(unit) @ z[..., None])[..., 0]
-    return (z + solve(-image(left))) / safe, dependent
+    return backend.astype((z + solve(-image(left))) / safe, rows.dtype), dependent
 
 
 def _dependent(backend: Any, gram: Array, candidate: Array) -> tuple[Array, Any]:

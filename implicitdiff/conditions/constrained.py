@@ -104,6 +104,8 @@ class Constrained(Condition):
         """Constraints, their gradients, and ∇f."""
         backend, y, theta = point.backend, point.y.vector, point.theta.vector
         sizes = {name: point.raveled_function(f, name)(y, theta).shape[-1] for name, f in self.constraints.items()}
+        if not sum(sizes.values()):
+            raise _unconstrained()
         found = backend.differentiate(point.raveled_function(self._all, " and ".join(sizes)), y, theta)
         k = sum(sizes.values())
         unit = backend.xp.eye(k, dtype=point.y.dtype, device=point.y.device)
@@ -112,7 +114,8 @@ class Constrained(Condition):
         rows = backend.xp.moveaxis(found.vjp_y(unit), 0, -2)
         objective = point.scalar_function(self.objective(_lead(point)), "f")
         gradient = backend.differentiate_gradient(objective, y, theta).value()
-        return FirstOrder(sizes.get("eq", 0), found.value(), rows, gradient)
+        cast = [backend.astype(x, point.y.dtype) for x in (found.value(), rows, gradient)]  # autograd may widen
+        return FirstOrder(sizes.get("eq", 0), *cast)
 
     def hessian(self, point: Point) -> Array | None:
         """H as a matrix, shape (*items, n, n), where it is at hand."""
@@ -130,8 +133,8 @@ class Constrained(Condition):
     # -- maps ----------------------------------------------------------------------------------------
     def maps(self, point: Point) -> Maps:
         first = self.first_order(point)
-        if first.values.shape[-1] == 0:
-            raise InputError("eq and ineq hold no constraint: use Stationary(f).")
+        if not first.values.shape[-1]:
+            raise _unconstrained()
         xp, backend = point.backend.xp, point.backend
         limits = Limits.of(xp, point.y.dtype, self.active_tol)
         norms = _row_norms(xp, first.rows)
@@ -208,23 +211,27 @@ class Constrained(Condition):
 
     def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
         found: ActiveSet = findings.details
-        xp = operator.backend.xp
-        text = ""
-        if self.route == "schur":
-            text = "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
-        elif self.route != "nullspace" and isinstance(error, NotPositiveDefiniteError):
-            text = "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
-        elif isinstance(error, SingularError):
+        xp, text, blocks = operator.backend.xp, "", self.route in {"schur", "nullspace"}
+        if blocks or isinstance(error, SingularError):
             rows = operator.jacobian  # type: ignore[attr-defined]
             dependent = active_set.dependent_rows(operator.backend, rows, found.active)
             if dependent is not None:
                 return _unqualified(active_set.names(xp, dependent, found.equality))
+        if self.route == "schur":
+            text = "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
+        elif not blocks and isinstance(error, NotPositiveDefiniteError):
+            text = "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
+        elif isinstance(error, SingularError):
             weak = active_set.names(xp, found.weak, found.equality)
             text = "Here: the Hessian of the Lagrangian is singular on the null space of the active constraints"
             text = f"{text}, of which {weak} is weakly active and left out." if weak else f"{text}."
         if text:
             error.args = (f"{error}\n{text}",)
         return error
+
+
+def _unconstrained() -> InputError:
+    return InputError("eq and ineq hold no constraint: use Stationary(f).")
 
 
 def _unqualified(names: str) -> QualificationError:
