@@ -231,7 +231,8 @@ def changed(program: Program, **parts: Any) -> Program:
     return replace(program, **parts)
 
 
-def with_choices(choices: Any, compiled: Any) -> list[Any]:
-    """Each library with each choice; on JAX, where each one is a compilation, with few."""
-    pairs = [(lib, c) for lib in (*PLAIN, *JAX) for c in (compiled if lib in JAX else choices)]
+def with_choices(choices: Any, compiled: Any, differenced: Any = None) -> list[Any]:
+    """Each library with each choice; fewer where each is a compilation (JAX), or slow (finite differences)."""
+    few = {lib.name: compiled for lib in JAX} | ({} if differenced is None else {"array_api_strict": differenced})
+    pairs = [(lib, c) for lib in (*PLAIN, *JAX) for c in few.get(lib.name, choices)]
     return [pytest.param(lib, c, id=f"{lib.name}-{c if isinstance(c, str) else '-'.join(c)}") for lib, c in pairs]

@@ -35,11 +35,11 @@ EACH_ROUTE = pytest.mark.parametrize("route", ROUTES)
 
 # -- every route and solver ----------------------------------------------------------------------------------------
 def each_program() -> list[Any]:
-    """Each library with each program; without autodiff, by finite differences, only the two small ones."""
+    """Each library with each program; without autodiff, by finite differences, only the smallest."""
     return [
         pytest.param(lib, name, id=f"{lib.name}-{name}")
         for lib in PLAIN
-        for name in (PROGRAMS if lib.name != "array_api_strict" else ("ball", "circle"))
+        for name in (PROGRAMS if lib.name != "array_api_strict" else ("ball",))
     ]
 
 
@@ -71,7 +71,7 @@ def test_finite_differences(route: str) -> None:
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
 @pytest.mark.parametrize(("route", "solver"), [("kkt", "minres"), ("schur", "cholesky"), ("nullspace", "cg")])
 def test_every_route_on_a_compiler(lib: Library, route: str, solver: str) -> None:
-    program = curved(lib)
+    program = circle(lib)
     lin = linearize(program.condition(route=route), program.array(program.y), program.array(program.theta),
                     solver=TIGHT[solver])  # fmt: skip
     for got, mode in (
@@ -203,7 +203,7 @@ def given_multipliers(program: Program, form: str) -> Any:
 FORMS = ["pair", "list", "callable", "recovered", "callable that declines"]
 
 
-@pytest.mark.parametrize(("lib", "form"), with_choices(FORMS, ["pair", "callable"]))
+@pytest.mark.parametrize(("lib", "form"), with_choices(FORMS, ["pair"], ["pair", "recovered"]))
 def test_multipliers(lib: Library, form: str) -> None:
     program = curved(lib)
     program.check("vjp", program.condition(multipliers=given_multipliers(program, form)), rtol_for(lib))

@@ -78,7 +78,7 @@ def test_first_order(name: str, name_of: str, by: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "name_of"),
-    [("torch", which) for which in CONDITIONS] + [("jax", which) for which in ("ineq", "nullspace", "multipliers")],
+    [("torch", which) for which in CONDITIONS] + [("jax", which) for which in ("ineq", "multipliers")],
 )
 def test_second_order(name: str, name_of: str) -> None:
     """Multipliers follow y and theta when the derivative is differentiated: recovered, or computed by the user."""
