@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -24,6 +25,9 @@ class Torch:
         self.torch = importlib.import_module("torch")
         self.xp = importlib.import_module("array_api_compat.torch")
         self.func = self.torch.func
+        with warnings.catch_warnings():  # the first compilation warns about Torch itself
+            warnings.simplefilter("ignore")
+            self.torch.compile(lambda x: x + 1, backend="eager")(self.torch.zeros(1))
 
     def numpy(self, x: Any) -> np.ndarray:
         """Return the numbers."""

@@ -22,6 +22,7 @@ from implicitdiff import (
     implicit_jvp,
     implicit_vjp,
 )
+from implicitdiff.backends.numpy import NumpyBackend
 
 LIBS = pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
 SOLVERS = ("auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres")
@@ -208,3 +209,18 @@ def test_unlike_the_active_set_there_is_no_kink() -> None:
     """At the switch of the constrained minimum the barrier's derivative lies between those of the two sides."""
     at_switch = [implicit_jacobian(bounded(NUMPY, t), np.array([place(t, 1.0)]), np.ones(1))[0, 0] for t in (1e2, 1e6)]
     np.testing.assert_allclose(at_switch, 0.5, rtol=1e-6)  # from y = 1 − 1 / √(2 t)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "strict"])
+@pytest.mark.parametrize("t", [1e1, 1e3, 1e5, 1e7])
+def test_differences_next_to_the_barrier(backend: str, t: float) -> None:
+    """Differences of g, whose steps are longer than the distance to the barrier, and not of its logarithm."""
+    if backend == "numpy":
+        xp, engine = np, NumpyBackend("finite_differences")
+    else:
+        xp, engine = pytest.importorskip("array_api_strict"), None
+    y, theta = xp.asarray([place(t, 2.0)]), xp.asarray([2.0])
+    bound = LogBarrier(lambda y, theta: xp.sum((y - theta) ** 2), ineq=lambda y, theta: y - 1.0, t=t)
+    found, report = implicit_jacobian(bound, y, theta, backend=engine, return_report=True)
+    assert report.derivatives["A"] == "finite differences"
+    assert abs(float(found[0, 0]) - slope(t, 2.0)) <= 1e-7 * slope(t, 2.0)

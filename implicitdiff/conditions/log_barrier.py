@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from implicitdiff.arrays import Array, any_true, item_numbers
 from implicitdiff.conditions.active_set import names
@@ -13,7 +17,7 @@ from implicitdiff.conditions.constrained import Constrained
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
-from implicitdiff.namespaces import namespace
+from implicitdiff.namespaces import constant, namespace
 from implicitdiff.operator import Operator
 from implicitdiff.pytree import flatten
 
@@ -72,6 +76,8 @@ class LogBarrier(Constrained):
     route: str
     active_tol: float | None
 
+    _values: ClassVar[Any] = None
+
     def __init__(
         self, f: Any, ineq: Any = None, t: float = 1.0, *, eq: Any = None, multipliers: Any = None,
         route: str = "auto", active_tol: float | None = None,
@@ -100,26 +106,41 @@ class LogBarrier(Constrained):
         return {} if self.eq is None else {"eq": self.eq}
 
     def objective(self, lead: int) -> Callable[..., Any]:
-        f, ineq, t = self.f, self.ineq, self.t
+        f, ineq, t, known = self.f, self.ineq, self.t, self._values
 
         def value(y: Any, theta: Any, *args: Any) -> Any:
-            total = t * f(y, theta, *args)
+            total, start = t * f(y, theta, *args), 0
             for g in flatten(ineq(y, theta, *args)).leaves:
-                xp = namespace(g)
-                logs = xp.log(-g)
-                total = total - (xp.sum(logs, axis=tuple(range(lead, logs.ndim))) if logs.ndim > lead else logs)
+                xp, shape = namespace(g), tuple(getattr(g, "shape", ()))
+                if known is None:
+                    parts = -xp.log(-g)
+                else:
+                    size = math.prod(shape[lead:])
+                    parts = _like_log(xp, g, known[..., start : start + size].reshape(shape))
+                    start += size
+                total = total + (xp.sum(parts, axis=tuple(range(lead, len(shape)))) if len(shape) > lead else parts)
             return total
 
         return value
 
+    def _with_values(self, point: Point, values: Array) -> LogBarrier:
+        """Return the condition for one point, without the logarithm, where finite differences may be taken of it."""
+        backend = point.backend
+        if backend.vmap is not None or any_true(backend.xp, ~(values < 0)):  # the others have autodiff
+            return self
+        known = copy.copy(self)
+        object.__setattr__(known, "_values", values.get() if hasattr(values, "get") else np.asarray(values))
+        return known
+
     def maps(self, point: Point) -> Maps:
         values = point.raveled_function(self.ineq, "ineq")(point.y.vector, point.theta.vector)
         outside = ~(values < 0)
+        known = self._with_values(point, values)
         if self.eq is not None:
-            maps = super().maps(point)
+            maps = super(LogBarrier, known).maps(point)
         else:
             lead = 0 if point.backend.vmap is not None else len(point.items)
-            maps = Stationary(self.objective(lead)).maps(point)
+            maps = Stationary(known.objective(lead)).maps(point)
         inside = ~point.backend.xp.any(outside, axis=-1)
         found = maps.findings or Findings(inside, inside, None)
         return maps._replace(findings=Findings(found.usable & inside, found.quiet & inside, (found.details, outside)))
@@ -139,6 +160,17 @@ class LogBarrier(Constrained):
     def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
         found = findings.details[0]
         return error if found is None else super().diagnose(findings._replace(details=found), error, operator)
+
+
+def _like_log(xp: Any, g: Any, known: np.ndarray) -> Any:
+    """Return what has the value 0, and the first and second derivatives of −log(−g), where g has the known value.
+
+    Near a bound the logarithm is far from a parabola within the step of a finite difference, and g is not. With c the
+    known value, −log(−g) has the derivatives −1/c and 1/c² by g, as −(g − c)/c + (g − c)²/(2c²) has.
+    """
+    c = constant(xp, g, known) if hasattr(g, "dtype") else float(known)
+    u = (g - c) / c
+    return u * u / 2 - u
 
 
 def _inequalities(xp: Any, mask: Array) -> str:
