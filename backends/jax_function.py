@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.backends.jax_contents import captures_differentiated
-from implicitdiff.backends.jax_programs import arrays_of, call_for, functions_of, is_traced, program_for
+from implicitdiff.backends.jax_programs import call_for, is_traced, program_for
+from implicitdiff.backends.jax_rules import arrays_of, functions_of
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.judgement import warn_not_solution
 from implicitdiff.rules import Rules, Task

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 import types
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.backends.jax_contents import Contents
-from implicitdiff.errors import ShapeError
+from implicitdiff.backends.jax_rules import arrays_of, filled, functions_of, run_rules
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
 
-__all__ = ["Program", "Runner", "arrays_of", "call_for", "functions_of", "is_traced", "program_for", "solved"]
+__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for", "solved"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -83,9 +82,7 @@ class _Call:
     def task_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Task:
         """Return the task with traced values in place of the arrays."""
         args, arrays = self.args.join(dynamic)
-        return replace(
-            self.task, y=y, theta=theta, args=args, condition=_filled(self.task.condition, arrays), own=False
-        )
+        return replace(self.task, y=y, theta=theta, args=args, condition=filled(self.task.condition, arrays), own=False)
 
 
 class _Split:
@@ -183,28 +180,6 @@ def _static(value: Any, found: list[Any]) -> Any:
     return type(value), value
 
 
-def functions_of(condition: Any) -> tuple[Any, ...]:
-    """Return the user's functions in a condition, and options; not its arrays, which may be others at each call."""
-    if not hasattr(condition, "maps"):
-        return (condition,)
-    return tuple(value for name, value in vars(condition).items() if name not in condition.arrays)
-
-
-def arrays_of(condition: Any) -> dict[str, Any]:
-    """Return the numbers that a condition holds."""
-    return getattr(condition, "arrays", {})
-
-
-def _filled(condition: Any, arrays: dict[str, Any]) -> Any:
-    """Return the condition with traced values in place of its arrays."""
-    if not arrays:
-        return condition
-    filled = copy.copy(condition)
-    for name, value in arrays.items():
-        object.__setattr__(filled, name, value)
-    return filled
-
-
 def _form(tree: Any) -> tuple[Any, ...]:
     """Structure, shapes and dtypes of a tree."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -278,41 +253,6 @@ def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:
         border.like(vector, name)
     if x0 is not None:
         task.backend.as_leaf(x0, "x0")
-
-
-def run_rules(task: Task, mode: str, direction: Any, x0: Any, *, mute: bool = False) -> tuple[Any, Any, Rules]:
-    """Run a mode of the rules; for a batch those of one item, mapped over the items.
-
-    XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
-    """
-    flat = mode == "jacobian"
-    if not task.batched or not _check_items(task, mode, direction, x0):
-        rules = Rules(task, flat=flat, mute=mute)
-        return *getattr(rules, mode)(direction, x0), rules
-    made: list[Rules] = []
-    each = {name: value for name, value in arrays_of(task.condition).items() if name in task.condition.per_item}
-
-    def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any]) -> Any:
-        condition = _filled(task.condition, each)
-        rules = Rules(replace(task, y=y, theta=theta, condition=condition, batched=False), flat=flat, mute=mute)
-        made.append(rules)
-        return getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
-
-    vector = None if mode == "gradient" else direction
-    value, evidence = jax.vmap(one)(task.y, task.theta, vector, x0, each)
-    return value, evidence, made[-1]
-
-
-def _check_items(task: Task, mode: str, direction: Any, x0: Any) -> int:
-    """Check that everything carries the same leading axis, and return its length."""
-    y, theta = (Ravel(task.backend, tree, name, True) for tree, name in ((task.y, "y"), (task.theta, "theta")))
-    y.check_partner(theta)
-    if mode in {"vjp", "jvp"}:
-        border, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")
-        border.like(direction, name, dtype=border.dtype)
-    if x0 is not None and tuple(x0.shape[:1]) != y.items:
-        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected one raveled vector for each of {y.items[0]} items.")
-    return y.items[0]
 
 
 def _note(program: Program, rules: Rules) -> None:

@@ -1,0 +1,72 @@
+"""The rules of JAX's calls: a condition's functions and arrays, and a batch as one item mapped."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from implicitdiff.errors import ShapeError
+from implicitdiff.ravel import Ravel
+from implicitdiff.rules import Rules, Task
+
+__all__ = ["arrays_of", "filled", "functions_of", "run_rules"]
+
+
+def functions_of(condition: Any) -> tuple[Any, ...]:
+    """Return the user's functions in a condition, and options; not its arrays, which may be others at each call."""
+    if not hasattr(condition, "maps"):
+        return (condition,)
+    return tuple(value for name, value in vars(condition).items() if name not in condition.arrays)
+
+
+def arrays_of(condition: Any) -> dict[str, Any]:
+    """Return the numbers that a condition holds."""
+    return getattr(condition, "arrays", {})
+
+
+def filled(condition: Any, arrays: dict[str, Any]) -> Any:
+    """Return the condition with traced values in place of its arrays."""
+    if not arrays:
+        return condition
+    filled = copy.copy(condition)
+    for name, value in arrays.items():
+        object.__setattr__(filled, name, value)
+    return filled
+
+
+def run_rules(task: Task, mode: str, direction: Any, x0: Any, *, mute: bool = False) -> tuple[Any, Any, Rules]:
+    """Run a mode of the rules; for a batch those of one item, mapped over the items.
+
+    XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
+    """
+    flat = mode == "jacobian"
+    if not task.batched or not _check_items(task, mode, direction, x0):
+        rules = Rules(task, flat=flat, mute=mute)
+        return *getattr(rules, mode)(direction, x0), rules
+    made: list[Rules] = []
+    each = {name: value for name, value in arrays_of(task.condition).items() if name in task.condition.per_item}
+
+    def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any]) -> Any:
+        condition = filled(task.condition, each)
+        rules = Rules(replace(task, y=y, theta=theta, condition=condition, batched=False), flat=flat, mute=mute)
+        made.append(rules)
+        return getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
+
+    vector = None if mode == "gradient" else direction
+    value, evidence = jax.vmap(one)(task.y, task.theta, vector, x0, each)
+    return value, evidence, made[-1]
+
+
+def _check_items(task: Task, mode: str, direction: Any, x0: Any) -> int:
+    """Check that everything carries the same leading axis, and return its length."""
+    y, theta = (Ravel(task.backend, tree, name, True) for tree, name in ((task.y, "y"), (task.theta, "theta")))
+    y.check_partner(theta)
+    if mode in {"vjp", "jvp"}:
+        border, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")
+        border.like(direction, name, dtype=border.dtype)
+    if x0 is not None and tuple(x0.shape[:1]) != y.items:
+        raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected one raveled vector for each of {y.items[0]} items.")
+    return y.items[0]
