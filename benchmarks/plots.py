@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.report import Result, read_json
 from benchmarks.sample import Sample
@@ -19,6 +20,8 @@ import matplotlib.pyplot as plt
 __all__ = ["crossover", "draw"]
 
 COLOURS = {"numpy": "#1f77b4", "torch": "#d62728", "jax": "#2ca02c", "cupy": "#9467bd"}
+SOLVERS = {"auto": "black", "lu": "#d62728", "ldlt": "#e377c2", "cholesky": "#ff7f0e", "cg": "#1f77b4",
+           "minres": "#2ca02c", "gmres": "#9467bd"}  # fmt: skip
 MARKERS = {"auto": "o", "lu": "s", "ldlt": "P", "cholesky": "D", "cg": "^", "minres": "v", "gmres": "<"}
 
 
@@ -78,6 +81,7 @@ def _grid(samples: Sequence[Sample], panel: Callable[[Any, list[Sample]], None],
         axis.set_title(problem, fontsize=10)
         panel(axis, [s for s in samples if s.problem == problem])
         axis.grid(alpha=0.3)
+        axis.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten run into each other
     for axis in axes.flat[len(problems) :]:
         axis.axis("off")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -117,12 +121,18 @@ def _time_over_size(axis: Any, samples: list[Sample]) -> None:
     _loglog(axis, samples)
 
 
+def _solver_colour(samples: Sequence[Sample], backend: str, solver: str) -> str:
+    """Colours tell backends apart; where there is one, solvers."""
+    return COLOURS[backend] if len(_places(samples)) > 1 else SOLVERS.get(solver, "grey")
+
+
 def _solvers_over_size(axis: Any, samples: list[Sample]) -> None:
     for backend, device in _places(samples):
         for solver in dict.fromkeys(s.solver for s in samples):
             mine = [s for s in samples if (s.backend, s.device, s.solver) == (backend, device, solver)]
             mine = sorted((s for s in mine if s.status == "CONVERGED"), key=lambda s: s.size)
-            _line(axis, mine, color=COLOURS[backend], marker=MARKERS.get(solver, "x"), alpha=0.8,
+            colour = _solver_colour(samples, backend, solver)
+            _line(axis, mine, color=colour, marker=MARKERS.get(solver, "x"), alpha=0.8,
                   ls="-" if device == "cpu" else "--", label=f"{_name(backend, device)} {solver}")  # fmt: skip
     _loglog(axis, samples)
 
@@ -131,8 +141,9 @@ def _error_over_time(axis: Any, samples: list[Sample]) -> None:
     largest = max(s.size for s in samples)
     for s in samples:
         if s.size == largest and s.status == "CONVERGED":
-            axis.plot(s.seconds.median, max(s.error, 1e-17), MARKERS.get(s.solver, "x"), color=COLOURS[s.backend],
-                      ms=6, alpha=0.8, label=f"{_name(s.backend, s.device)} {s.solver}")  # fmt: skip
+            colour = _solver_colour(samples, s.backend, s.solver)
+            axis.plot(s.seconds.median, max(s.error, 1e-17), MARKERS.get(s.solver, "x"), color=colour, ms=6, alpha=0.8,
+                      label=f"{_name(s.backend, s.device)} {s.solver}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel=f"seconds at {samples[0].axis} = {largest}", ylabel="relative error")
 
 
@@ -142,7 +153,7 @@ def _over_floor(axis: Any, samples: list[Sample]) -> None:
             mine = [s for s in samples if (s.backend, s.device, s.solver) == (backend, device, solver)]
             mine = sorted((s for s in mine if s.floor), key=lambda s: s.size)
             axis.plot([s.size for s in mine], [s.seconds.median / (s.floor or np.nan) for s in mine], lw=1.2, ms=4,
-                      color=COLOURS[backend], marker=MARKERS.get(solver, "x"),
+                      color=_solver_colour(samples, backend, solver), marker=MARKERS.get(solver, "x"),
                       label=f"{_name(backend, device)} {solver}")  # fmt: skip
     axis.axhline(1.0, color="black", lw=0.8)
     axis.set(xscale="log", yscale="log", xlabel=samples[0].axis, ylabel="time / floor")
