@@ -149,10 +149,10 @@ def _tight(A: Any, b: Any) -> Any:
     return x
 
 
-@family("distillation", (64, 784), "features", "dataset distillation: ten synthetic images are the parameters")
-def distillation(features: int, rng: np.random.Generator) -> Instance:
-    """½ ‖θ W − I‖² + ½ λ ‖W‖²: ridge regression on ten images θ of so many features, W of features × 10."""
-    classes, decay = 10, 0.1
+@family("distillation", (640, 7840), "n", "dataset distillation: ten synthetic images are the parameters")
+def distillation(n: int, rng: np.random.Generator) -> Instance:
+    """½ ‖θ W − I‖² + ½ λ ‖W‖²: ridge regression on ten images θ of n / 10 features, W of n / 10 × 10."""
+    classes, decay, features = 10, 0.1, n // 10
     theta = rng.normal(size=(classes, features)) / features**0.5
     H = theta.T @ theta + decay * np.eye(features)
     W, v = np.linalg.solve(H, theta.T), rng.normal(size=(features, classes))

@@ -173,7 +173,7 @@ def _problem(where: Where, found: Family, problem: Instance, plan: Sweep, settin
         what = f"{found.name}, {solver}"
         if solver not in problem.solvers:
             rows.append(Skipped(what, size, "the method is not for this problem", where.backend))
-        elif solver in DIRECT and problem.size > problem.most_dense:
+        elif solver in DIRECT and problem.size > _most_dense(where, problem):
             rows.append(Skipped(what, size, "too large to be assembled", where.backend))
         else:
             rows.append(_sample(where, found, problem, solver, setting))
@@ -181,6 +181,11 @@ def _problem(where: Where, found: Family, problem: Instance, plan: Sweep, settin
         rows += [_peer(found, problem, name, setting) for name in ("cg", "minres", "gmres", "spsolve")
                  if _suits(name, problem)]  # fmt: skip
     return rows
+
+
+def _most_dense(where: Where, problem: Instance) -> int:
+    """Largest size for a direct method; only NumPy has sparse ones."""
+    return problem.most_dense if problem.batched or where.backend == "numpy" else min(problem.most_dense, 2500)
 
 
 def _sample(where: Where, found: Family, problem: Instance, solver: str, setting: Setting) -> Sample:
