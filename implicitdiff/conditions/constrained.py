@@ -217,7 +217,7 @@ class Constrained(Condition):
             dependent = active_set.dependent_rows(operator.backend, rows, found.active)
             if dependent is not None:
                 return _unqualified(active_set.names(xp, dependent, found.equality))
-        if self.route == "schur":
+        if self.route == "schur" and isinstance(error, (SingularError, NotPositiveDefiniteError)):
             text = "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
         elif not blocks and isinstance(error, NotPositiveDefiniteError):
             text = "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
