@@ -28,13 +28,30 @@ from implicitdiff.solvers.base import Solver
 __all__ = ["NullSpace", "Schur"]
 
 
+@dataclass
+class _Spent:
+    """Products with H that were spent before the first solve, to be told with it."""
+
+    inner: Operator
+    products: Any = 0
+    assembled: bool = False
+
+    def take(self) -> Any:
+        """Return what was not told yet."""
+        found, self.products = self.products, 0
+        if self.inner.assembled and not self.assembled:
+            self.assembled, found = True, found + self.inner.n
+        return found
+
+
 class _State(NamedTuple):
-    """The operator with its blocks, the inner operator with the state for it, and what was made of J."""
+    """The operator with its blocks, H, the state for the inner operator, and what was made of J."""
 
     operator: SaddleOperator
-    inner: Operator
+    hessian: Operator
     prepared: Any
     factor: Any
+    spent: _Spent
     solved: Any = None
     status: Any = None
 
@@ -89,12 +106,13 @@ class Schur(_Blockwise):
         xp, hessian = op.backend.xp, op.hessian()
         prepared = self.inner.init(hessian)  # K was damped already, and H with it
         rows = xp.moveaxis(op.jacobian, -2, 0)  # k right-hand sides (k, *items, n)
-        solved, status, _ = self.inner.solve(prepared, rows)
+        solved, status, counts = self.inner.solve(prepared, rows)
+        spent = _Spent(hessian, xp.sum(xp.asarray(counts.matvecs + 0 * xp.asarray(status)), axis=0))
         solved = xp.moveaxis(solved, 0, -2)  # (*items, k, n), the rows H⁻¹ Jᵢᵀ
         eye = xp.eye(op.n - op.primal, dtype=op.dtype, device=op.device)
         complement = op.jacobian @ xp.matrix_transpose(solved) + op.corner[..., None] * eye
         factor = op.backend.lu_factor(op.backend.widen(complement))
-        return _State(op, hessian, prepared, factor, solved, xp.max(xp.asarray(status), axis=0))
+        return _State(op, hessian, prepared, factor, spent, solved, xp.max(xp.asarray(status), axis=0))
 
     def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         op, n = state.operator, state.operator.primal
@@ -104,7 +122,7 @@ class Schur(_Blockwise):
         z = _factored(op, state.factor, _times(xp, op.jacobian, t) - w)
         x = t - _times(xp, xp.matrix_transpose(state.solved), z)
         worst = xp.maximum(xp.asarray(status), state.status)
-        return op.backend.concat([x, z]), worst, _counts(counts, op.n - n)
+        return op.backend.concat([x, z]), worst, _counts(counts, state.spent.take())
 
 
 @dataclass(frozen=True)
@@ -133,20 +151,20 @@ class NullSpace(_Blockwise):
             op.backend, op.primal, op.primal, op.items, op.dtype, op.device, forward=product, adjoint=product,
             kind=op.kind, label="the reduced Hessian", symmetric=True, trusted=op.trusted, accuracy=op.accuracy,
         )  # fmt: skip
-        return _State(op, hessian, self.inner.init(inner), factor)
+        return _State(op, hessian, self.inner.init(inner), factor, _Spent(inner))
 
     def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         op, n = state.operator, state.operator.primal
         xp, jacobian_t = op.backend.xp, op.backend.xp.matrix_transpose(op.jacobian)
         v, w = b[..., :n], b[..., n:]
         particular = _times(xp, jacobian_t, _factored(op, state.factor, w))
-        rest = v - state.inner.matvec(particular)
+        rest = v - state.hessian.matvec(particular)
         u, status, counts = self.inner.solve(state.prepared, _projected(op, state.factor, rest))
         x = particular + _projected(op, state.factor, u)
-        z = _factored(op, state.factor, _times(xp, op.jacobian, v - state.inner.matvec(x)))
+        z = _factored(op, state.factor, _times(xp, op.jacobian, v - state.hessian.matvec(x)))
         inactive = xp.broadcast_to(op.corner > 0, z.shape)
         safe = xp.where(op.corner > 0, op.corner, xp.ones_like(op.corner))
-        return op.backend.concat([x, xp.where(inactive, -w / safe, z)]), status, _counts(counts, 2)
+        return op.backend.concat([x, xp.where(inactive, -w / safe, z)]), status, _counts(counts, 2 + state.spent.take())
 
 
 def _times(xp: Any, matrix: Array, x: Array) -> Array:
