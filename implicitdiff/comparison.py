@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import html
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from implicitdiff.api import implicit_grad
@@ -111,6 +107,8 @@ class Comparison(Sequence[SolverRow]):
         return "\n".join([self._about(), lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
     def _repr_html_(self) -> str:
+        import html
+
         head, *body = self._cells()
 
         def line(cells: Sequence[str], tag: str) -> str:
@@ -156,8 +154,12 @@ class Comparison(Sequence[SolverRow]):
         """
         path = Path(path)
         if path.suffix == ".json":
+            import json
+
             path.write_text(json.dumps({"facts": self.facts, "rows": self.to_dicts()}, indent=1), encoding="utf-8")
         elif path.suffix == ".csv":
+            import csv
+
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, fieldnames=list(SolverRow.__dataclass_fields__))
                 writer.writeheader()
@@ -260,7 +262,7 @@ class _Call:
             warnings.simplefilter("ignore", ImplicitDiffWarning)
             later = [_timed(self)[0] for _ in range(repeats)]
             held = self.engine.peak_memory(self) if memory else None
-        return (*first[1], median(later), first[0], held)
+        return (*first[1], sorted(later)[len(later) // 2], first[0], held)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
