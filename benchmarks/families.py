@@ -57,6 +57,8 @@ class Instance:
     solvers: tuple[str, ...] = field(default=ITERATIVE)
     most_dense: int = 2500
     """Largest size at which the direct methods are run."""
+    matrix: Any = None
+    """A, shape (*items, N, N), for the time of LAPACK alone."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def ridge(n: int, rng: np.random.Generator) -> Instance:
     return Instance(
         n, y, theta, v, (H, b), -y * np.linalg.solve(A, v),
         lambda autodiff: Stationary(objective) if autodiff else Stationary(**given), product,
-        solvers=(*DENSE, "cg", "minres", "gmres"),
+        solvers=(*DENSE, "cg", "minres", "gmres"), matrix=A,
     )  # fmt: skip
 
 
@@ -191,7 +193,7 @@ def batch_of(n: int) -> Callable[[int, np.random.Generator], Instance]:
         return Instance(
             items, y, theta, v, (H, c), truth,
             lambda autodiff: Stationary(objective) if autodiff else Stationary(**given), None, True,
-            ("auto", "lu", "cholesky", "cg"), 10**9,
+            ("auto", "lu", "cholesky", "cg"), 10**9, A,
         )  # fmt: skip
 
     return make
@@ -222,5 +224,5 @@ def qp(items: int, rng: np.random.Generator) -> Instance:
     }  # fmt: skip
     return Instance(
         items, y, theta, v, (), truth, lambda autodiff: QP(), None, True,
-        ("auto", "lu", "ldlt", "minres"), 10**9,
+        ("auto", "lu", "ldlt", "minres"), 10**9, K,
     )  # fmt: skip

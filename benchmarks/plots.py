@@ -65,7 +65,15 @@ def _figures(samples: Sequence[Sample], about: str) -> Iterator[tuple[str, Any]]
     yield "solvers", _grid(samples, _solvers_over_size, "seconds over size by solver", about)
     yield "error", _grid(samples, _error_over_time, "error of the gradient over seconds, largest size", about)
     if any(s.floor for s in samples):
-        yield "floor", _grid([s for s in samples if s.floor], _over_floor, "time over the floor: products alone", about)
+        yield (
+            "floor",
+            _grid(
+                [s for s in samples if s.floor],
+                _over_floor,
+                "time over the floor: products alone, or LAPACK alone",
+                about,
+            ),
+        )
     if len({s.device for s in samples}) > 1:
         yield "devices", _grid(samples, _devices, "CPU against GPU, best solver; the crossover is marked", about)
 

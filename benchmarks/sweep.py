@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from benchmarks import families_large  # noqa: F401  its families go into the table
@@ -221,8 +222,17 @@ def _sample(where: Where, found: Family, problem: Instance, solver: str, setting
 def _floor(
     where: Where, problem: Instance, report: Any, arrays: list[Any], args: tuple[Any, ...]
 ) -> tuple[float, Callable[[], Any]] | None:  # fmt: skip
-    """How many units of work a solve needs at least, and one unit: a product in the backend's own arrays."""
-    if problem.product is None or report.iterations == 0:
+    """How many units of work a solve needs at least, and one unit: a product, or LAPACK's bare solve.
+
+    Both with the arrays and the library of the backend.
+    """
+    if problem.matrix is not None and report.solver in DIRECT:
+        matrix = where.put(problem.matrix)
+        right = where.put(np.ones((*problem.matrix.shape[:-1], 1)))
+        solve: Any = array_api_compat.array_namespace(matrix).linalg.solve
+        solve = where.module.jit(solve) if where.backend == "jax" else solve
+        return 1, lambda: solve(matrix, right)
+    if problem.product is None or problem.batched or not report.iterations:
         return None
     y, theta, v = arrays
     product: Any = problem.product
