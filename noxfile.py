@@ -59,10 +59,8 @@ def run_tests(session: nox.Session, *options: str) -> None:
     """Run the suite on up to four processes of one BLAS thread each; what follows ``--`` goes to pytest."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     threads["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-    session.run(
-        "python", "-m", "pytest", "-n", "auto", "--maxprocesses", "4", *options, *session.posargs,
-        env={"MPLBACKEND": "Agg", **threads},
-    )  # fmt: skip
+    workers = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")  # tests take from 1 ms to 20 s
+    session.run("python", "-m", "pytest", *workers, *options, *session.posargs, env={"MPLBACKEND": "Agg", **threads})
 
 
 def tests(session: nox.Session) -> None:
