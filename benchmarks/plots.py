@@ -153,6 +153,7 @@ def _error_over_time(axis: Any, samples: list[Sample]) -> None:
             axis.plot(s.seconds.median, max(s.error, 1e-17), MARKERS.get(s.solver, "x"), color=colour, ms=6, alpha=0.8,
                       label=f"{_name(s.backend, s.device)} {s.solver}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel=f"seconds at {samples[0].axis} = {largest}", ylabel="relative error")
+    axis.set_ylim(1e-17, 1e-5)
 
 
 def _over_floor(axis: Any, samples: list[Sample]) -> None:
