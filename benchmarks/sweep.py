@@ -16,12 +16,13 @@ import array_api_compat
 import numpy as np
 
 from benchmarks import families_large  # noqa: F401  its families go into the table
+from benchmarks.assembly_peer import by_assembly
 from benchmarks.families import FAMILIES, Family, Instance
 from benchmarks.measure import Setting, interleave, peak_bytes, spread
 from benchmarks.report import Skipped
 from benchmarks.sample import Sample
 from benchmarks.scipy_peer import by_scipy
-from implicitdiff import Status, implicit_vjp
+from implicitdiff import Stationary, Status, implicit_vjp
 from implicitdiff.pytree import flatten, map_leaves
 
 __all__ = ["DEVICES", "Sweep", "problem_names", "sweep"]
@@ -178,6 +179,8 @@ def _problem(where: Where, found: Family, problem: Instance, plan: Sweep, settin
             rows.append(Skipped(what, size, "too large to be assembled", where.backend))
         else:
             rows.append(_sample(where, found, problem, solver, setting))
+    if setting.peers and _assembles(where, problem):
+        rows.append(_assembled(where, found, problem, setting))
     if setting.peers and where.backend == "numpy":
         rows += [_peer(found, problem, name, setting) for name in ("cg", "minres", "gmres", "spsolve")
                  if _suits(name, problem)]  # fmt: skip
@@ -248,12 +251,30 @@ def _error(found: Any, truth: Any) -> float:
     return gap / sum(float(np.sum(b**2)) for _, b in pairs) ** 0.5
 
 
-# -- SciPy -----------------------------------------------------------------------------------------------
+# -- others -----------------------------------------------------------------------------------------------
 def _suits(name: str, problem: Instance) -> bool:
     wanted = {"cg": "cg", "minres": "minres", "gmres": "gmres", "spsolve": "lu"}[name]
     if problem.batched or wanted not in problem.solvers:
         return False
     return problem.product is not None and (name != "spsolve" or 2500 < problem.size <= problem.most_dense)
+
+
+def _assembles(where: Where, problem: Instance) -> bool:
+    """Whether the whole Hessian may be made by autodiff."""
+    has_objective = isinstance(problem.condition(True), Stationary)
+    return where.autodiff and has_objective and not problem.batched and problem.size <= 1000
+
+
+def _assembled(where: Where, found: Family, problem: Instance, setting: Setting) -> Sample:
+    """The same gradient through a Hessian that autodiff makes, and a dense solve."""
+    call = where.settled(by_assembly(where, problem))
+    first = interleave({"first": call}, Setting(short=True, rounds=1, seconds=0.0))["first"][0]
+    error = _error(where.numpy(call()), problem.truth)
+    times = interleave({"theirs": call}, setting)["theirs"]
+    return Sample(
+        where.backend, where.device, "assembly", found.name, found.axis, problem.size, "hessian + solve", "solve",
+        "CONVERGED", "", spread(times), first, problem.size, 0, float("nan"), error,
+    )  # fmt: skip
 
 
 def _peer(found: Family, problem: Instance, name: str, setting: Setting) -> Sample:
