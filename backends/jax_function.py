@@ -200,9 +200,8 @@ def _zeros(tree: Any) -> Any:
 
 def _tangent(task: Task, tangent: Any) -> Any:
     """The solution w of A w = −B θ̇, from a program that JAX may transform further."""
-    if not is_traced(
-        task.y, task.theta, task.args, arrays_of(task.condition)
-    ):  # numbers: what jit could not tell, is told here
+    known = not is_traced(task.y, task.theta, task.args, arrays_of(task.condition))
+    if known:  # numbers: what jit could not tell, is told here
         _look_at_point(task)
     call = call_for(task, "tangent", (task.y, task.theta), tangent)
     return program_for(call, _build_tangent)(call)

@@ -209,13 +209,14 @@ def _sample(where: Where, found: Family, problem: Instance, solver: str, setting
         functions["floor"] = where.settled(floor[1])
     first = interleave({"first": once}, Setting(short=True, rounds=1, seconds=0.0))["first"][0]
     times = interleave(functions, setting)
-    iterations = int(np.max(where.numpy(report.iterations) if problem.batched else report.iterations))
-    matvecs = int(np.sum(where.numpy(report.matvecs) if problem.batched else report.matvecs))
-    status = int(np.max(where.numpy(report.status) if problem.batched else report.status))
-    residual = float(np.max(where.numpy(report.residual) if problem.batched else report.residual))
+    told = {name: np.asarray(where.numpy(x) if problem.batched else x) for name, x in (
+        ("iterations", report.iterations), ("matvecs", report.matvecs), ("status", report.status),
+        ("residual", report.residual),
+    )}  # fmt: skip
     return Sample(
         where.backend, where.device, "implicitdiff", found.name, found.axis, problem.size, solver, report.solver,
-        Status(status).name, report.reason, spread(times["ours"]), first, matvecs, iterations, residual,
+        Status(int(told["status"].max())).name, report.reason, spread(times["ours"]), first, int(told["matvecs"].sum()),
+        int(told["iterations"].max()), float(told["residual"].max()),
         _error(map_leaves(where.numpy, value), problem.truth),
         peak_bytes(once) if where.backend == "numpy" else None,
         None if floor is None else floor[0] * median(times["floor"]),

@@ -16,6 +16,7 @@ __all__ = [
     "item_numbers",
     "needed",
     "probe_vector",
+    "times",
     "to_python",
 ]
 
@@ -24,6 +25,11 @@ Array = Any
 
 _SAFE = {"f": (1e-25, 1e35), "d": (1e-250, 1e300)}
 _NRM2 = {"f": blas.snrm2, "d": blas.dnrm2}
+
+
+def times(matrix: Array, x: Array) -> Array:
+    """Product of matrices (*items, r, c) with vectors (*rhs, *items, c)."""
+    return (matrix @ x[..., None])[..., 0]
 
 
 def item_norm(xp: Any, x: Array) -> Array:

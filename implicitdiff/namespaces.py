@@ -9,7 +9,7 @@ import numpy as np
 from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError
 
-__all__ = ["check_not_negative", "constant", "expanded", "filled", "namespace", "norm", "plain"]
+__all__ = ["check_not_negative", "constant", "expanded", "filled", "item_sum", "namespace", "norm", "plain"]
 
 
 def namespace(x: Array, *others: Any) -> Any:
@@ -25,6 +25,12 @@ def namespace(x: Array, *others: Any) -> Any:
     import array_api_compat
 
     return array_api_compat.array_namespace(x)
+
+
+def item_sum(xp: Any, x: Array, lead: int) -> Array:
+    """Sum over all axes but the first ``lead``."""
+    axes = tuple(range(lead, len(x.shape)))
+    return xp.sum(x, axis=axes) if axes else x
 
 
 def constant(xp: Any, x: Array, values: np.ndarray) -> Array:

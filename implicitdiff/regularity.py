@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from implicitdiff.arrays import Array, item_norm, item_numbers
+from implicitdiff.arrays import Array, item_norm
+from implicitdiff.conditions.active_set import names
 from implicitdiff.errors import InputError
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
@@ -181,8 +182,7 @@ def _of_saddle(
     inertia = (positive, negative - inactive, zero)
 
     def which(mask: Array) -> tuple[str, ...]:
-        p = int(xp.sum(xp.astype(found.equality, xp.int32)))
-        return tuple(f"eq[{i}]" if i < p else f"ineq[{i - p}]" for i in item_numbers(xp, mask, mask.shape[0]))
+        return tuple(names(xp, mask, found.equality, mask.shape[0]))
 
     facts = {"active": found.active | found.weak, "dependent": found.dependent, "weakly_active": found.weak,
              "wrong_sign": found.wrong, "violated": found.violated}  # fmt: skip

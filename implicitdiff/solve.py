@@ -12,6 +12,7 @@ from implicitdiff.arrays import Array, item_norm, needed, to_python
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import get_solver
+from implicitdiff.solvers.base import methods_of
 
 __all__ = ["Prepared", "Solution", "make_report", "method_of", "poison", "prepare"]
 
@@ -90,8 +91,7 @@ class Prepared:
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
             space = op.backend.space(x)
             x = space.select(xp.broadcast_to(broken, space.items), space.nan(), x)
-        describe = getattr(self.solver, "describe", None)
-        self.methods = describe(state) if describe else [(_name(self.solver), "chosen by name")]
+        self.methods = methods_of(self.solver, state)
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.mute:
             space = op.backend.space(x)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_numbers, needed
+from implicitdiff.arrays import Array, item_numbers, needed, times
 
 __all__ = ["ActiveSet", "Limits", "candidates", "classified", "dependent_rows", "names", "recovered"]
 
@@ -64,11 +64,7 @@ def recovered(backend: Any, gradient: Array, rows: Array, norms: Array, candidat
     """
     xp = backend.xp
     safe = xp.where(norms > 0, norms, xp.ones_like(norms))
-    held = backend.astype(candidate, rows.dtype)
-    unit = rows * (held / safe)[..., None]
-    k = rows.shape[-2]
-    eye = xp.eye(k, dtype=rows.dtype, device=backend.device(rows))
-    gram = unit @ xp.matrix_transpose(unit) + (1 - held)[..., None] * eye
+    unit, gram = _gram(backend, rows, safe, candidate)
     dependent, factor = _dependent(backend, gram, candidate)
 
     def solve(b: Array) -> Array:
@@ -76,14 +72,24 @@ def recovered(backend: Any, gradient: Array, rows: Array, norms: Array, candidat
         bad = ~xp.all(xp.isfinite(z), axis=-1)
         if backend.traced or backend.composable or not needed(backend, bad):
             return z
-        return xp.where(bad[..., None], (xp.linalg.pinv(gram) @ b[..., None])[..., 0], z)
+        return xp.where(bad[..., None], times(xp.linalg.pinv(gram), b), z)
 
-    def image(vector: Array) -> Array:
-        return (unit @ vector[..., None])[..., 0]
+    z = solve(-times(unit, gradient))
+    left = gradient + times(xp.matrix_transpose(unit), z)
+    return backend.astype((z + solve(-times(unit, left))) / safe, rows.dtype), dependent
 
-    z = solve(-image(gradient))
-    left = gradient + (xp.matrix_transpose(unit) @ z[..., None])[..., 0]
-    return backend.astype((z + solve(-image(left))) / safe, rows.dtype), dependent
+
+def _gram(backend: Any, rows: Array, norms: Array, held: Array) -> tuple[Array, Array]:
+    """Return the held rows at norm one, zeros for the others, and JJᵀ of them with ones in the others' places."""
+    xp, held = backend.xp, backend.astype(held, rows.dtype)
+    unit = rows * (held / norms)[..., None]
+    eye = xp.eye(rows.shape[-2], dtype=rows.dtype, device=backend.device(rows))
+    return unit, unit @ xp.matrix_transpose(unit) + (1 - held)[..., None] * eye
+
+
+def _singular_below(xp: Any, gram: Array) -> float:
+    """Eigenvalue, or pivot, of a Gram matrix up to which its rows are dependent."""
+    return 1e4 * float(xp.finfo(gram.dtype).eps) * gram.shape[-1]
 
 
 def _dependent(backend: Any, gram: Array, candidate: Array) -> tuple[Array, Any]:
@@ -96,17 +102,16 @@ def _dependent(backend: Any, gram: Array, candidate: Array) -> tuple[Array, Any]
     if backend.composable and not backend.traced:  # judged where the numbers are
         return xp.zeros_like(candidate), factor
     pivots = xp.linalg.diagonal(factor)
-    limit = 1e4 * float(xp.finfo(gram.dtype).eps) * gram.shape[-1]
-    singular = ~(xp.min(pivots * pivots, axis=-1) > limit)  # NaN: not positive definite
+    singular = ~(xp.min(pivots * pivots, axis=-1) > _singular_below(xp, gram))  # NaN: not positive definite
     if not backend.traced and needed(backend, singular):
-        return candidate & singular[..., None] & _in_null_space(xp, gram, limit), factor
+        return candidate & singular[..., None] & _in_null_space(xp, gram), factor
     return candidate & singular[..., None], factor
 
 
-def _in_null_space(xp: Any, gram: Array, limit: float) -> Array:
+def _in_null_space(xp: Any, gram: Array) -> Array:
     """Mark the rows that the null vectors of a Gram matrix are made of."""
     values, vectors = xp.linalg.eigh(gram)
-    null = xp.where((values < limit)[..., None, :], xp.abs(vectors), xp.zeros_like(vectors))
+    null = xp.where((values < _singular_below(xp, gram))[..., None, :], xp.abs(vectors), xp.zeros_like(vectors))
     return xp.max(null, axis=-1) > 1e-4
 
 
@@ -114,10 +119,8 @@ def dependent_rows(backend: Any, rows: Array, active: Array) -> Array | None:
     """Mark the active rows of J that are linearly dependent, or None. For eager use, after a failure."""
     xp = backend.xp
     norms = xp.sqrt(xp.sum(rows * rows, axis=-1))
-    unit = rows / xp.where(norms > 0, norms, xp.ones_like(norms))[..., None]
-    eye = xp.eye(rows.shape[-2], dtype=rows.dtype, device=backend.device(rows))
-    gram = unit @ xp.matrix_transpose(unit) + (1 - backend.astype(active, rows.dtype))[..., None] * eye
-    found = active & _in_null_space(xp, gram, 1e4 * float(xp.finfo(rows.dtype).eps) * rows.shape[-2])
+    gram = _gram(backend, rows, xp.where(norms > 0, norms, xp.ones_like(norms)), active)[1]
+    found = active & _in_null_space(xp, gram)
     return found if bool(xp.any(found)) else None
 
 
@@ -138,9 +141,9 @@ def classified(
     )  # fmt: skip
 
 
-def names(xp: Any, mask: Array, equality: Array) -> str:
-    """Names of the constraints of a mask (*items, k), eq[i] or ineq[i], each that it holds for in any item."""
+def names(xp: Any, mask: Array, equality: Array, limit: int = 8) -> list[str]:
+    """Names of the first constraints of a mask (*items, k), eq[i] or ineq[i], each that it holds for in any item."""
     if len(mask.shape) > 1:
         mask, equality = xp.any(mask, axis=0), equality[0, ...]
     p = int(xp.sum(xp.astype(equality, xp.int32)))
-    return ", ".join(f"eq[{i}]" if i < p else f"ineq[{i - p}]" for i in item_numbers(xp, mask))
+    return [f"eq[{i}]" if i < p else f"ineq[{i - p}]" for i in item_numbers(xp, mask, limit)]

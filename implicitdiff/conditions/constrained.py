@@ -37,7 +37,7 @@ from implicitdiff.errors import (
     SingularError,
     UnknownNameError,
 )
-from implicitdiff.namespaces import namespace
+from implicitdiff.namespaces import item_sum, namespace
 from implicitdiff.operator import LinearMap, Operator, Product, matrix_product
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
@@ -112,7 +112,7 @@ class Constrained(Condition):
         lead = (1,) * len(point.items)
         unit = backend.xp.broadcast_to(backend.reshape(unit, (k, *lead, k)), (k, *point.items, k))
         rows = backend.xp.moveaxis(found.vjp_y(unit), 0, -2)
-        objective = point.scalar_function(self.objective(_lead(point)), "f")
+        objective = point.scalar_function(self.objective(point.lead), "f")
         gradient = backend.differentiate_gradient(objective, y, theta).value()
         cast = [backend.astype(x, point.y.dtype) for x in (found.value(), rows, gradient)]  # autograd may widen
         return FirstOrder(sizes.get("eq", 0), *cast)
@@ -125,7 +125,7 @@ class Constrained(Condition):
         """F, A and B of the Lagrangian's stationary point over (y, z), all constraints in it."""
         border = Ravel(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
         both = Point(point.backend, border, point.theta, point.args)
-        return Stationary(_lagrangian(self.objective(_lead(point)), self._all, _lead(point))).maps(both)
+        return Stationary(_lagrangian(self.objective(point.lead), self._all, point.lead)).maps(both)
 
     def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:
         return tuple(c(y, theta, *args) for c in self.constraints.values())
@@ -142,16 +142,16 @@ class Constrained(Condition):
         reach = xp.where(largest > 1, largest, xp.ones_like(largest))
         equality = xp.broadcast_to(_equalities(point, first), first.values.shape)
         candidate = active_set.candidates(xp, equality, first.values, norms, reach, limits.active)
-        given, whole = self._given(point, first), None
+        given = self._given(point, first)
         if given is not None and not backend.composable:
             whole = self.system(point, given)
-            candidate = candidate | _pressed(first, given, norms, limits, _curvature(point, whole.A, first.gradient))
+            size = _curvature(point, whole.A, first.gradient)
+            candidate = candidate | _pressed(first, given, norms, limits, size)
             z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
-        else:
+        else:  # also where the derivative is differentiated again: there z has to follow y and theta
             z, dependent = active_set.recovered(backend, first.gradient, first.rows, norms, candidate)
-        if whole is None:  # and where the derivative is differentiated again: there z has to follow y and theta
             whole = self.system(point, xp.where(candidate, z, xp.zeros_like(z)))
-        size = _curvature(point, whole.A, first.gradient)
+            size = _curvature(point, whole.A, first.gradient)
         force = xp.max(xp.abs(first.gradient), axis=-1, keepdims=True) + size * reach
         judged = active_set.classified(
             xp, equality, first.values, norms, reach, limits, candidate, dependent, z if given is None else given, force
@@ -184,7 +184,7 @@ class Constrained(Condition):
         xp = namespace(found.active)
 
         def which(mask: Array) -> str:
-            names = active_set.names(xp, mask, found.equality)
+            names = ", ".join(active_set.names(xp, mask, found.equality))
             return f"items {item_numbers(xp, xp.any(mask, axis=-1))}: {names}" if batched and names else names
 
         if violated := which(found.violated):
@@ -216,13 +216,13 @@ class Constrained(Condition):
             rows = operator.jacobian  # type: ignore[attr-defined]
             dependent = active_set.dependent_rows(operator.backend, rows, found.active)
             if dependent is not None:
-                return _unqualified(active_set.names(xp, dependent, found.equality))
+                return _unqualified(", ".join(active_set.names(xp, dependent, found.equality)))
         if self.route == "schur" and isinstance(error, (SingularError, NotPositiveDefiniteError)):
             text = "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
         elif not blocks and isinstance(error, NotPositiveDefiniteError):
             text = "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
         elif isinstance(error, SingularError):
-            weak = active_set.names(xp, found.weak, found.equality)
+            weak = ", ".join(active_set.names(xp, found.weak, found.equality))
             text = "Here: the Hessian of the Lagrangian is singular on the null space of the active constraints"
             text = f"{text}, of which {weak} is weakly active and left out." if weak else f"{text}."
         if text:
@@ -243,11 +243,6 @@ def _unqualified(names: str) -> QualificationError:
 
 
 # -- parts ---------------------------------------------------------------------------------------------
-def _lead(point: Point) -> int:
-    """Leading axes of items that the user's functions see."""
-    return 0 if point.backend.vmap is not None else len(point.items)
-
-
 def _lagrangian(f: Callable[..., Any], constraints: Callable[..., Any], lead: int) -> Callable[..., Any]:
     """f + zᵀc as a function of ((y, z), θ)."""
 
@@ -269,8 +264,7 @@ def _paired(z: Any, c: Any, shape: tuple[int, ...], lead: int) -> Any:
     if len(shape) == lead:
         return z[..., 0] * c
     xp = namespace(z)
-    product = xp.reshape(z, shape) * c
-    return xp.sum(product, axis=tuple(range(lead, len(shape))))
+    return item_sum(xp, xp.reshape(z, shape) * c, lead)
 
 
 def _pressed(first: FirstOrder, given: Array, norms: Array, limits: Limits, size: Array) -> Array:

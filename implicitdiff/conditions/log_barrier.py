@@ -17,7 +17,7 @@ from implicitdiff.conditions.constrained import Constrained
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
-from implicitdiff.namespaces import constant, namespace
+from implicitdiff.namespaces import constant, item_sum, namespace
 from implicitdiff.operator import Operator
 from implicitdiff.pytree import flatten
 
@@ -118,7 +118,7 @@ class LogBarrier(Constrained):
                     size = math.prod(shape[lead:])
                     parts = _like_log(xp, g, known[..., start : start + size].reshape(shape))
                     start += size
-                total = total + (xp.sum(parts, axis=tuple(range(lead, len(shape)))) if len(shape) > lead else parts)
+                total = total + (item_sum(xp, parts, lead) if len(shape) > lead else parts)
             return total
 
         return value
@@ -139,8 +139,7 @@ class LogBarrier(Constrained):
         if self.eq is not None:
             maps = super(LogBarrier, known).maps(point)
         else:
-            lead = 0 if point.backend.vmap is not None else len(point.items)
-            maps = Stationary(known.objective(lead)).maps(point)
+            maps = Stationary(known.objective(point.lead)).maps(point)
         inside = ~point.backend.xp.any(outside, axis=-1)
         found = maps.findings or Findings(inside, inside, None)
         return maps._replace(findings=Findings(found.usable & inside, found.quiet & inside, (found.details, outside)))
@@ -174,4 +173,4 @@ def _like_log(xp: Any, g: Any, known: np.ndarray) -> Any:
 
 
 def _inequalities(xp: Any, mask: Array) -> str:
-    return names(xp, mask, xp.zeros_like(mask))
+    return ", ".join(names(xp, mask, xp.zeros_like(mask)))

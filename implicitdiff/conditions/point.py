@@ -75,6 +75,11 @@ class Point:
         found.whole = False
         return found
 
+    @property
+    def lead(self) -> int:
+        """Number of leading axes of items that the user's functions see."""
+        return 0 if self.backend.vmap is not None else len(self.items)
+
     def vector_function(self, function: Callable[..., Any], name: str) -> Flat:
         """``f(y, theta, *args) -> like y`` as a function of two vectors."""
         return Flat(self._vectors(function, name), self, name, lambda point: point.vector_function(function, name))

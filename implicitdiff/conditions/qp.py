@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, times
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.constrained import Constrained, FirstOrder
 from implicitdiff.conditions.point import Point
@@ -174,7 +174,7 @@ class _Bound(Constrained):
     # -- to first order --------------------------------------------------------------------------------
     def first_order(self, point: Point) -> FirstOrder:
         here, y = self._here, point.y.vector
-        return FirstOrder(here.p, _times(here.rows, y) - here.right, here.rows, _times(here.H, y) + here.q)
+        return FirstOrder(here.p, times(here.rows, y) - here.right, here.rows, times(here.H, y) + here.q)
 
     def hessian(self, point: Point) -> Array | None:
         return self._here.H
@@ -185,20 +185,20 @@ class _Bound(Constrained):
         k = rows.shape[-2]
 
         def product(x: Array) -> Array:
-            return xp.concat([_times(H, x[..., :n]) + _times(xp.matrix_transpose(rows), x[..., n:]),
-                              _times(rows, x[..., :n])], axis=-1)  # fmt: skip
+            return xp.concat([times(H, x[..., :n]) + times(xp.matrix_transpose(rows), x[..., n:]),
+                              times(rows, x[..., :n])], axis=-1)  # fmt: skip
 
         A = Operator(backend, n + k, n + k, point.items, y.dtype, point.y.device, forward=product, adjoint=product,
                      symmetric=True, trusted=True)  # fmt: skip
 
         def at(both: Array, theta: Array) -> Array:
             there, y, z = self._blocks(theta), both[..., :n], both[..., n:]
-            slope = _times(there.H, y) + there.q + _times(xp.matrix_transpose(there.rows), z)
-            return xp.concat([slope, _times(there.rows, y) - there.right], axis=-1)
+            slope = times(there.H, y) + there.q + times(xp.matrix_transpose(there.rows), z)
+            return xp.concat([slope, times(there.rows, y) - there.right], axis=-1)
 
         def residual() -> Array:
-            slope = _times(H, y) + self._here.q + _times(xp.matrix_transpose(rows), z)
-            return xp.concat([slope, _times(rows, y) - self._here.right], axis=-1)
+            slope = times(H, y) + self._here.q + times(xp.matrix_transpose(rows), z)
+            return xp.concat([slope, times(rows, y) - self._here.right], axis=-1)
 
         return Maps(residual, at, A, self._mixed(z, n + k, p))
 
@@ -241,20 +241,16 @@ class _Bound(Constrained):
 
         slope, by_lam, by_mu = zeros(y), zeros(lam), zeros(mu)
         if "Q" in d:
-            slope = slope + _times(_symmetric(xp, d["Q"]), y)
+            slope = slope + times(_symmetric(xp, d["Q"]), y)
         slope = slope + d["q"] if "q" in d else slope
         for name, z in (("A", lam), ("G", mu)):
             if name in d:
-                slope = slope + _times(xp.matrix_transpose(d[name]), z)
-        by_lam = by_lam + _times(d["A"], y) if "A" in d else by_lam
+                slope = slope + times(xp.matrix_transpose(d[name]), z)
+        by_lam = by_lam + times(d["A"], y) if "A" in d else by_lam
         by_lam = by_lam - d["b"] if "b" in d else by_lam
-        by_mu = by_mu + _times(d["G"], y) if "G" in d else by_mu
+        by_mu = by_mu + times(d["G"], y) if "G" in d else by_mu
         by_mu = by_mu - d["h"] if "h" in d else by_mu
         return xp.concat([slope, by_lam, by_mu], axis=-1)
-
-
-def _times(matrix: Array, x: Array) -> Array:
-    return (matrix @ x[..., None])[..., 0]
 
 
 def _outer(a: Array, b: Array) -> Array:

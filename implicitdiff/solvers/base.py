@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ from implicitdiff.operator import Operator
 from implicitdiff.preconditioner import Preconditioner, as_preconditioner
 from implicitdiff.report import Counts, Status
 
-__all__ = ["Cycle", "Krylov", "KrylovState", "Solver", "Start"]
+__all__ = ["Cycle", "Krylov", "KrylovState", "Solver", "Start", "methods_of"]
 
 
 class Solver:
@@ -56,6 +56,13 @@ class Solver:
     def describe(self, state: Any) -> list[tuple[str, str]]:
         """Names of the methods that may be used, and why; ``Counts.method`` tells which was, by default the first."""
         return [(self.name, "chosen by name")]
+
+
+def methods_of(solver: Any, state: Any) -> Sequence[tuple[str, str]]:
+    """Names of the methods that a solver may use, and why; of one that does not tell, its own."""
+    describe = getattr(solver, "describe", None)
+    name = str(getattr(solver, "name", type(solver).__name__))
+    return describe(state) if describe else [(name, "chosen by name")]
 
 
 class Start(NamedTuple):

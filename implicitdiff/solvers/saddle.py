@@ -18,12 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, times
 from implicitdiff.errors import InputError
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts
 from implicitdiff.saddle import SaddleOperator
-from implicitdiff.solvers.base import Solver
+from implicitdiff.solvers.base import Solver, methods_of
 
 __all__ = ["NullSpace", "Schur"]
 
@@ -85,9 +85,7 @@ class _Blockwise(Solver):
         return state  # K is symmetric
 
     def describe(self, state: _State) -> list[tuple[str, str]]:
-        describe = getattr(self.inner, "describe", None)
-        methods = describe(state.prepared) if describe else [(type(self.inner).__name__, "chosen by name")]
-        return [(name, f"{self.route}; {why}") for name, why in methods]
+        return [(name, f"{self.route}; {why}") for name, why in methods_of(self.inner, state.prepared)]
 
     def _blocks(self, operator: Operator) -> SaddleOperator:
         if not isinstance(operator, SaddleOperator):
@@ -119,8 +117,8 @@ class Schur(_Blockwise):
         xp = op.backend.xp
         v, w = b[..., :n], b[..., n:]
         t, status, counts = self.inner.solve(state.prepared, v)
-        z = _factored(op, state.factor, _times(xp, op.jacobian, t) - w)
-        x = t - _times(xp, xp.matrix_transpose(state.solved), z)
+        z = _factored(op, state.factor, times(op.jacobian, t) - w)
+        x = t - times(xp.matrix_transpose(state.solved), z)
         worst = xp.maximum(xp.asarray(status), state.status)
         return op.backend.concat([x, z]), worst, _counts(counts, state.spent.take())
 
@@ -136,9 +134,8 @@ class NullSpace(_Blockwise):
         xp, hessian = op.backend.xp, op.hessian()
         k = op.n - op.primal
         eye = xp.eye(k, dtype=op.dtype, device=op.device)
-        # inactive rows of J are zero; D, positive there, keeps the Gram matrix regular
-        scale = xp.where(op.corner > 0, op.corner, xp.zeros_like(op.corner))
-        gram = op.jacobian @ xp.matrix_transpose(op.jacobian) + scale[..., None] * eye
+        # inactive rows of J are zero; D, positive there and zero elsewhere, keeps the Gram matrix regular
+        gram = op.jacobian @ xp.matrix_transpose(op.jacobian) + op.corner[..., None] * eye
         factor = op.backend.lu_factor(op.backend.widen(gram))
         size = xp.sqrt(xp.sum(op.jacobian * op.jacobian, axis=(-2, -1)) / max(k, 1))
         size = xp.where(size > 0, size, xp.ones_like(size))[..., None]
@@ -157,19 +154,14 @@ class NullSpace(_Blockwise):
         op, n = state.operator, state.operator.primal
         xp, jacobian_t = op.backend.xp, op.backend.xp.matrix_transpose(op.jacobian)
         v, w = b[..., :n], b[..., n:]
-        particular = _times(xp, jacobian_t, _factored(op, state.factor, w))
+        particular = times(jacobian_t, _factored(op, state.factor, w))
         rest = v - state.hessian.matvec(particular)
         u, status, counts = self.inner.solve(state.prepared, _projected(op, state.factor, rest))
         x = particular + _projected(op, state.factor, u)
-        z = _factored(op, state.factor, _times(xp, op.jacobian, v - state.hessian.matvec(x)))
+        z = _factored(op, state.factor, times(op.jacobian, v - state.hessian.matvec(x)))
         inactive = xp.broadcast_to(op.corner > 0, z.shape)
         safe = xp.where(op.corner > 0, op.corner, xp.ones_like(op.corner))
         return op.backend.concat([x, xp.where(inactive, -w / safe, z)]), status, _counts(counts, 2 + state.spent.take())
-
-
-def _times(xp: Any, matrix: Array, x: Array) -> Array:
-    """Product of a matrix (*items, r, c) with vectors (*rhs, *items, c)."""
-    return (matrix @ x[..., None])[..., 0]
 
 
 def _factored(op: Operator, factor: Any, b: Array) -> Array:
@@ -185,8 +177,8 @@ def _factored(op: Operator, factor: Any, b: Array) -> Array:
 def _projected(op: SaddleOperator, factor: Any, x: Array) -> Array:
     """P x = x − Jᵀ(JJᵀ)⁻¹ J x."""
     xp = op.backend.xp
-    z = _factored(op, factor, _times(xp, op.jacobian, x))
-    return x - _times(xp, xp.matrix_transpose(op.jacobian), z)
+    z = _factored(op, factor, times(op.jacobian, x))
+    return x - times(xp.matrix_transpose(op.jacobian), z)
 
 
 def _counts(counts: Counts, more: int) -> Counts:

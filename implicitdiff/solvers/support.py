@@ -30,7 +30,7 @@ from implicitdiff.arrays import Array, item_norm, needed
 from implicitdiff.errors import NotSymmetricError
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Status
-from implicitdiff.solvers.base import Solver
+from implicitdiff.solvers.base import Solver, methods_of
 from implicitdiff.vectors import is_tree_vector
 
 __all__ = ["OnSupport", "ProximalOperator", "Support", "support_of"]
@@ -155,9 +155,7 @@ class OnSupport(Solver):
     def describe(self, state: _State) -> list[tuple[str, str]]:
         if state.prepared is None:
             return [("none", "the support is empty")]
-        name = str(getattr(self.method, "name", type(self.method).__name__))
-        describe = getattr(self.method, "describe", None)
-        methods = describe(state.prepared) if describe else [(name, "chosen by name")]
+        methods = methods_of(self.method, state.prepared)
         if state.support is None:
             return list(methods)
         where = "on the support" if state.places is None else f"on the support, {state.reduced.n} of {state.operator.n}"
