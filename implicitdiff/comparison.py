@@ -46,7 +46,8 @@ class SolverRow:
     residual : float
         True relative residual of the linear system, the largest over the items.
     error : float
-        ‖g − g_ref‖ / ‖g_ref‖ of the gradient, against that of the converged solver with the smallest residual.
+        ‖g − g_ref‖ / ‖g_ref‖ of the gradient, against that of the converged solver with the smallest residual. One with
+        damping solves another system, and is no reference; NaN where there is none.
     memory : int or None
         Most that the call held at once beside its arguments, in bytes; None where it cannot be seen.
     message : str
@@ -276,7 +277,7 @@ def _rows(engine: Any, border: Ravel, trials: Sequence[tuple[Any, ...]]) -> list
     xp = engine.xp
     vectors = [border.like(gradient, "the gradient", dtype=border.dtype) for _, gradient, *_ in trials]
     reports = [trial[2] for trial in trials]
-    sound = [i for i, report in enumerate(reports) if _all(report.converged)]
+    sound = [i for i, report in enumerate(reports) if _all(report.converged) and not report.damping]
     best = min(sound, key=lambda i: _largest(reports[i].residual), default=None)
     rows = []
     for vector, (label, _, report, message, seconds, first, held) in zip(vectors, trials, strict=True):

@@ -11,6 +11,8 @@
     ├── BackendError (TypeError)             no backend for the arrays, or mixed frameworks or devices
     ├── CallbackError (ValueError)           a user's function returned the wrong thing
     ├── DerivativeError (NotImplementedError) a derivative is missing and cannot be derived
+    │   ├── InconsistentDerivativesError     a given derivative disagrees with the function that it is of
+    │   └── NoiseError                       a derivative lies below the noise of the function
     └── SolveError (numpy.linalg.LinAlgError) the linear solve failed
         ├── InfeasibleError (ValueError)     y violates a constraint
         ├── SingularError                    A is singular, or so to working precision
@@ -39,8 +41,10 @@ __all__ = [
     "DerivativeError",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
+    "InconsistentDerivativesError",
     "InfeasibleError",
     "InputError",
+    "NoiseError",
     "NonFiniteError",
     "NonFiniteProductError",
     "NotASolutionWarning",
@@ -93,6 +97,14 @@ class CallbackError(ImplicitDiffError, ValueError):
 
 class DerivativeError(ImplicitDiffError, NotImplementedError):
     """A derivative is needed that is neither given nor can be derived."""
+
+
+class InconsistentDerivativesError(DerivativeError):
+    """A given product or matrix is not the derivative of the function it is given for; the message names it."""
+
+
+class NoiseError(DerivativeError):
+    """A derivative by differences lies below the noise of the function that is differenced."""
 
 
 class SolveError(ImplicitDiffError, np.linalg.LinAlgError):

@@ -46,6 +46,15 @@ def test_every_solver_is_a_row_with_its_error():
     assert found.fastest.seconds == min(row.seconds for row in found)
 
 
+@pytest.mark.parametrize("damped", [idf.CG(damping=10.0), idf.LU(damping=10.0)], ids=["cg", "lu"])
+def test_a_damped_solver_is_no_reference(damped):
+    found = compare(H, solvers=(damped, idf.CG(rtol=1e-6)))
+    assert found[0].residual < found[1].residual  # of its own system
+    assert found[0].error > 0.1
+    assert found[1].error == 0
+    assert np.isnan(compare(H, solvers=(damped,))[0].error)
+
+
 def test_products_are_those_that_were_made():
     made = []
 
