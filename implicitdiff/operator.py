@@ -20,6 +20,8 @@ __all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map", 
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]
+GIVEN = 1 / 40
+"""Part of the machine epsilon that counts as the error of a product of which nothing else is known."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ class Operator(LinearMap):
         δ of (A + δI), applied to every product and to the matrix.
     accuracy : float
         Relative error of a product beyond rounding; not 0 for finite differences.
+    leaves : tuple of int
+        Lengths of the leaves of y, each in a unit of its own; empty where that is not known.
+    like : array
+        A vector of the kind that the operator is applied to, where the leaves are known.
     """
 
     symmetric: bool | None = None
@@ -167,6 +173,18 @@ class Operator(LinearMap):
     trusted: bool = False
     damping: float = 0.0
     accuracy: float = 0.0
+    leaves: tuple[int, ...] = ()
+    like: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def resolution(self) -> float:
+        """Relative error of A itself: what is smaller than that, against ‖A‖, is not known to be different from zero.
+
+        A product that is derived is computed in the precision of the data, and rounded at each step of the way. One
+        that is given may be exact (a matrix, say), but for the rounding of its entries.
+        """
+        eps = float(self.backend.xp.finfo(self.dtype).eps)
+        return max(self.accuracy, GIVEN * eps if self.kind == "given" else 0.5 * eps)
 
     @property
     def n(self) -> int:
@@ -177,6 +195,11 @@ class Operator(LinearMap):
     def assembled(self) -> bool:
         """Whether a matrix was assembled from products."""
         return "matrix" in self._cache
+
+    @property
+    def probes(self) -> int:
+        """Products that were spent to see how large A is between the leaves of y."""
+        return self._cache.get("probes", 0)
 
     def transpose(self) -> Operator:
         """Return Aᵀ: itself where A is symmetric."""

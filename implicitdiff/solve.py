@@ -101,9 +101,10 @@ class Prepared:
         return solution
 
     def _newly_assembled(self) -> int:
-        """Count the products that went into assembling matrices since the last solve."""
+        """Count the products that went into assembling matrices, and into scales, since the last solve."""
         operators = {id(op): op for op, _ in self._states.values()}.values()  # a symmetric one is its own transpose
-        before, self._counted = self._counted, sum(op.n for op in operators if op.assembled)
+        spent = (op.n * op.assembled + op.probes for op in operators)
+        before, self._counted = self._counted, sum(spent)
         return self._counted - before
 
 

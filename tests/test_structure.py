@@ -24,7 +24,7 @@ LAYERS = (
     ("errors", "report", "arrays", "pytree", "closures", "namespaces", "projections", "proxes"),
     ("protocols", "vectors", "ravel", "registry"),
     ("operator",),
-    ("saddle",),
+    ("saddle", "equilibration"),
     ("preconditioner", "failure"),
     ("solvers",),
     ("solve",),

@@ -16,6 +16,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
 from implicitdiff.operator import LinearMap, Operator, matrix_map
+from implicitdiff.vectors import is_tree_vector
 
 __all__ = ["Condition", "Findings", "Frame", "Given", "Maps", "check_callables", "maps_from"]
 
@@ -153,6 +154,7 @@ class _Builder:
             adjoint=forward if self.symmetric else adjoint, kind=kind, label="A",
             symmetric=True if self.symmetric else None, trusted=self.symmetric and kind != "given",
             accuracy=accuracy, derive=self._missing("jvp_y", "vjp_y"),
+            leaves=_lengths(p), like=p.y.vector,
         )  # fmt: skip
 
     def _missing(self, jvp: str, vjp: str) -> Callable[[bool], tuple[str, Any] | None]:
@@ -208,6 +210,11 @@ class _Builder:
             p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
             kind=kind, label="B", domain=p.theta.dtype,
         )  # fmt: skip
+
+
+def _lengths(point: Point) -> tuple[int, ...]:
+    """Return the lengths of the leaves of y; an empty one counts only where vectors hold it as a part."""
+    return tuple(leaf.size for leaf in point.y.leaves if leaf.size or is_tree_vector(point.y.vector))
 
 
 def maps_from(

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, any_true
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.base import Solver
@@ -101,21 +101,22 @@ class Auto(Solver):
         return self._iterative(state, b, x0)
 
     def _direct(self, state: _State, b: Array, why: str) -> tuple[Array, Any, Counts]:
-        if not state.operator.symmetric:
+        op = state.operator
+        if not op.symmetric:
             state.methods = [("lu", f"{why}; A is not symmetric")]
             return self._run(state, LU(), b, None)
-        if state.operator.positive_definite is False:
+        if op.positive_definite is False:
             result = self._run(state, LDLT(), b, None)
             name = LDLT().describe(state.prepared["ldlt"])[0][0]
             state.methods = [(name, f"{why}; A is symmetric and indefinite")]
             return result
-        if state.operator.backend.traced:  # one factorisation, and no loop with LAPACK calls in it
+        if op.backend.traced:  # one factorisation, and no loop with LAPACK calls in it
             state.methods = [("lu", f"{why}; compiled, where nothing is tried first")]
             return self._run(state, LU(), b, None)
         first = self._run(state, Cholesky(), b, None)
-        state.methods = [("cholesky", f"{why}; A is symmetric"), ("lu", f"{why}; A is not positive definite")]
-        indefinite = first[1] == int(Status.NOT_POSITIVE_DEFINITE)
-        return self._rescue(state, indefinite, LU(), b, first, 1)
+        why_not = "A is not positive definite" if _indefinite(state) else "cholesky did not reach the tolerance"
+        state.methods = [("cholesky", f"{why}; A is symmetric"), ("lu", f"{why}; {why_not}")]
+        return self._rescue(state, _fallible(op.backend.xp, first[1]), LU(), b, first, 1)
 
     def _iterative(self, state: _State, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         op = state.operator
@@ -133,11 +134,9 @@ class Auto(Solver):
             result = self._rescue(state, negative, MINRES(**options), b, result, 1)
         if op.n > DENSE_LIMIT:
             return result
-        failed = xp.asarray((result[1] == int(Status.MAX_ITERATIONS)) | (result[1] == int(Status.STAGNATED)))
         for solver in _after_iterations(op):
             methods.append((solver.name, f"{why}; {first.name} did not reach the tolerance"))
-            result = self._rescue(state, failed, solver, b, result, len(methods) - 1)
-            failed = xp.asarray(failed & (result[1] == int(Status.NOT_POSITIVE_DEFINITE)))
+            result = self._rescue(state, _fallible(xp, result[1]), solver, b, result, len(methods) - 1)
         return result
 
     def _rescue(
@@ -161,6 +160,21 @@ class Auto(Solver):
             state.prepared[solver.name] = solver.init(state.operator)
         inner = state.prepared[solver.name]
         return solver.solve(solver.transpose(inner) if state.transposed else inner, b, x0)
+
+
+def _fallible(xp: Any, status: Any) -> Array:
+    """Items that another method may solve: what is not finite, or not what it was said to be, none can."""
+    status = xp.asarray(status)
+    hopeless = (status == int(Status.NON_FINITE)) | (status == int(Status.NOT_SYMMETRIC))
+    return xp.asarray((status > int(Status.APPROXIMATE)) & ~hopeless)
+
+
+def _indefinite(state: _State) -> bool:
+    """Whether the Cholesky factorisation of any item met a pivot that is not positive."""
+    found = getattr(state.prepared["cholesky"], "failed", 0)
+    return any_true(
+        state.operator.backend.xp, state.operator.backend.xp.asarray(found) == int(Status.NOT_POSITIVE_DEFINITE)
+    )
 
 
 def _first_direct(op: Operator) -> Solver:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
+from implicitdiff.equilibration import Scaling, equilibrated
 from implicitdiff.errors import InputError
 from implicitdiff.operator import Operator
 from implicitdiff.preconditioner import Preconditioner, as_preconditioner
 from implicitdiff.report import Counts, Status
+from implicitdiff.solvers.refinement import refined
 
 __all__ = ["Cycle", "Krylov", "KrylovState", "Solver", "Start", "methods_of"]
 
@@ -90,10 +92,11 @@ class Cycle(NamedTuple):
 
 
 class KrylovState(NamedTuple):
-    """An operator and the preconditioner for it."""
+    """An operator, equilibrated where there is no preconditioner, and the preconditioner for it."""
 
     operator: Operator
     preconditioner: Preconditioner
+    scaling: Scaling | None = None
 
 
 class _Outer(NamedTuple):
@@ -142,13 +145,17 @@ class Krylov(Solver):
             raise InputError(f"maxiter = {self.maxiter!r}: expected a positive integer.")
 
     def init(self, operator: Operator) -> KrylovState:
-        return KrylovState(operator, as_preconditioner(self.preconditioner, operator))
+        if self.preconditioner is not None:  # it makes the norm in which the system is seen
+            return KrylovState(operator, as_preconditioner(self.preconditioner, operator))
+        scaled, scaling = equilibrated(operator, symmetric=self.symmetric_only)
+        return KrylovState(scaled, Preconditioner(), scaling)
 
     def transpose(self, state: KrylovState) -> KrylovState:
         operator = state.operator.transpose()
         if operator is state.operator:
             return state
-        return KrylovState(operator, state.preconditioner.transpose())
+        scaling = None if state.scaling is None else state.scaling.transpose()
+        return KrylovState(operator, state.preconditioner.transpose(), scaling)
 
     def matrix_free(self, n: int) -> bool:
         return self.preconditioner is None
@@ -162,6 +169,16 @@ class Krylov(Solver):
         raise NotImplementedError
 
     def solve(self, state: KrylovState, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+        scaling = state.scaling
+        if scaling is None:
+            return self._solve(state, b, x0)
+        right, op = scaling.scaled(b), state.operator
+        found = self._solve(state, right, None if x0 is None else scaling.start(x0))
+        if op.matrix is not None or op.sparse is not None:
+            found = refined(op, lambda r: self._solve(state, r, None), right, found)
+        return (scaling.restored(found[0]), *found[1:])
+
+    def _solve(self, state: KrylovState, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         # Everything happens on b scaled to norm one, so that neither 1e-30 nor 1e30 under- or overflows.
         # A method runs in cycles: when its own (recursive) residual says done, the true one b - A x is
         # computed; where that is still too large but fell, the next cycle starts from it. Restarted
@@ -180,7 +197,11 @@ class Krylov(Solver):
             return self._after_cycle(space, s, c, r, rtol, maxiter, noise)
 
         end = backend.while_loop(lambda s: space.any(s.active), body, state_0)
-        counts = Counts(end.iterations, end.matvecs, end.residual, end.operator_norm, None, end.tolerance)
+        residual = end.residual
+        if state.scaling is not None:
+            converged = end.status == int(Status.CONVERGED)
+            residual = state.scaling.told(backend, converged, (residual, end.tolerance), end.r, unit())
+        counts = Counts(end.iterations, end.matvecs, residual, end.operator_norm, None, end.tolerance)
         return space.scale(scale, end.x), end.status, counts
 
     def _after_cycle(

@@ -35,6 +35,7 @@ class Cholesky(DenseSolver):
 
     name: ClassVar[str] = "cholesky"
     symmetric: ClassVar[bool] = True
+    definite: ClassVar[bool] = True
     symmetric_only: ClassVar[bool] = True
 
     def factor(self, backend: Any, matrix: Array) -> Any:

@@ -1,8 +1,9 @@
-"""What the direct methods share: assembly, the condition estimate, the true residual, refinement.
+"""What the direct methods share: assembly, equilibration, the condition estimate, the true residual, refinement.
 
 The matrix is assembled once, widened to double precision where the framework has it (a single-precision
-factorisation loses all digits at a condition number that is harmless in double), factored once, and serves
-all right-hand sides and the transposed system.
+factorisation loses all digits at a condition number that is harmless in double), equilibrated, factored once, and
+serves all right-hand sides and the transposed system. What is judged, rank, symmetry and residual, is judged on the
+equilibrated matrix, and the rank is held against the precision in which A was made, not that of the factors.
 
 References
 ----------
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, item_norm, needed, probe_vector
+from implicitdiff.equilibration import Scaling, of_matrix
 from implicitdiff.operator import Operator, matrix_product
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers import sparse
@@ -29,15 +31,18 @@ __all__ = ["DenseSolver", "DenseState"]
 class DenseState(NamedTuple):
     """A factored matrix.
 
-    ``rcond`` estimates 1/(‖A‖ ‖A⁻¹‖) and ``failed`` holds a status per item, 0 where the factorisation is sound. Where
-    JAX is tracing, ``rcond`` is None: the estimate comes with the solve, as one more right-hand side.
+    ``matrix`` is equilibrated, ``norm`` its Frobenius norm, ``size`` that of A. ``rcond`` estimates 1/(‖Â‖ ‖Â⁻¹‖) and
+    ``failed`` holds a status per item, 0 where the factorisation is sound. Where JAX is tracing, ``rcond`` is None: the
+    estimate comes with the solve, as one more right-hand side.
     """
 
     operator: Operator
     matrix: Array
+    scaling: Scaling | None
     factor: Any
     transposed: bool
     norm: Array
+    size: Array
     rcond: Array
     failed: Array
 
@@ -56,6 +61,8 @@ class DenseSolver(Solver):
 
     verified: ClassVar[bool] = True
     symmetric: ClassVar[bool] = False
+    definite: ClassVar[bool] = False
+    """Whether the method is for positive definite matrices, of which the diagonal tells the scales."""
 
     def factor(self, backend: Any, matrix: Array) -> Any:
         """Factor matrices of shape (*items, n, n); entries that are not finite mean failure."""
@@ -75,17 +82,23 @@ class DenseSolver(Solver):
         backend = operator.backend
         xp = backend.xp
         matrix, failed = _screened(operator, backend.widen(operator.dense()))
-        if self.symmetric or operator.symmetric:
+        size = _frobenius(xp, matrix)
+        symmetric = bool(self.symmetric or operator.symmetric)
+        scaling = of_matrix(backend, matrix, symmetric=symmetric, definite=self.definite)
+        if scaling is not None:
+            matrix = scaling.rows[..., :, None] * matrix * scaling.columns[..., None, :]
+        if symmetric:
             matrix, failed = _symmetrised(operator, matrix, failed)
         factor = self.factor(backend, matrix)
         broken = self.broken(xp, factor)
         if broken is not None:
             failed = _mark(xp, failed, broken, Status.NOT_POSITIVE_DEFINITE)
-        norm = xp.max(xp.sum(xp.abs(matrix), axis=-1), axis=-1)
+        norm = size if scaling is None else _frobenius(xp, matrix)
         if backend.traced:
             failed = xp.where(xp.isfinite(norm), failed, xp.full_like(failed, int(Status.NON_FINITE)))
-            return DenseState(operator, matrix, factor, False, norm, None, failed)
-        state = DenseState(operator, matrix, factor, False, norm, None, failed)
+        state = DenseState(operator, matrix, scaling, factor, False, norm, size, None, failed)
+        if backend.traced:
+            return state
         w = self.apply(backend, factor, _probe(state)[..., None], False)[..., 0]
         return _with_condition(state, w)
 
@@ -94,23 +107,30 @@ class DenseSolver(Solver):
             return sparse.solve(state, b)
         backend = state.operator.backend
         xp = backend.xp
-        size = item_norm(xp, b)
+        wide = backend.widen(b)
+        wide = wide if state.scaling is None else state.scaling.scaled(wide)
+        size = item_norm(xp, wide)
         zero = size == 0
-        scale = xp.where(zero, xp.ones_like(size), size)
-        unit = backend.widen(b / scale[..., None])
+        scale = xp.where(zero, xp.ones_like(size), size)[..., None]
         if backend.traced:
-            state, x, residual = self._with_probe(state, unit)
+            state, x, r = self._with_probe(state, wide / scale)
         else:
-            x, residual = self._refined(state, unit)
+            x, r = self._refined(state, wide / scale)
+        residual = xp.sqrt(xp.vecdot(r, r))
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
+        if state.scaling is not None:
+            converged = status == int(Status.CONVERGED)
+            residual = state.scaling.told(backend, converged, (residual, tolerance), r, wide / scale)
         if needed(backend, zero):
-            residual, status = xp.where(zero, 0 * scale, residual), xp.where(zero, xp.zeros_like(status), status)
+            residual = xp.where(zero, xp.zeros_like(residual), residual)
+            status = xp.where(zero, xp.zeros_like(status), status)
             x = xp.where(zero[..., None], xp.zeros_like(x), x)
-        x = backend.astype(x, b.dtype) * scale[..., None]
-        return x, status, Counts(0, 0, residual, state.norm / math.sqrt(state.operator.n), state.rcond, tolerance)
+        x = x if state.scaling is None else state.scaling.restored(x)
+        x = backend.astype(x * scale, b.dtype)
+        return x, status, Counts(0, 0, residual, state.size / math.sqrt(state.operator.n), state.rcond, tolerance)
 
     def _refined(self, state: DenseState, b: Array) -> tuple[Array, Array]:
-        """Return x and ‖b − A x‖; solve once more for the residual where the factors left one beyond rounding."""
+        """Return x and b − A x; solve once more for the residual where the factors left one beyond rounding."""
         backend = state.operator.backend
         xp = backend.xp
         product = matrix_product(xp, state.matrix, transposed=state.transposed)
@@ -121,11 +141,10 @@ class DenseSolver(Solver):
         rounding = float(xp.finfo(r.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
 
         def refine(found: tuple[Array, Array]) -> tuple[Array, Array]:
-            x = found[0] + self._apply_rows(state, b - product(found[0]))
-            r = b - product(x)
-            return x, xp.sqrt(xp.vecdot(r, r))
+            x = found[0] + self._apply_rows(state, found[1])
+            return x, b - product(x)
 
-        return backend.rescue(~(residual <= 100 * rounding), refine, (x, residual))
+        return backend.rescue(~(residual <= 100 * rounding), refine, (x, r))
 
     def _with_probe(self, state: DenseState, b: Array) -> tuple[DenseState, Array, Array]:
         """Solve for b and for the probe vector in one go.
@@ -146,7 +165,7 @@ class DenseSolver(Solver):
         if float(xp.finfo(state.operator.dtype).eps) > 1e-10:
             x = x + self._apply_rows(state, r)
             r = b - product(x)
-        return _with_condition(state, w), x, xp.sqrt(xp.vecdot(r, r))
+        return _with_condition(state, w), x, r
 
     def _apply_rows(self, state: DenseState, b: Array) -> Array:
         """Solve for b of shape (*rhs, *items, n), whose right-hand sides are columns to LAPACK."""
@@ -160,7 +179,10 @@ class DenseSolver(Solver):
     def transpose(self, state: Any) -> Any:
         if state.operator.symmetric:
             return state
-        return state._replace(operator=state.operator.transpose(), transposed=not state.transposed)
+        if not isinstance(state, DenseState):
+            return state.transpose()
+        scaling = None if state.scaling is None else state.scaling.transpose()
+        return state._replace(operator=state.operator.transpose(), scaling=scaling, transposed=not state.transposed)
 
 
 def _probe(state: DenseState) -> Array:
@@ -171,15 +193,25 @@ def _probe(state: DenseState) -> Array:
 
 
 def _with_condition(state: DenseState, w: Array) -> DenseState:
-    """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the image of the probe vector under A⁻¹."""
-    xp, n = state.operator.backend.xp, state.operator.n
-    product = state.norm * math.sqrt(n) * item_norm(xp, w) / item_norm(xp, _probe(state))
+    """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the image of the probe vector under A⁻¹.
+
+    ‖A‖ is the Frobenius norm and ‖A⁻¹‖ that of the image of a unit vector without structure, about the Frobenius norm
+    over √n: together what an error of A without structure, of relative size ε, does to a solution, in units of ε.
+    """
+    xp = state.operator.backend.xp
+    product = state.norm * item_norm(xp, w) / item_norm(xp, _probe(state))
     usable = xp.isfinite(product) & (product > 0)
     one = xp.ones_like(product)
     rcond = xp.where(usable, one / xp.where(usable, product, one), 0 * one)
     # one probe sees ‖A⁻¹‖ up to a modest factor; at 1 % of uncertainty the solution is told singular
-    failed = _mark(xp, state.failed, rcond < 100 * float(xp.finfo(state.matrix.dtype).eps), Status.SINGULAR)
+    least = 100 * max(float(xp.finfo(state.matrix.dtype).eps), state.operator.resolution)
+    failed = _mark(xp, state.failed, rcond < least, Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
+
+
+def _frobenius(xp: Any, matrix: Array) -> Array:
+    """‖A‖_F per item, also where squares of entries are lost."""
+    return item_norm(xp, xp.reshape(matrix, (*matrix.shape[:-2], -1)))
 
 
 def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
@@ -197,16 +229,14 @@ def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
 
 
 def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Array, Array]:
-    """Check a declared symmetry, and take the symmetric part of a matrix that has it up to noise only."""
+    """Check a declared symmetry, and take the symmetric part: products of a Hessian have it up to rounding only."""
     xp = operator.backend.xp
-    exact = operator.trusted and not operator.accuracy
-    if exact and not (operator.backend.traced and float(xp.finfo(operator.dtype).eps) > 1e-10):
-        return matrix, failed  # where traced, rounding of products in single precision is not refined away afterwards
     transpose = xp.matrix_transpose(matrix)
     if not needed(operator.backend, matrix != transpose):
         return matrix, failed
     if not operator.trusted:
-        failed = _mark(xp, failed, asymmetry(xp, matrix) > skew_tolerance(xp, operator.dtype), Status.NOT_SYMMETRIC)
+        allowed = max(skew_tolerance(xp, operator.dtype), 100 * operator.accuracy)
+        failed = _mark(xp, failed, asymmetry(xp, matrix) > allowed, Status.NOT_SYMMETRIC)
     return 0.5 * (matrix + transpose), failed
 
 

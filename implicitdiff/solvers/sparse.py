@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from implicitdiff.arrays import item_norm, probe_vector
+from implicitdiff.equilibration import Scaling, of_sparse, scaled_sparse
 from implicitdiff.operator import Operator
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.checks import classify, skew_tolerance
@@ -24,41 +25,64 @@ __all__ = ["SparseState", "init", "solve"]
 
 
 class SparseState(NamedTuple):
-    """A factored sparse matrix; ``failed`` is a status, 0 where the factorisation is sound."""
+    """A factored sparse matrix, equilibrated; ``failed`` is a status, 0 where the factorisation is sound.
+
+    ``size`` is the Frobenius norm of A itself.
+    """
 
     operator: Operator
     matrix: Any
+    scaling: Scaling | None
     factor: Any
     transposed: bool
-    norm: float
+    size: float
     rcond: float
     failed: int
+
+    def transpose(self) -> SparseState:
+        """Of Aᵀ."""
+        scaling = None if self.scaling is None else self.scaling.transpose()
+        return self._replace(operator=self.operator.transpose(), scaling=scaling, transposed=not self.transposed)
 
 
 def init(operator: Operator, *, symmetric: bool) -> SparseState:
     """Factor the operator's sparse matrix."""
     import scipy.sparse.linalg
 
-    matrix = operator.sparse.astype(np.float64)
+    matrix, scaling = operator.sparse.astype(np.float64), None
+    size = math.nan
+
+    def state(status: int, factor: Any = None, rcond: float = 0.0) -> SparseState:
+        return SparseState(operator, matrix, scaling, factor, False, size, rcond, status)
+
     if not np.all(np.isfinite(matrix.data)):
-        return SparseState(operator, matrix, None, False, math.nan, 0.0, Status.NON_FINITE)
-    norm = float(scipy.sparse.linalg.norm(matrix))
-    if (symmetric or operator.symmetric) and not operator.trusted:
+        return state(Status.NON_FINITE)
+    size, as_symmetric = _frobenius(matrix), symmetric or bool(operator.symmetric)
+    scaling = of_sparse(matrix, symmetric=as_symmetric)
+    if scaling is not None:
+        matrix = scaled_sparse(matrix, scaling)
+    if as_symmetric:
         skew = abs(matrix - matrix.T).max()
-        if skew > skew_tolerance(np, operator.dtype) * abs(matrix).max():
-            return SparseState(operator, matrix, None, False, norm, 0.0, Status.NOT_SYMMETRIC)
+        if not operator.trusted and skew > skew_tolerance(np, operator.dtype) * abs(matrix).max():
+            return state(Status.NOT_SYMMETRIC)
+        if skew:
+            matrix = (0.5 * (matrix + matrix.T)).tocsc()
     try:
         factor = _symmetric(matrix) if symmetric else scipy.sparse.linalg.splu(matrix)
     except RuntimeError:  # "Factor is exactly singular"
-        return SparseState(operator, matrix, None, False, norm, 0.0, Status.SINGULAR)
+        return state(Status.SINGULAR)
     if symmetric and not _positive(factor):
-        return SparseState(operator, matrix, None, False, norm, 0.0, Status.NOT_POSITIVE_DEFINITE)
+        return state(Status.NOT_POSITIVE_DEFINITE)
     z = probe_vector(np, operator.n, np.float64, None)
     with np.errstate(all="ignore"):
-        product = norm * math.sqrt(operator.n) * item_norm(np, factor.solve(z)) / item_norm(np, z)
+        product = _frobenius(matrix) * item_norm(np, factor.solve(z)) / item_norm(np, z)
     rcond = float(1 / product) if np.isfinite(product) and product > 0 else 0.0
-    failed = Status.SINGULAR if rcond < 100 * np.finfo(float).eps else Status.CONVERGED
-    return SparseState(operator, matrix, factor, False, norm, rcond, failed)
+    least = 100 * max(float(np.finfo(float).eps), operator.resolution)
+    return state(Status.SINGULAR if rcond < least else Status.CONVERGED, factor, rcond)
+
+
+def _frobenius(matrix: Any) -> float:
+    return float(item_norm(np, matrix.data)) if matrix.nnz else 0.0
 
 
 def _symmetric(matrix: Any) -> Any:
@@ -75,9 +99,11 @@ def _positive(factor: Any) -> bool:
 
 def solve(state: SparseState, b: Any) -> tuple[Any, Any, Counts]:
     """Solve for b of shape (*rhs, n), with one step of refinement."""
-    size = np.asarray(item_norm(np, b))
+    wide = b.astype(np.float64)
+    wide = wide if state.scaling is None else state.scaling.scaled(wide)
+    size = np.asarray(item_norm(np, wide))
     scale = np.where(size > 0, size, 1.0)
-    unit = (b / scale[..., None]).astype(np.float64)
+    unit = wide / scale[..., None]
     if state.factor is None:
         nan = np.full(b.shape, np.nan, dtype=b.dtype)
         x = np.where((size == 0)[..., None], 0, nan)
@@ -89,9 +115,15 @@ def solve(state: SparseState, b: Any) -> tuple[Any, Any, Counts]:
     with np.errstate(all="ignore"):
         x = state.factor.solve(unit.T, mode)
         x = x + state.factor.solve(unit.T - matrix @ x, mode)
-        residual = np.where(size == 0, 0.0, item_norm(np, (unit.T - matrix @ x).T))
+        r = (unit.T - matrix @ x).T
+    residual = np.where(size == 0, 0.0, item_norm(np, r))
     status, tolerance = classify(np, np.asarray(int(state.failed)), np.asarray(state.rcond), residual)
+    if state.scaling is not None:
+        backend = state.operator.backend
+        residual = state.scaling.told(backend, (status == 0) & (size > 0), (residual, tolerance), r, unit)
     status = np.where(size == 0, 0, status)
-    x = np.where((size == 0)[..., None], 0, x.T).astype(b.dtype) * scale[..., None]
-    norm = np.float64(state.norm / math.sqrt(state.operator.n))
+    x = np.where((size == 0)[..., None], 0, x.T)
+    x = x if state.scaling is None else state.scaling.restored(x)
+    x = (x * scale[..., None]).astype(b.dtype)
+    norm = np.float64(state.size / math.sqrt(state.operator.n))
     return x, status, Counts(0, 0, residual, norm, np.asarray(state.rcond), tolerance)

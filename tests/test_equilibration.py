@@ -1,0 +1,150 @@
+"""Systems in mixed units are equilibrated: what is singular, converged or right does not depend on the units."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse
+from conftest import JAX, NUMPY, STRICT, TORCH, Library, relative_error, with_condition
+
+from implicitdiff import Root, SingularError, Stationary, implicit_jacobian, implicit_vjp, linear_solve
+from implicitdiff.equilibration import of_matrix
+from implicitdiff.registry import get_backend
+
+GENERAL = ("auto", "lu", "gmres")
+SYMMETRIC = (*GENERAL, "cholesky", "ldlt", "cg", "minres")
+libraries = pytest.mark.parametrize("lib", (NUMPY, STRICT, *TORCH), ids=lambda lib: lib.name)
+
+
+def units(n: int, seed: int, span: float = 9.0) -> np.ndarray:
+    """Units from 10^-span to 10^span."""
+    return 10.0 ** np.random.default_rng(seed).uniform(-span, span, n)
+
+
+def scaled_system(kind: str, seed: int, n: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A x = b of condition 100, and S A D⁻¹ (D x) = S b."""
+    A, _ = with_condition(n, 100.0, seed, kind=kind)
+    x, D = np.random.default_rng(seed).standard_normal(n), units(n, seed + 1)
+    S = 1 / D if kind != "general" else units(n, seed + 2)
+    M = S[:, None] * A / D
+    if kind != "general":
+        M = np.tril(M) + np.tril(M, -1).T  # the same to the last bit above and below
+    return M, S * (A @ x), D * x
+
+
+@libraries
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [("general", s) for s in GENERAL] + [("definite", s) for s in SYMMETRIC]
+    + [("indefinite", s) for s in ("auto", "lu", "ldlt", "minres", "gmres")],
+)  # fmt: skip
+def test_mixed_units(lib: Library, kind: str, solver: str) -> None:
+    """Each entry of the solution is right in its own unit, and nothing is singular."""
+    M, b, x = scaled_system(kind, 5)
+    found, report = linear_solve(lib.array(M), lib.array(b), solver=solver, return_report=True)
+    assert np.max(np.abs(lib.numpy(found) - x) / np.abs(x)) <= (1e-10 if report.iterations == 0 else 1e-6)
+    assert report.converged
+    assert report.residual <= 1e-9
+
+
+@pytest.mark.parametrize("solver", SYMMETRIC)
+def test_mixed_units_sparse(solver: str) -> None:
+    M, b, x = scaled_system("definite", 6)
+    found = linear_solve(scipy.sparse.csc_array(M), b, solver=solver)
+    assert np.max(np.abs(found - x) / np.abs(x)) <= 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e16, 1e30])
+@pytest.mark.parametrize("solver", ["auto", "lu", "cholesky", "cg", "minres"])
+def test_penalty_rows(solver: str, factor: float) -> None:
+    """Boundary values imposed by a huge diagonal entry: neither singular nor blind to the other rows."""
+    A, x = with_condition(20, 100.0, 7)[0], np.linspace(-1, 2, 20)
+    A[3, 3] += factor
+    assert np.max(np.abs(linear_solve(A, A @ x, solver=solver) - x)) <= 1e-7
+
+
+@libraries
+@pytest.mark.parametrize("solver", SYMMETRIC)
+def test_pressure_beside_a_fraction(lib: Library, solver: str) -> None:
+    """1.05e7 Pa beside 0.38: curvatures of 1e-14 and of 4."""
+    y, c = np.array([1.05e7, 0.38]), np.array([1.05, 0.38])
+    diagonal = lib.array([[2e-14, 0.0], [0.0, 4.0]])
+    mixed = lib.array([[-2e-7, 0.0], [0.0, -4.0]])
+    condition = Stationary(
+        lambda y, c: (y[0] / 1e7 - c[0]) ** 2 + 2 * (y[1] - c[1]) ** 2, hessian=lambda y, c: diagonal,
+        mixed_jvp=lambda y, c, t: mixed @ t, mixed_vjp=lambda y, c, u: mixed @ u,
+    )  # fmt: skip
+    found = lib.numpy(implicit_jacobian(condition, lib.array(y), lib.array(c), solver=solver))
+    assert np.allclose(found, np.diag([1e7, 1.0]), rtol=1e-9, atol=0)
+
+
+@libraries
+@pytest.mark.parametrize("solver", ["auto", "gmres", "lu"])
+def test_rows_in_units_of_their_own(lib: Library, solver: str) -> None:
+    """Rows of 1e-5 beside rows of 1e6, from a Jacobian that is given."""
+    A, C, theta = with_condition(8, 10.0, 8, kind="general")[0], np.eye(8), np.linspace(1.0, 2.0, 8)
+    S = np.where(np.arange(8) % 2, 1e-5, 1e6)
+    matrix, data = lib.array(S[:, None] * A), lib.array(S[:, None] * C)
+    condition = Root(
+        lambda y, t: matrix @ y - data @ t, jacobian=lambda y, t: matrix,
+        mixed_vjp=lambda y, t, u: -(u @ data), mixed_jvp=lambda y, t, v: -(data @ v),
+    )  # fmt: skip
+    y, v = np.linalg.solve(A, theta), np.linspace(-1.0, 1.0, 8)
+    found = implicit_vjp(condition, lib.array(y), lib.array(theta), lib.array(v), solver=solver)
+    assert relative_error(lib, found, np.linalg.solve(A.T, v)) <= 1e-8
+
+
+@pytest.mark.parametrize("solver", ["cg", "minres", "gmres"])
+@pytest.mark.parametrize("parts", [(5, 7), (1,) * 12], ids=["two leaves", "twelve leaves"])
+def test_leaves_are_scaled_against_each_other(solver: str, parts: tuple[int, ...]) -> None:
+    """With products only, a leaf of y is the unit."""
+    A, _ = with_condition(12, 100.0, 9)
+    unit = np.repeat(10.0 ** np.linspace(-6, 6, len(parts)), parts)
+    theta, v = np.linspace(1.0, 2.0, 12), np.linspace(-1.0, 1.0, 12) / unit
+    cuts = np.cumsum(parts)[:-1]
+    cut, join = (lambda x: tuple(np.split(x, cuts))), np.concatenate
+    condition = Stationary(
+        grad=lambda y, t: cut((A @ (join(y) / unit) - t) / unit), hvp=lambda y, t, w: cut(A @ (join(w) / unit) / unit),
+        mixed_vjp=lambda y, t, u: -join(u) / unit,
+    )  # fmt: skip
+    y = cut(np.linalg.solve(A, theta) * unit)
+    found = implicit_vjp(condition, y, theta, cut(v), solver=solver)
+    assert relative_error(NUMPY, found, np.linalg.solve(A, v * unit)) <= 1e-7
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scaling_is_by_powers_of_two_and_undoes_units(symmetric: bool) -> None:
+    backend = get_backend("numpy")
+    M, _, _ = scaled_system("definite" if symmetric else "general", 10)
+    scaling = of_matrix(backend, M, symmetric=symmetric)
+    assert scaling is not None
+    for part in scaling:
+        assert np.array_equal(np.frexp(part)[0], np.full(12, 0.5))
+    equilibrated = scaling.rows[:, None] * M * scaling.columns
+    assert np.linalg.cond(equilibrated) <= 1e4
+    assert of_matrix(backend, with_condition(12, 10.0, 0)[0], symmetric=symmetric) is None
+
+
+# -- the precision in which A was made ------------------------------------------------------------------------------
+@pytest.mark.parametrize("lib", (*TORCH, *JAX), ids=lambda lib: lib.name)
+@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt"])
+def test_singular_to_single_precision(lib: Library, solver: str) -> None:
+    """Collinear features in float32: the factors are in double, A is not."""
+    rng = np.random.default_rng(11)
+    X = rng.standard_normal((20, 3))
+    X = np.column_stack([X, X[:, 0] + X[:, 1]]).astype(np.float32)
+    t = rng.standard_normal(20).astype(np.float32)
+    y = np.linalg.lstsq(X.astype(float), t.astype(float), rcond=1e-6)[0].astype(np.float32)
+    data = lib.array(X)
+    condition = Stationary(lambda y, t: 0.5 * ((data @ y - t) ** 2).sum())
+    with pytest.raises(SingularError):
+        implicit_vjp(condition, lib.array(y), lib.array(t), lib.array(np.eye(4, dtype=np.float32)[0]), solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["auto", "lu", "cholesky"])
+def test_asymmetry_by_rounding_is_no_failure(solver: str) -> None:
+    """A Hessian whose halves differ by 4e-11, at condition 8e5: the symmetric part is what is meant."""
+    A, b = with_condition(12, 8e5, 12)
+    noise = 4e-11 * np.random.default_rng(12).standard_normal((12, 12))
+    found = linear_solve(A + np.triu(noise, 1), b, solver=solver, symmetric=True)
+    assert relative_error(NUMPY, found, np.linalg.solve(A + (np.triu(noise, 1) + np.triu(noise, 1).T) / 2, b)) <= 1e-9
