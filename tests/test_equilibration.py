@@ -13,7 +13,7 @@ from implicitdiff.registry import get_backend
 
 GENERAL = ("auto", "lu", "gmres")
 SYMMETRIC = (*GENERAL, "cholesky", "ldlt", "cg", "minres")
-libraries = pytest.mark.parametrize("lib", (NUMPY, STRICT, *TORCH), ids=lambda lib: lib.name)
+libraries = pytest.mark.parametrize("lib", [NUMPY, STRICT, *TORCH], ids=lambda lib: lib.name)
 
 
 def units(n: int, seed: int, span: float = 9.0) -> np.ndarray:
@@ -126,7 +126,7 @@ def test_scaling_is_by_powers_of_two_and_undoes_units(symmetric: bool) -> None:
 
 
 # -- the precision in which A was made ------------------------------------------------------------------------------
-@pytest.mark.parametrize("lib", (*TORCH, *JAX), ids=lambda lib: lib.name)
+@pytest.mark.parametrize("lib", [*TORCH, *JAX], ids=lambda lib: lib.name)
 @pytest.mark.parametrize("solver", ["auto", "lu", "ldlt"])
 def test_singular_to_single_precision(lib: Library, solver: str) -> None:
     """Collinear features in float32: the factors are in double, A is not."""
