@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch_arrays import TorchArrays
 from implicitdiff.backends.torch_composable import Composable
@@ -14,6 +12,7 @@ from implicitdiff.backends.torch_function import Implicit
 from implicitdiff.backends.torch_group import Group
 from implicitdiff.backends.torch_linearization import TorchLinearization
 from implicitdiff.backends.torch_problem import Problem, is_recorded, refuse_captured, refuse_recorded
+from implicitdiff.backends.torch_refusal import owned, with_refused
 from implicitdiff.backends.torch_system import solve_recorded
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linearization import Linearization
@@ -83,14 +82,10 @@ class TorchBackend(TorchArrays):
                     "Next: detach theta here, and use .vjp, .jvp or .linearize of this function, or implicit_grad."
                 )
             return function.run(theta, args, kwargs)
-        if torch.compiler.is_compiling():  # a solve is no graph: let the compiler step over it at once
-            return torch.compiler.disable(self._recorded)(function, theta, args, kwargs)
         return self._recorded(function, theta, args, kwargs)
 
     def solve_system(self, system: System) -> tuple[Any, Report]:
         """Solve a linear system, and let Torch differentiate the solution."""
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(solve_recorded)(system)
         return solve_recorded(system)
 
     def _recorded(self, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,5 +94,13 @@ class TorchBackend(TorchArrays):
         options = {k: v for k, v in function.options.items() if k != "backend"}
         problem = Problem(self, Composable(), function.condition, options, theta, args, kwargs, function)
         vector = Implicit.apply(problem, *problem.tensors)
-        y = problem.y.unravel(vector)
-        return (y, problem.aux) if function.has_aux else y
+        y = owned(problem.y.unravel(vector))
+        return (y, with_refused(problem.aux, problem.theta.tensors, _aux_refused)) if function.has_aux else y
+
+
+def _aux_refused() -> DerivativeError:
+    """Build the error for a derivative of what a solver returned beside its solution."""
+    return DerivativeError(
+        "a derivative of the solver's aux is asked for, and the solver is a black box: it would come out as zero.\n"
+        "Next: detach aux; or give it as a function, has_aux=fun with fun(y, theta, *args), and return y alone."
+    )

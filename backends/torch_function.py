@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from implicitdiff.arrays import Array
+from implicitdiff.backends.torch_composable import vjp
 from implicitdiff.backends.torch_problem import Problem
 
 __all__ = ["Implicit", "Known", "Solve", "pull", "push"]
 
 Tensors = Sequence[Array]
-vjp: Any = torch.func.vjp  # typed for functions of tensors only
 
 
 def pull(problem: Problem, y: Array, v: Array, tensors: Tensors) -> Array:

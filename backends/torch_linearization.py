@@ -9,6 +9,8 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.torch_composable import Composable
 from implicitdiff.backends.torch_function import Known, Solve, pull, push
 from implicitdiff.backends.torch_problem import Problem, Slots, is_recorded, refuse_recorded, under_transform
+from implicitdiff.backends.torch_refusal import owned
+from implicitdiff.compilers import is_within_compiled, untraced
 from implicitdiff.conditions.point import Point
 from implicitdiff.failure import check_mode
 from implicitdiff.linearization import Linearization
@@ -39,6 +41,7 @@ class TorchLinearization(Linearization):
         if not under_transform():
             super().__init__(condition, y, theta, args=args, backend=backend, own=own, **options)
 
+    @untraced
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
         def rule(point: Point, tensors: Tensors, cotangent: Any) -> Any:
             v = point.y.like(cotangent, "cotangent", dtype=point.y.dtype)
@@ -46,6 +49,7 @@ class TorchLinearization(Linearization):
 
         return self._recorded(rule, cotangent, lambda: super(TorchLinearization, self).vjp(cotangent, x0=x0))
 
+    @untraced
     def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
         def rule(point: Point, tensors: Tensors, tangent: Any) -> Any:
             t = point.theta.like(tangent, "tangent", dtype=point.theta.dtype)
@@ -53,6 +57,7 @@ class TorchLinearization(Linearization):
 
         return self._recorded(rule, tangent, lambda: super(TorchLinearization, self).jvp(tangent, x0=x0))
 
+    @untraced
     def jacobian(self) -> Any:
         def rule(point: Point, tensors: Tensors, _: Any) -> Any:
             maps = self._problem.composed(point.y.vector, tensors)[1]
@@ -62,6 +67,7 @@ class TorchLinearization(Linearization):
 
         return self._recorded(rule, (), super().jacobian)
 
+    @untraced
     def gradient(self, outer: Any, x0: Array | None = None) -> Any:
         def rule(point: Point, tensors: Tensors, _: Any) -> Any:
             loss = point.scalar_function(outer, "outer", args=())
@@ -89,7 +95,8 @@ class TorchLinearization(Linearization):
             return found
         tree = flatten(found)
         outputs = Known.apply(lambda *x: tuple(flatten(function(*x)).leaves), len(tree.leaves), *tree.leaves, *inputs)
-        return tree.unflatten(outputs)
+        found = tree.unflatten(outputs)
+        return owned(found) if is_within_compiled() else found
 
     def _point_at(self, y: Any, tensors: Sequence[Array]) -> Point:
         """Ravel y and θ without detaching them."""

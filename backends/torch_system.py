@@ -13,6 +13,8 @@ import torch
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch_problem import is_recorded, under_transform
+from implicitdiff.backends.torch_refusal import owned
+from implicitdiff.compilers import is_within_compiled
 from implicitdiff.errors import DerivativeError
 from implicitdiff.report import Report
 from implicitdiff.system import System, solve_system
@@ -26,7 +28,7 @@ def solve_recorded(system: System) -> tuple[Array, Report]:
         return solve_system(system)
     reports: list[Report] = []
     x = _apply(system, system.A, system.b, reports)
-    return x, reports[0]
+    return owned(x) if is_within_compiled() else x, reports[0]
 
 
 def _apply(system: System, A: Any, b: Array, reports: list[Report]) -> Array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from implicitdiff.arrays import Array
+from implicitdiff.compilers import untraced
 from implicitdiff.linearization import Linearization, linearized
 
 __all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize"]
@@ -87,8 +89,10 @@ def implicit_vjp(
     >>> np.round(g, 6)
     array([2., 4.])
     """
-    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
-    return _with_report(lin, lin.vjp(cotangent, x0=x0), return_report)
+    return _derivative(
+        lambda lin: lin.vjp(cotangent, x0=x0), condition, y, theta, return_report, args=args, solver=solver,
+        on_failure=on_failure, backend=backend, batched=batched,
+    )  # fmt: skip
 
 
 def implicit_jvp(
@@ -126,8 +130,10 @@ def implicit_jvp(
     >>> np.round(dy, 6)
     array([2.])
     """
-    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
-    return _with_report(lin, lin.jvp(tangent, x0=x0), return_report)
+    return _derivative(
+        lambda lin: lin.jvp(tangent, x0=x0), condition, y, theta, return_report, args=args, solver=solver,
+        on_failure=on_failure, backend=backend, batched=batched,
+    )  # fmt: skip
 
 
 def implicit_jacobian(
@@ -164,8 +170,10 @@ def implicit_jacobian(
     array([[-0.333333,  0.      ],
            [ 0.      , -0.666667]])
     """
-    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
-    return _with_report(lin, lin.jacobian(), return_report)
+    return _derivative(
+        lambda lin: lin.jacobian(), condition, y, theta, return_report, args=args, solver=solver,
+        on_failure=on_failure, backend=backend, batched=batched,
+    )  # fmt: skip
 
 
 def implicit_grad(
@@ -207,20 +215,18 @@ def implicit_grad(
     >>> round(float(g), 6)
     12.0
     """
-    lin = _at(condition, y, theta, args, solver, on_failure, backend, batched)
-    if not callable(outer):
-        return _with_report(lin, lin.vjp(outer, x0=x0), return_report)
-    return _with_report(lin, lin.gradient(outer, x0=x0), return_report)
+    return _derivative(
+        lambda lin: lin.gradient(outer, x0=x0) if callable(outer) else lin.vjp(outer, x0=x0),
+        condition, y, theta, return_report, args=args, solver=solver,
+        on_failure=on_failure, backend=backend, batched=batched,
+    )  # fmt: skip
 
 
-def _at(
-    condition: Any, y: Any, theta: Any, args: tuple[Any, ...], solver: Any, on_failure: str, backend: Any,
-    batched: bool,
-) -> Linearization:  # fmt: skip
-    return linearized(
-        condition, y, theta, args=args, solver=solver, on_failure=on_failure, backend=backend, batched=batched
-    )
-
-
-def _with_report(lin: Linearization, value: Any, return_report: bool) -> Any:
+@untraced
+def _derivative(
+    product: Callable[[Linearization], Any], condition: Any, y: Any, theta: Any, return_report: bool, **options: Any
+) -> Any:
+    """Linearise, take one product, and add the report where it is asked for."""
+    lin = linearized(condition, y, theta, **options)
+    value = product(lin)
     return (value, lin.report) if return_report else value

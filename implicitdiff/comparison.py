@@ -12,6 +12,7 @@ from typing import Any
 
 from implicitdiff.api import implicit_grad
 from implicitdiff.arrays import item_norm, to_python
+from implicitdiff.compilers import untraced
 from implicitdiff.errors import ImplicitDiffWarning, InputError, SolveError
 from implicitdiff.ravel import Ravel
 from implicitdiff.registry import backend_for, get_backend
@@ -214,13 +215,21 @@ def compare_solvers(
         raise InputError(f"solvers = {solvers!r}: expected a sequence of names or instances.")
     if repeats < 1:
         raise InputError(f"repeats = {repeats!r}: expected a positive integer.")
-    engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
-    trials = []
+    options = {"args": args, "backend": backend, "batched": batched}
+    return _compared((condition, outer, y, theta), solvers, repeats, memory, options)
+
+
+@untraced
+def _compared(
+    what: tuple[Any, ...], solvers: Sequence[Any], repeats: int, memory: bool, options: dict[str, Any]
+) -> Comparison:
+    _, _, y, theta = what
+    engine = options["backend"]
+    engine = get_backend(engine) if engine is not None else backend_for({"y": y, "theta": theta})
+    batched, trials = options["batched"], []
     for i, solver in enumerate(solvers):
         get_solver(solver)  # an unknown name is told before anything runs
-        call = _Call(
-            engine, (condition, outer, y, theta), {"args": args, "backend": engine, "batched": batched}, solver
-        )
+        call = _Call(engine, what, {**options, "backend": engine}, solver)
         trials.append((_label(solver), *call.measured(repeats, memory, quiet=i > 0)))
     borders = [Ravel(engine, tree, name, batched) for name, tree in (("y", y), ("theta", theta))]
     facts = {"backend": engine.name, "n": borders[0].n, "m": borders[1].n, "repeats": repeats}

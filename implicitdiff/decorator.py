@@ -4,38 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from implicitdiff.compilers import untraced
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.registry import backend_for, get_backend
 
 __all__ = ["ImplicitFunction", "implicit_function"]
 
+_EMPTY = inspect.Parameter.empty
+
 
 class ImplicitFunction:
     """A solver whose solution can be differentiated; made by `implicit_function`.
 
     Calling it runs the solver, and where the framework has autodiff, that differentiates the result. ``vjp``, ``jvp``
-    and ``jacobian`` run it and differentiate its solution; ``linearize`` runs it once and serves many products.
+    and ``jacobian`` run it and differentiate its solution; ``linearize`` runs it once and serves many products. All of
+    them take what the solver takes, by position or by name.
     """
 
-    def __init__(self, solve: Callable[..., Any], condition: Any, has_aux: bool, options: dict[str, Any]) -> None:
+    def __init__(self, solve: Callable[..., Any], condition: Any, has_aux: Any, options: dict[str, Any]) -> None:
         functools.update_wrapper(self, solve)
-        self.solve, self.condition, self.has_aux, self.options = solve, condition, has_aux, options
+        self.solve, self.condition, self.options = solve, condition, options
+        self.has_aux = has_aux is True
+        self.aux = has_aux if callable(has_aux) else None
         self.shapes: dict[Any, Any] = {}  # of solutions, by the form of the arguments
 
-    def __call__(self, theta: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the solver: ``y``, or ``(y, aux)`` with ``has_aux=True``."""
+    @untraced
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the solver: ``y``, or ``(y, aux)`` where there is an aux."""
+        theta, args, kwargs = self._bound(args, kwargs)
+        out = self._solution(theta, args, kwargs)
+        return out if self.aux is None else (out, self.aux(out, theta, *args))
+
+    def _solution(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         backend = self.options["backend"]
         engine = get_backend(backend) if backend is not None else backend_for({"theta": theta})
         custom = getattr(engine, "custom_derivative", None)
         return self.run(theta, args, kwargs) if custom is None else custom(self, theta, args, kwargs)
 
-    def linearize(self, theta: Any, *args: Any, **kwargs: Any) -> Linearization:
+    @untraced
+    def linearize(self, /, *args: Any, **kwargs: Any) -> Linearization:
         """Solve, and linearise the condition at the solution (``.y`` of the result)."""
-        out = self(theta, *args, **kwargs)
+        theta, args, kwargs = self._bound(args, kwargs)
+        out = self._solution(theta, args, kwargs)
         y = out[0] if self.has_aux else out
         with self.explaining(y):
             return linearized(self.condition, y, theta, args=args, own=True, **self.options)
@@ -50,21 +65,38 @@ class ImplicitFunction:
                 error.args = (f"{error}\n{_name(self.solve)} returned a pair: if it is (y, aux), say has_aux=True.",)
             raise
 
-    def vjp(self, theta: Any, cotangent: Any, *args: Any, **kwargs: Any) -> Any:
-        """Solve at theta and pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v, structured like theta."""
-        lin = self.linearize(theta, *args, **kwargs)
+    @untraced
+    def vjp(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Solve and pull a cotangent of y, the second argument, back to theta: −Bᵀ A⁻ᵀ v, structured like theta.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            ``(theta, cotangent, *data)``: the cotangent, or ``cotangent=``, stands behind theta.
+        """
+        cotangent, args, kwargs = self._taken("cotangent", args, kwargs)
+        lin = self.linearize(*args, **kwargs)
         with self.explaining(lin.y):
             return lin.vjp(cotangent)
 
-    def jvp(self, theta: Any, tangent: Any, *args: Any, **kwargs: Any) -> Any:
-        """Solve at theta and push a tangent of theta forward: dy along θ̇, structured like y."""
-        lin = self.linearize(theta, *args, **kwargs)
+    @untraced
+    def jvp(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Solve and push a tangent of theta, the second argument, forward: dy along θ̇, structured like y.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            ``(theta, tangent, *data)``: the tangent, or ``tangent=``, stands behind theta.
+        """
+        tangent, args, kwargs = self._taken("tangent", args, kwargs)
+        lin = self.linearize(*args, **kwargs)
         with self.explaining(lin.y):
             return lin.jvp(tangent)
 
-    def jacobian(self, theta: Any, *args: Any, **kwargs: Any) -> Any:
-        """Solve at theta and return the dense dy/dθ, shape y.shape + theta.shape."""
-        lin = self.linearize(theta, *args, **kwargs)
+    @untraced
+    def jacobian(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Solve and return the dense dy/dθ, shape y.shape + theta.shape."""
+        lin = self.linearize(*args, **kwargs)
         with self.explaining(lin.y):
             return lin.jacobian()
 
@@ -78,15 +110,79 @@ class ImplicitFunction:
             raise CallbackError(
                 f"{name} returned {type(out).__name__}.\nExpected the pair (y, aux), since has_aux=True."
             )
+        _refuse_record(name, out[0] if self.has_aux else out)
         return out
+
+    # -- arguments -------------------------------------------------------------------------------------
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Return theta, the data of solver and condition, and what is for the solver alone."""
+        values, rest, names = list(args), dict(kwargs), list(self._parameters)
+        first = names[0] if names else "theta"
+        if not values:
+            if first not in rest:
+                raise TypeError(f"{_name(self.solve)} is called without its parameter {first!r}, which is theta here.")
+            values = [rest.pop(first)]
+        data = [i for i, name in enumerate(names) if name in rest and self._is_data(name)]
+        for name in names[len(values) : max(data, default=-1) + 1]:
+            if not self._is_data(name) or (name not in rest and self._parameters[name] is _EMPTY):
+                raise InputError(
+                    f"{names[max(data)]} is data of the condition, and {name}, which stands before it, is not, or is "
+                    f"missing.\nLikely cause: {name} is an option of {_name(self.solve)}; data goes by position.\n"
+                    "Next: write the data right behind theta, and the options behind it, or behind a *."
+                )
+            values.append(rest.pop(name) if name in rest else self._parameters[name])
+        return values[0], tuple(values[1:]), rest
+
+    @functools.cached_property
+    def _parameters(self) -> dict[str, Any]:
+        """What the solver takes by position: names in order, with their defaults."""
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return {p.name: p.default for p in _signature(self.solve) if p.kind in by_position}
+
+    def _is_data(self, name: str) -> bool:
+        """Whether a parameter of the solver is one of the condition, too, or has to be given anyway."""
+        return self._parameters[name] is _EMPTY or name in self._known
+
+    @functools.cached_property
+    def _known(self) -> frozenset[str]:
+        """Names that the functions of the condition give to their data: what stands behind y and theta."""
+        functions = vars(self.condition).values() if hasattr(self.condition, "maps") else (self.condition,)
+        return frozenset(p.name for function in functions if callable(function) for p in _signature(function)[2:])
+
+    def _taken(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """Take the vector out of the arguments: by name, or the one behind theta."""
+        if name in kwargs:
+            return kwargs[name], args, {k: v for k, v in kwargs.items() if k != name}
+        at = 1 if len(args) > 1 else 0  # theta may be among the keywords
+        if not args or (at == 0 and not kwargs):
+            raise TypeError(f"expected theta and a {name}.")
+        return args[at], (*args[:at], *args[at + 1 :]), kwargs
 
 
 def _name(solve: Any) -> str:
     return str(getattr(solve, "__name__", "the solver"))
 
 
+def _signature(function: Any) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # compiled code need not tell
+        return []
+
+
+def _refuse_record(name: str, y: Any) -> None:
+    """Raise for a record that holds the solution: the result of SciPy, a table of pandas."""
+    held = [a for a in ("x", "root", "to_numpy") if hasattr(y, a)]
+    if held and (isinstance(y, dict) or type(y).__module__.partition(".")[0] in {"scipy", "pandas"}):
+        field = "to_numpy()" if held[-1] == "to_numpy" else held[-1]
+        raise CallbackError(
+            f"{name} returned {type(y).__name__}.\nExpected the solution y, an array or a tree of arrays.\n"
+            f"Next: return its .{field}, and the rest as aux, with has_aux=True."
+        )
+
+
 def implicit_function(
-    condition: Any, *, solver: Any = "auto", has_aux: bool = False, on_failure: str = "raise", backend: Any = None,
+    condition: Any, *, solver: Any = "auto", has_aux: Any = False, on_failure: str = "raise", backend: Any = None,
     batched: bool = False,
 ) -> Callable[[Callable[..., Any]], ImplicitFunction]:  # fmt: skip
     """Decorate a solver ``y = solve(theta, *args, **kwargs)`` so that its solution can be differentiated.
@@ -97,12 +193,17 @@ def implicit_function(
     Parameters
     ----------
     condition : Condition or callable
-        Called as ``f(y, theta, *args)`` with the positional arguments of the solver; keyword arguments go to the
-        solver alone.
+        Called as ``f(y, theta, *args)``. theta is the solver's first argument, whatever its name, and args are its
+        data: what it takes by position and is given by position, or by name where it has no default or where a
+        function of the condition has a parameter of that name, too. Other keyword arguments are options, which go to
+        the solver alone.
     solver, on_failure, backend, batched
         Of the linear solve; see `implicitdiff.linearize`.
-    has_aux : bool
-        Whether the solver returns ``(y, aux)``.
+    has_aux : bool or callable
+        Whether the solver returns ``(y, aux)``. Such an aux is what the solver says about its run, and no function:
+        where it enters a derivative, that is an error in reverse mode and NaN in forward mode, and not zero.
+        With a callable ``aux(y, theta, *args)`` the solver returns y alone, and a call ``(y, aux(y, theta, *args))``,
+        which is differentiated in full: ∂aux/∂θ + ∂aux/∂y · dy/dθ.
 
     Returns
     -------
@@ -124,6 +225,8 @@ def implicit_function(
     """
     if condition is None:
         raise InputError("condition is None; expected Stationary(f), Root(F), FixedPoint(T), or the objective f.")
+    if not (isinstance(has_aux, bool) or callable(has_aux)):
+        raise InputError(f"has_aux is {type(has_aux).__name__}; expected a bool or a function aux(y, theta, *args).")
     options = {"solver": solver, "on_failure": on_failure, "backend": backend, "batched": batched}
 
     def decorate(solve: Callable[..., Any]) -> ImplicitFunction:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from implicitdiff.arrays import Array
+from implicitdiff.compilers import untraced
 from implicitdiff.errors import SolveError
 from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
@@ -45,6 +46,7 @@ class Linearization:
         self._run: Run | None = None
 
     @property
+    @untraced
     def report(self) -> Report | None:
         """How the latest solve ended; None before the first."""
         if self._run is not None:
@@ -52,6 +54,7 @@ class Linearization:
         return self._shown
 
     # -- public --------------------------------------------------------------------------------------
+    @untraced
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
         """−Bᵀ A⁻ᵀ v.
 
@@ -73,6 +76,7 @@ class Linearization:
         """
         return self._call("vjp", cotangent, x0)
 
+    @untraced
     def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
         """Derivative of y along a tangent of θ: the solution w of A w = −B θ̇.
 
@@ -94,6 +98,7 @@ class Linearization:
         """
         return self._call("jvp", tangent, x0)
 
+    @untraced
     def jacobian(self) -> Any:
         """Dense dy/dθ.
 
@@ -111,6 +116,7 @@ class Linearization:
         """
         return self._call("jacobian", None, None)
 
+    @untraced
     def gradient(self, outer: Any, x0: Array | None = None) -> Any:
         """Total gradient of a loss ``L(y, theta) -> scalar``: ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
 
@@ -133,15 +139,18 @@ class Linearization:
         return self._call("gradient", outer, x0)
 
     @property
+    @untraced
     def derivatives(self) -> dict[str, str]:
         """Where the products came from that were used so far."""
         return self._runner.derivatives
 
     # -- for a framework's own derivative of the solution ----------------------------------------------
+    @untraced
     def solve(self, b: Array, *, transposed: bool = False) -> Array:
         """A⁻¹ b, or A⁻ᵀ b, for raveled right-hand sides (*rhs, *items, n); failures as for `vjp`."""
         return self._call("solve_adjoint" if transposed else "solve", b, None)
 
+    @untraced
     def pullback(self, v: Array) -> Array:
         """−Bᵀ A⁻ᵀ v for raveled cotangents (*rhs, *items, n); failures as for `vjp`."""
         return self._call("pullback", v, None)
@@ -189,6 +198,7 @@ class Linearization:
         return make_report(e.solution, run.damping, run.methods, run.seconds, e.stationarity, run.derivatives, see)
 
 
+@untraced
 def linearized(condition: Any, y: Any, theta: Any, *, backend: Any = None, **options: Any) -> Linearization:
     """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results."""
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from implicitdiff.arrays import Array, item_norm
+from implicitdiff.compilers import untraced
 from implicitdiff.conditions.active_set import names
 from implicitdiff.errors import InputError
 from implicitdiff.registry import backend_for, get_backend
@@ -131,9 +132,14 @@ def check_regularity(
     >>> found.regular, found.active, found.inertia, found.second_order
     (True, ('ineq[0]',), (2, 1, 0), 'minimum')
     """
+    return _checked(condition, y, theta, tuple(args), backend)
+
+
+@untraced
+def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend: Any) -> Regularity:
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
     with engine.computing():
-        rules = Rules(Task(engine, condition, y, theta, tuple(args)), flat=True)
+        rules = Rules(Task(engine, condition, y, theta, args), flat=True)
         op = rules.prepared.operator
         if op.n > LIMIT:
             raise InputError(f"the system has {op.n} unknowns; check_regularity looks at dense ones up to {LIMIT}.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true
+from implicitdiff.compilers import untraced
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.failure import check_mode, explain, settle
 from implicitdiff.operator import Operator, checked_product, matrix_map
@@ -127,12 +128,18 @@ def linear_solve(
     >>> linear_solve(A, np.array([3.0, 4.0]), solver="cholesky")
     array([1., 1.])
     """
-    check_mode(on_failure)
-    engine = get_backend(backend) if backend is not None else backend_for({"b": [b]})
-    get_solver(solver)
-    system = System(engine, A, b, x0, solver, symmetric, positive_definite, transpose, batched, on_failure)
-    x, report = getattr(engine, "solve_system", solve_system)(system)
+    options = (x0, solver, symmetric, positive_definite, transpose, batched, on_failure)
+    x, report = _solved(A, b, backend, options)
     return (x, report) if return_report else x
+
+
+@untraced
+def _solved(A: Any, b: Any, backend: Any, options: tuple[Any, ...]) -> tuple[Array, Report]:
+    system = System(get_backend(backend) if backend is not None else backend_for({"b": [b]}), A, b, *options)
+    check_mode(system.on_failure)
+    get_solver(system.solver)
+    found: tuple[Array, Report] = getattr(system.backend, "solve_system", solve_system)(system)
+    return found
 
 
 def solve_system(system: System) -> tuple[Array, Report]:

@@ -77,3 +77,56 @@ def test_captured_module() -> None:
     trained(dict(model.named_parameters())).sum().backward()
     expected = torch.autograd.grad(iterate(model, ONE).sum(), model.weight)[0]
     torch.testing.assert_close(model.weight.grad, expected)
+
+
+# -- 69: aux ---------------------------------------------------------------------------------------------
+def with_aux(has_aux: Any) -> Any:
+    """y = θ², and aux = ½ ‖y‖² + Σ θ: as numbers of the solver, or as a function."""
+
+    def solve(theta: Any) -> Any:
+        y = theta**2
+        return y if callable(has_aux) else (y, {"value": aux(y, theta), "steps": torch.tensor(3), "name": "newton"})
+
+    return implicit_function(Root(lambda y, th: y - th**2), has_aux=has_aux)(solve)
+
+
+def aux(y: Any, theta: Any) -> Any:
+    return (y**2).sum() / 2 + theta.sum()
+
+
+def test_fault_69_aux_of_the_solver() -> None:
+    """Its numbers are there; a derivative of it is refused, and does not come out as zero."""
+    theta, wrapped = (2 * ONE).requires_grad_(), with_aux(True)
+    y, held = wrapped(theta)
+    torch.testing.assert_close(held["value"].detach(), torch.tensor(30.0, dtype=F64))
+    assert held["name"] == "newton"
+    assert not held["steps"].requires_grad
+    y.sum().backward()
+    torch.testing.assert_close(theta.grad, 4 * ONE)
+    for loss in (lambda t: wrapped(t)[0].sum() + wrapped(t)[1]["value"], lambda t: wrapped(t)[1]["value"]):
+        with pytest.raises(DerivativeError, match="aux"):
+            loss(theta).backward()
+        with pytest.raises(DerivativeError, match="aux"):
+            torch.func.grad(loss)(theta.detach())
+        assert torch.func.jvp(loss, (ONE,), (ONE,))[1].isnan()
+    torch.testing.assert_close(torch.func.jvp(lambda t: wrapped(t)[0], (ONE,), (ONE,))[1], 2 * ONE)
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(lambda t: wrapped(t)[0].sum()))(ONE[None]), 2 * ONE[None]
+    )
+    with torch.no_grad():
+        assert not wrapped(theta)[1]["value"].requires_grad
+
+
+def test_fault_69_aux_as_a_function() -> None:
+    """d(Σ y + aux) = 2 θ + 2 θ³ + 1."""
+    wrapped = with_aux(aux)
+
+    def loss(t: Any) -> Any:
+        y, value = wrapped(t)
+        return y.sum() + value
+
+    theta = (2 * ONE).requires_grad_()
+    loss(theta).backward()
+    torch.testing.assert_close(theta.grad, 21 * ONE)
+    torch.testing.assert_close(torch.func.hessian(loss)(2 * ONE), torch.diag(26 * ONE))
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(ONE[None]), 5 * ONE[None])

@@ -149,3 +149,37 @@ def test_a_stationary_point_with_given_products() -> None:
     wrapped = implicit_function(condition, solver="cg")(lambda t: torch.linalg.solve(t[0] * S, t[1:]))
     assert gradcheck(wrapped, (leaf(),))
     assert gradgradcheck(wrapped, (leaf(),))
+
+
+# -- a solution inside of a condition ----------------------------------------------------------------------
+@implicit_function(lambda z, t: (z**4 / 4 + z**2 / 2 - t * z).sum())
+def inner(t: Any) -> Any:
+    """z³ + z = t, by Cardano."""
+    d = np.sqrt(t.numpy() ** 2 / 4 + 1 / 27)
+    return np.cbrt(t.numpy() / 2 + d) + np.cbrt(t.numpy() / 2 - d)
+
+
+@pytest.mark.parametrize("kind", ["root", "objective"])
+def test_fault_75_nested_solutions(kind: str) -> None:
+    """y³ + y = z + θ², z the solution at y + θ: hessian, forward over reverse, through both."""
+    conditions: dict[str, Any] = {
+        "root": Root(lambda y, t: y**3 + y - t**2 + inner(y)),
+        "objective": lambda y, t: ((y**3 + y - t**2 + inner(y)) ** 2).sum() / 2,
+    }
+    z = torch.tensor([0.2, 0.5], dtype=F64)
+    y = z**3 + z  # so that inner(y) = z
+
+    def theta_of(y: Any, z: Any) -> Any:
+        return (y**3 + y + z).sqrt()
+
+    def slopes(z: Any) -> tuple[Any, Any]:
+        """dy/dθ and d²y/dθ² by the chain rule, with y and θ as functions of z."""
+        one = lambda f: torch.func.grad(lambda z: f(z).sum())
+        y_of, t_of = (lambda z: z**3 + z), (lambda z: theta_of(z**3 + z, z))
+        slope = lambda z: one(y_of)(z) / one(t_of)(z)
+        return slope(z), one(slope)(z) / one(t_of)(z)
+
+    wrapped = implicit_function(conditions[kind])(lambda t: y.clone())
+    found = torch.func.hessian(lambda t: (wrapped(t) ** 2).sum())(theta_of(y, z))
+    first, second = slopes(z)
+    same(found, torch.diag(2 * first**2 + 2 * y * second))
