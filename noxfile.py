@@ -94,6 +94,13 @@ def lowest(*extras: str) -> list[str]:
     return sorted(set(pins))
 
 
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Run 10 000 random problems on each framework, and some thousand in random units; takes an hour or two."""
+    install(session, "-e", ".[test,torch,jax]")
+    run_tests(session, "--exhaustive", "tests/test_fuzz.py", "tests/test_units.py")
+
+
 # The oldest NumPy supported has no wheels for Python 3.13.
 @nox.session(python=None if sys.version_info < (3, 13) else "3.11")
 def minimums(session: nox.Session) -> None:

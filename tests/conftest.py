@@ -105,6 +105,11 @@ PLAIN = (NUMPY, STRICT, *TORCH)
 LIBRARIES = (NUMPY, STRICT, READONLY, *TORCH)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the generated tests run for long."""
+    parser.addoption("--exhaustive", action="store_true", help="some thousand generated cases in place of some dozen")
+
+
 @pytest.fixture(params=LIBRARIES, ids=lambda lib: lib.name)
 def lib(request: pytest.FixtureRequest) -> Library:
     """Each array library in turn."""
