@@ -9,7 +9,7 @@ import numpy as np
 from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError
 
-__all__ = ["check_not_negative", "constant", "expanded", "filled", "item_sum", "namespace", "norm", "plain"]
+__all__ = ["check_not_negative", "constant", "expanded", "filled", "item_sum", "namespace", "norm", "plain", "without"]
 
 
 def namespace(x: Array, *others: Any) -> Any:
@@ -46,6 +46,14 @@ def plain(x: Any) -> Any:
     while type(x).__module__.startswith("autograd"):
         x = x._value
     return x
+
+
+def without(xp: Any, x: Array, value: float, instead: float) -> Array:
+    """Put another number in place of each entry of a value; the derivative there is 0."""
+    found = x == value
+    if isinstance(found, (np.ndarray, np.generic)) and not found.any():
+        return x  # as nearly always: and HIPS autograd would widen single precision
+    return xp.where(found, xp.zeros_like(x) + instead, x)
 
 
 def filled(xp: Any, x: Array, value: Any) -> Array:

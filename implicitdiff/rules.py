@@ -104,7 +104,7 @@ class Rules:
         theta = _border(keep, engine, task.theta)(engine, task.theta, "theta", task.batched, task.own)
         y.check_partner(theta)
         self.point = Point(engine, y, theta, tuple(task.args))
-        self.inputs = self._finite(y.vector, y, "y") & self._finite(theta.vector, theta, "theta")
+        self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.condition, self.B, self.value, self.at = condition, maps.B, maps.residual, maps.at
         self.frame, self.findings = maps.frame, maps.findings

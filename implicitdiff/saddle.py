@@ -27,11 +27,14 @@ class SaddleOperator(Operator):
         J.
     corner : array, shape (*items, k)
         The diagonal of D.
+    units : array, shape (*items, n)
+        Units of the coordinates of y, in which H is of size one.
     """
 
     primal: int = 0
     jacobian: Any = None
     corner: Any = None
+    units: Any = None
 
     def damped(self, damping: float) -> SaddleOperator:
         """Return [[H + δI, Jᵀ], [J, −D]]: δ on the whole diagonal would bring an indefinite K nearer to singular."""

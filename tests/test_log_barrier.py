@@ -182,6 +182,16 @@ def test_not_inside_in_other_modes(mode: str) -> None:
         assert np.isnan(found.value).all()
 
 
+@pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
+def test_an_infinite_bound_is_none(lib: Library) -> None:
+    bounds = lib.array(np.array([1.0, np.inf]))
+    barrier = LogBarrier(lambda y, th: ((y - th) ** 2).sum(), ineq=lambda y, th: y - bounds, t=20.0)
+    if lib.name == "array_api_strict":
+        barrier = LogBarrier(lambda y, th: lib.xp.sum((y - th) ** 2), ineq=lambda y, th: y - bounds, t=20.0)
+    a = [lib.array(np.array(x)) for x in ([place(20.0, 2.0), 3.0], [2.0, 3.0], [1.0, 1.0])]
+    np.testing.assert_allclose(lib.numpy(implicit_vjp(barrier, *a)), [slope(20.0, 2.0), 1.0], rtol=1e-6)
+
+
 def test_infeasible_equality() -> None:
     condition = LogBarrier(
         lambda y, th: ((y - th) ** 2).sum(), ineq=lambda y, th: -y, t=1.0, eq=lambda y, th: y.sum() - 3

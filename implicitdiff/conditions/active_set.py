@@ -1,8 +1,8 @@
 """Which constraints are active at a point, with which multipliers, and whether that is regular.
 
 All of it is arithmetic on arrays without a branch on a value, so that it runs over a batch and inside a compiled
-program. Constraint i is c_i(y, θ), its gradient J_i. Distances are measured in y: a constraint is as far away as
-|c_i| / ‖J_i‖, held against max(1, ‖y‖∞).
+program. Constraint i is c_i(y, θ), its gradient J_i. What is near, small or strong is so in the units of `units`: a
+distance is |c_i| / R_i, a force μ_i R_i / Φ_i.
 
 References
 ----------
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_numbers, needed, times
+from implicitdiff.arrays import Array, item_norm, item_numbers, needed, times
+from implicitdiff.conditions.units import Units
 
 __all__ = ["ActiveSet", "Limits", "candidates", "classified", "dependent_rows", "names", "recovered"]
 
 
 class Limits(NamedTuple):
-    """Distances, in the scale of y, and multipliers, in the scale of ∇f, that count as zero."""
+    """Distances and multipliers that count as zero, and distances that count as a violation, in their units."""
 
     active: float
     violated: float
@@ -51,19 +52,39 @@ class ActiveSet(NamedTuple):
     """Whether its gradient is a combination of those of others that are active."""
 
 
-def candidates(xp: Any, equality: Array, values: Array, norms: Array, reach: Array, limit: float) -> Array:
-    """Equalities, and inequalities that hold with equality up to a tolerance."""
-    return equality | (values >= -limit * norms * reach)
+def candidates(backend: Any, equality: Array, first: Any, units: Units, limits: Limits) -> Array:
+    """Equalities, and inequalities that hold with equality up to a tolerance, or are pressed against nearby.
+
+    A solver that stops early leaves a distance; that a constraint is active all the same is seen from its multiplier,
+    by least squares over all that are near, each damped by its distance.
+    """
+    xp, gap = backend.xp, -first.values
+    tight = equality | (gap <= limits.active * units.distance)
+    near = ~tight & (gap <= limits.violated * units.distance)
+
+    def pressed(tight: Array) -> Array:
+        unit, gram = _gram(backend, first.rows * units.reach[..., None, :], _safe(xp, units.distance), tight | near)
+        slack = xp.where(near, gap / _safe(xp, units.distance), xp.zeros_like(gap))
+        gram = gram + (slack * slack)[..., None] * xp.eye(gap.shape[-1], dtype=gap.dtype, device=backend.device(gap))
+        z = backend.cho_solve(backend.cho_factor(gram), -times(unit, first.gradient * units.reach)[..., None])[..., 0]
+        return tight | (near & (z / _safe(xp, units.distance) * units.give * units.give > gap))
+
+    return pressed(tight) if backend.composable and not backend.traced else backend.rescue(near, pressed, tight)
 
 
-def recovered(backend: Any, gradient: Array, rows: Array, norms: Array, candidate: Array) -> tuple[Array, Array]:
+def _safe(xp: Any, x: Array) -> Array:
+    return xp.where(x > 0, x, xp.ones_like(x))
+
+
+def recovered(backend: Any, first: Any, units: Units, candidate: Array) -> tuple[Array, Array]:
     """Least-squares multipliers of ∇f = −Jᵀ z over the candidates, and which of those are linearly dependent.
 
-    Rows of J are scaled to norm one. With G = JJᵀ, and the identity in place of the other constraints, G z = −J∇f; one
-    step of refinement on the residual of the least-squares problem itself makes up for the squared condition number.
+    Coordinates are in their units, rows of J are scaled to norm one. With G = JJᵀ, and the identity in place of the
+    other constraints, G z = −J∇f; one step of refinement on the residual of the least-squares problem itself makes up
+    for the squared condition number.
     """
-    xp = backend.xp
-    safe = xp.where(norms > 0, norms, xp.ones_like(norms))
+    xp, rows, gradient = backend.xp, first.rows * units.reach[..., None, :], first.gradient * units.reach
+    safe = _safe(xp, units.distance)
     unit, gram = _gram(backend, rows, safe, candidate)
     dependent, factor = _dependent(backend, gram, candidate)
 
@@ -118,23 +139,22 @@ def _in_null_space(xp: Any, gram: Array) -> Array:
 def dependent_rows(backend: Any, rows: Array, active: Array) -> Array | None:
     """Mark the active rows of J that are linearly dependent, or None. For eager use, after a failure."""
     xp = backend.xp
-    norms = xp.sqrt(xp.sum(rows * rows, axis=-1))
-    gram = _gram(backend, rows, xp.where(norms > 0, norms, xp.ones_like(norms)), active)[1]
+    gram = _gram(backend, rows, _safe(xp, item_norm(xp, rows)), active)[1]
     found = active & _in_null_space(xp, gram)
     return found if bool(xp.any(found)) else None
 
 
 def classified(
-    xp: Any, equality: Array, values: Array, norms: Array, reach: Array, limits: Limits, candidate: Array,
-    dependent: Array, multipliers: Array, force: Array,
+    xp: Any, equality: Array, values: Array, units: Units, limits: Limits, candidate: Array, dependent: Array,
+    multipliers: Array,
 ) -> ActiveSet:  # fmt: skip
-    """Tell active constraints from weakly active, wrong and violated ones; ``force`` is what multipliers measure."""
-    pull = multipliers * norms
+    """Tell active constraints from weakly active, wrong and violated ones."""
+    pull = multipliers * units.distance
     held = candidate & ~equality
-    small = xp.abs(pull) <= limits.active * force
+    small = xp.abs(pull) <= limits.active * units.force
     wrong = ~equality & ~small & ((candidate & (pull < 0)) | ~candidate)
     size = xp.where(equality, xp.abs(values), values)
-    violated = size > limits.violated * norms * reach
+    violated = size > limits.violated * units.distance
     return ActiveSet(
         equality, values, xp.where(candidate, multipliers, xp.zeros_like(multipliers)), candidate & ~(held & small),
         held & small, wrong, violated, dependent,

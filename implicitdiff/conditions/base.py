@@ -18,7 +18,7 @@ from implicitdiff.errors import BackendError, CallbackError, DerivativeError, In
 from implicitdiff.operator import LinearMap, Operator, matrix_map
 from implicitdiff.vectors import is_tree_vector
 
-__all__ = ["Condition", "Findings", "Frame", "Given", "Maps", "check_callables", "maps_from"]
+__all__ = ["Condition", "Findings", "Frame", "Given", "Maps", "check_callables", "finite_part", "maps_from"]
 
 ASSEMBLY_LIMIT = 1024
 """Up to this order a missing product is assembled from its exact transpose rather than differenced."""
@@ -77,6 +77,10 @@ class Condition:
     per_item: ClassVar[tuple[str, ...]] = ()
     """Names of those of them that carry the leading axis of a batch."""
 
+    def without_bounds(self, theta: Any) -> Any:
+        """Return the vector of theta without what may be infinite in it: bounds, where the condition has such."""
+        return theta.vector
+
     def routed(self, solver: Any) -> Any:
         """Return the solver for the whole system, given the one that was asked for."""
         return solver
@@ -103,6 +107,13 @@ class Given:
     matrix: tuple[str, Callable[..., Any] | None] = ("jacobian", None)
     mixed_jvp: Callable[..., Any] | None = None
     mixed_vjp: Callable[..., Any] | None = None
+
+
+def finite_part(xp: Any, theta: Any) -> Any:
+    """Return a vector with zeros in place of infinities."""
+    if is_tree_vector(theta):
+        return theta.map(lambda leaf: finite_part(xp, leaf))
+    return xp.where(xp.isinf(theta), xp.zeros_like(theta), theta)
 
 
 def check_callables(**functions: Any) -> None:

@@ -12,7 +12,7 @@ and its right-hand side B = (∂²𝓛/∂θ∂y, ∂c/∂θ). Two things are do
 - otherwise w_i brings the row of J to the size h of H. Multipliers are then forces in the units of f, whatever the
   units of c, and the conditioning of K is that of the problem. It is a power of two: nothing is rounded.
 
-The solution's part for y is not touched by W.
+The solution's part for y is not touched by W. A constraint with the value −inf, an infinite bound, is taken out of c.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, item_numbers
+from implicitdiff.arrays import Array, item_numbers
 from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
-from implicitdiff.conditions.base import Condition, Findings, Frame, Maps
+from implicitdiff.conditions.base import Condition, Findings, Frame, Maps, finite_part
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
+from implicitdiff.conditions.units import Units, center, units_at
 from implicitdiff.errors import (
     InfeasibleError,
     InputError,
@@ -37,7 +38,7 @@ from implicitdiff.errors import (
     SingularError,
     UnknownNameError,
 )
-from implicitdiff.namespaces import item_sum, namespace
+from implicitdiff.namespaces import item_sum, namespace, without
 from implicitdiff.operator import LinearMap, Operator, Product, matrix_product
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
@@ -59,6 +60,8 @@ class FirstOrder(NamedTuple):
     """J, shape (*items, k, n)."""
     gradient: Array
     """∇f, shape (*items, n)."""
+    curve: Callable[[Array], Array]
+    """The product with the Hessian of f, for vectors (*rhs, *items, n)."""
 
 
 class Constrained(Condition):
@@ -79,6 +82,9 @@ class Constrained(Condition):
     @property
     def arrays(self) -> dict[str, Any]:
         return {} if self.multipliers is None or callable(self.multipliers) else {"multipliers": self.multipliers}
+
+    def without_bounds(self, theta: Any) -> Any:
+        return finite_part(theta.backend.xp, theta.vector)
 
     def routed(self, solver: Any) -> Any:
         """Return the solver for the saddle system: through its blocks, where the route says so."""
@@ -103,7 +109,8 @@ class Constrained(Condition):
     def first_order(self, point: Point) -> FirstOrder:
         """Constraints, their gradients, and ∇f."""
         backend, y, theta = point.backend, point.y.vector, point.theta.vector
-        sizes = {name: point.raveled_function(f, name)(y, theta).shape[-1] for name, f in self.constraints.items()}
+        values = [point.raveled_function(f, name)(y, theta) for name, f in self.constraints.items()]
+        sizes = {name: c.shape[-1] for name, c in zip(self.constraints, values, strict=True)}
         if not sum(sizes.values()):
             raise _unconstrained()
         found = backend.differentiate(point.raveled_function(self._all, " and ".join(sizes)), y, theta)
@@ -113,9 +120,12 @@ class Constrained(Condition):
         unit = backend.xp.broadcast_to(backend.reshape(unit, (k, *lead, k)), (k, *point.items, k))
         rows = backend.xp.moveaxis(found.vjp_y(unit), 0, -2)
         objective = point.scalar_function(self.objective(point.lead), "f")
-        gradient = backend.differentiate_gradient(objective, y, theta).value()
-        cast = [backend.astype(x, point.y.dtype) for x in (found.value(), rows, gradient)]  # autograd may widen
-        return FirstOrder(sizes.get("eq", 0), *cast)
+        smooth = backend.differentiate_gradient(objective, y, theta)
+        whole = values[0] if len(values) == 1 else backend.concat(values)
+        whole, rows, gradient = (backend.astype(x, point.y.dtype) for x in (whole, rows, smooth.value()))  # widened
+        return FirstOrder(
+            sizes.get("eq", 0), whole, rows, gradient, lambda v: backend.astype(smooth.hvp(v), point.y.dtype)
+        )
 
     def hessian(self, point: Point) -> Array | None:
         """H as a matrix, shape (*items, n, n), where it is at hand."""
@@ -128,35 +138,30 @@ class Constrained(Condition):
         return Stationary(_lagrangian(self.objective(point.lead), self._all, point.lead)).maps(both)
 
     def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:
-        return tuple(c(y, theta, *args) for c in self.constraints.values())
+        return tuple(_without_infinite(c(y, theta, *args)) for c in self.constraints.values())
 
     # -- maps ----------------------------------------------------------------------------------------
     def maps(self, point: Point) -> Maps:
         first = self.first_order(point)
         if not first.values.shape[-1]:
             raise _unconstrained()
-        xp, backend = point.backend.xp, point.backend
+        xp, backend, hessian = point.backend.xp, point.backend, self.hessian(point)
         limits = Limits.of(xp, point.y.dtype, self.active_tol)
-        norms = _row_norms(xp, first.rows)
-        largest = xp.max(xp.abs(point.y.vector), axis=-1, keepdims=True)
-        reach = xp.where(largest > 1, largest, xp.ones_like(largest))
+        units = units_at(point, first, limits, hessian, first.curve)
         equality = xp.broadcast_to(_equalities(point, first), first.values.shape)
-        candidate = active_set.candidates(xp, equality, first.values, norms, reach, limits.active)
+        candidate = active_set.candidates(backend, equality, first, units, limits)
         given = self._given(point, first)
         if given is not None and not backend.composable:
-            whole = self.system(point, given)
-            size = _curvature(point, whole.A, first.gradient)
-            candidate = candidate | _pressed(first, given, norms, limits, size)
+            candidate = candidate | _pressed(first, given, units, limits)
             z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
+            whole = self.system(point, given)
         else:  # also where the derivative is differentiated again: there z has to follow y and theta
-            z, dependent = active_set.recovered(backend, first.gradient, first.rows, norms, candidate)
+            z, dependent = active_set.recovered(backend, first, units, candidate)
             whole = self.system(point, xp.where(candidate, z, xp.zeros_like(z)))
-            size = _curvature(point, whole.A, first.gradient)
-        force = xp.max(xp.abs(first.gradient), axis=-1, keepdims=True) + size * reach
         judged = active_set.classified(
-            xp, equality, first.values, norms, reach, limits, candidate, dependent, z if given is None else given, force
-        )  # fmt: skip
-        return _reduced(point, whole, self.hessian(point), first.rows, norms, size, judged)
+            xp, equality, first.values, units, limits, candidate, dependent, z if given is None else given
+        )
+        return _reduced(point, whole, hessian, first.rows, units, judged)
 
     def _given(self, point: Point, first: FirstOrder) -> Array | None:
         """Return the user's multipliers as one vector per item."""
@@ -213,7 +218,7 @@ class Constrained(Condition):
         found: ActiveSet = findings.details
         xp, text, blocks = operator.backend.xp, "", self.route in {"schur", "nullspace"}
         if blocks or isinstance(error, SingularError):
-            rows = operator.jacobian  # type: ignore[attr-defined]
+            rows = operator.jacobian * operator.units[..., None, :]  # type: ignore[attr-defined]
             dependent = active_set.dependent_rows(operator.backend, rows, found.active)
             if dependent is not None:
                 return _unqualified(", ".join(active_set.names(xp, dependent, found.equality)))
@@ -267,17 +272,20 @@ def _paired(z: Any, c: Any, shape: tuple[int, ...], lead: int) -> Any:
     return item_sum(xp, xp.reshape(z, shape) * c, lead)
 
 
-def _pressed(first: FirstOrder, given: Array, norms: Array, limits: Limits, size: Array) -> Array:
+def _without_infinite(c: Any) -> Any:
+    """Take out what is −inf, an infinite bound: it is constant, and its product with a multiplier of 0 is 0."""
+    tree = flatten(c)
+    leaves = [without(namespace(x), x, -math.inf, 0.0) if hasattr(x, "dtype") else x for x in tree.leaves]
+    return tree.unflatten(leaves)
+
+
+def _pressed(first: FirstOrder, given: Array, units: Units, limits: Limits) -> Array:
     """Inequalities with a multiplier that is larger than what is left of the constraint, both as distances.
 
     So much is known where multipliers are given: an interior-point solution stops short of its constraints.
     """
-    near = first.values > -100 * limits.violated * norms
-    return near & (given > 0) & (given * norms * norms > -first.values * size)
-
-
-def _row_norms(xp: Any, rows: Array) -> Array:
-    return item_norm(xp, rows) if rows.shape[-1] else xp.zeros(rows.shape[:-1], dtype=rows.dtype)
+    near = first.values > -100 * limits.violated * units.distance
+    return near & (given > 0) & (given * units.give * units.give > -first.values)
 
 
 def _equalities(point: Point, first: FirstOrder) -> Array:
@@ -295,34 +303,25 @@ def _multiplier(point: Point, part: Any, name: str, size: int) -> Array:
     return backend.astype(backend.reshape(leaf, (*point.items, size)), point.y.dtype)
 
 
-def _curvature(point: Point, K: Operator, gradient: Array) -> Array:
-    """Return the size of H, shape (*items, 1), seen on one vector; where it is zero, that of ∇f, or 1."""
-    backend, n = point.backend, point.y.n
-    xp, probe = backend.xp, point.y.space.probe()
-    image = K.matvec(padded(backend, probe, K.n))[..., :n]
-    found = item_norm(xp, image) / item_norm(xp, probe)
-    slope = item_norm(xp, gradient)
-    found = xp.where(found > 0, found, xp.where(slope > 0, slope, xp.ones_like(slope)))
-    return found[..., None]
-
-
 def _reduced(
-    point: Point, whole: Maps, H: Array | None, rows: Array, norms: Array, size: Array, found: ActiveSet
+    point: Point, whole: Maps, H: Array | None, rows: Array, units: Units, found: ActiveSet
 ) -> Maps:  # fmt: skip
     """Scale the system and reduce it to the active set."""
     backend, n = point.backend, point.y.n
     xp = backend.xp
     held = backend.astype(found.active, rows.dtype)
-    ratio = size / xp.where(norms > 0, norms, xp.ones_like(norms))
-    w = held * 2.0 ** xp.round(xp.log2(ratio))
-    corner = (1 - held) * size
+    one = center(xp, units)  # the unit of y as a whole: H is of the size 1 / one²
+    give = xp.where(units.give > 0, units.give, xp.ones_like(units.give))
+    w = held * 2.0 ** xp.round(xp.log2(1 / (one * give)))
+    corner = (1 - held) / (one * one)
     ones, zeros = xp.ones_like(rows[..., 0, :]), xp.zeros_like(rows[..., 0, :])
     scale, diagonal = backend.concat([ones, w]), backend.concat([zeros, corner])
 
     def wrap(product: Product) -> Product:
         return lambda x: scale * product(scale * x) - diagonal * x
 
-    blocks = {"primal": n, "jacobian": w[..., None] * rows, "corner": corner, "positive_definite": False}
+    blocks = {"primal": n, "jacobian": w[..., None] * rows, "corner": corner, "positive_definite": False,
+              "units": units.bend}  # fmt: skip
     A = saddle(whole.A.rewrapped(wrap), **blocks)
     if H is not None:
         matrix = A.matrix_of(xp.concat([H, blocks["jacobian"]], axis=-2))

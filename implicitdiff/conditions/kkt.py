@@ -23,7 +23,7 @@ class KKT(Constrained):
 
     where c holds the equalities and those inequalities that are active, and z their multipliers. What y violates, and
     active constraints with linearly dependent gradients (LICQ), are errors that name the constraint; a weakly active
-    one (multiplier zero) and a multiplier of the wrong sign are warnings.
+    one (multiplier zero) and a multiplier of the wrong sign are warnings. A bound that is infinite, g = −∞, is none.
 
     Parameters
     ----------
@@ -41,8 +41,9 @@ class KKT(Constrained):
         ``solver=`` for H, and the Schur complement J H⁻¹ Jᵀ; H has to be regular. ``"nullspace"``: by ``solver=`` for
         the reduced Hessian on null(J), the only part of H that has to be regular.
     active_tol : float, optional
-        An inequality is active within this distance, ``g_i >= -active_tol ‖∇g_i‖ max(1, ‖y‖∞)``, and a multiplier zero
-        within this part of ‖∇f‖∞ + ‖H‖ max(1, ‖y‖∞). Default 1e-6 in double precision, 3e-4 in single.
+        An inequality is active within this distance, ``-g_i <= active_tol R_i`` with R_i = ‖∇g_i ∘ u‖, u the size of
+        the coordinates of y; and a multiplier is zero within this part of what moves y by as much. Default 1e-6 in
+        double precision, 3e-4 in single.
 
     Raises
     ------

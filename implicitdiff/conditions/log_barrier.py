@@ -17,7 +17,7 @@ from implicitdiff.conditions.constrained import Constrained
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
-from implicitdiff.namespaces import constant, item_sum, namespace
+from implicitdiff.namespaces import constant, item_sum, namespace, without
 from implicitdiff.operator import Operator
 from implicitdiff.pytree import flatten
 
@@ -113,7 +113,7 @@ class LogBarrier(Constrained):
             for g in flatten(ineq(y, theta, *args)).leaves:
                 xp, shape = namespace(g), tuple(getattr(g, "shape", ()))
                 if known is None:
-                    parts = -xp.log(-g)
+                    parts = -xp.log(-without(xp, g, -math.inf, -1.0))  # an infinite bound is none
                 else:
                     size = math.prod(shape[lead:])
                     parts = _like_log(xp, g, known[..., start : start + size].reshape(shape))
@@ -167,7 +167,13 @@ def _like_log(xp: Any, g: Any, known: np.ndarray) -> Any:
     Near a bound the logarithm is far from a parabola within the step of a finite difference, and g is not. With c the
     known value, −log(−g) has the derivatives −1/c and 1/c² by g, as −(g − c)/c + (g − c)²/(2c²) has.
     """
-    c = constant(xp, g, known) if hasattr(g, "dtype") else float(known)
+    infinite = known == -math.inf  # no bound at all
+    finite = np.where(infinite, -1.0, known)
+    if not hasattr(g, "dtype"):
+        g = -1.0 if infinite else g
+        c: Any = float(finite)
+    else:
+        c, g = constant(xp, g, finite), without(xp, g, -math.inf, -1.0)
     u = (g - c) / c
     return u * u / 2 - u
 

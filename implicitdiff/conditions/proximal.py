@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from implicitdiff.arrays import Array, item_numbers
-from implicitdiff.conditions.base import Condition, Findings, Given, Maps, check_callables, maps_from
+from implicitdiff.conditions.base import Condition, Findings, Given, Maps, check_callables, finite_part, maps_from
 from implicitdiff.conditions.fixed_point import identity_minus
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
@@ -61,6 +61,9 @@ class _Composite(Condition):
     @property
     def has_matrix(self) -> bool:
         return self.hessian is not None or self.restrict is True
+
+    def without_bounds(self, theta: Any) -> Any:
+        return finite_part(theta.backend.xp, theta.vector)
 
     def routed(self, solver: Any) -> Any:
         return OnSupport(get_solver(solver), self.restrict)

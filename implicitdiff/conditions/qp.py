@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, times
-from implicitdiff.conditions.base import Maps
+from implicitdiff.conditions.base import Maps, finite_part
 from implicitdiff.conditions.constrained import Constrained, FirstOrder
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, ShapeError
@@ -87,18 +87,28 @@ class QP(Constrained):
     def arrays(self) -> dict[str, Any]:
         return {"data": self.data, **super().arrays}
 
+    def without_bounds(self, theta: Any) -> Any:
+        names = theta.tree.unflatten(list(range(len(theta.leaves))))
+        place = names.get("h") if isinstance(names, dict) else None
+        parts = [finite_part(theta.backend.xp, x) if i == place else x for i, x in enumerate(theta.parts(theta.vector))]
+        return theta.vector if place is None else theta.backend.concat(parts)
+
     def maps(self, point: Point) -> Maps:
         return _Bound(self, point).maps(point)
 
 
 class _Blocks(NamedTuple):
-    """The symmetric part of Q; q; A over G; b over h; the number of equalities."""
+    """The symmetric part of Q; q; A over G; b over h; the number of equalities; where h is infinite.
+
+    There rows and right-hand sides are zero.
+    """
 
     H: Array
     q: Array
     rows: Array
     right: Array
     p: int
+    absent: Array
 
 
 @dataclass(frozen=True)
@@ -169,19 +179,24 @@ class _Bound(Constrained):
     def _blocks(self, theta: Array) -> _Blocks:
         xp, d = self.point.backend.xp, self.all_data(theta)
         rows, right = xp.concat([d["A"], d["G"]], axis=-2), xp.concat([d["b"], d["h"]], axis=-1)
-        return _Blocks(_symmetric(xp, d["Q"]), d["q"], rows, right, d["A"].shape[-2])
+        absent = xp.concat([xp.zeros_like(d["b"], dtype=xp.bool), d["h"] == float("inf")], axis=-1)
+        rows, right = (xp.where(mask, xp.zeros_like(x), x) for mask, x in ((absent[..., None], rows), (absent, right)))
+        return _Blocks(_symmetric(xp, d["Q"]), d["q"], rows, right, d["A"].shape[-2], absent)
 
     # -- to first order --------------------------------------------------------------------------------
     def first_order(self, point: Point) -> FirstOrder:
         here, y = self._here, point.y.vector
-        return FirstOrder(here.p, times(here.rows, y) - here.right, here.rows, times(here.H, y) + here.q)
+        xp, H = point.backend.xp, here.H
+        values = times(here.rows, y) - here.right
+        values = xp.where(here.absent, xp.full_like(values, -float("inf")), values)
+        return FirstOrder(here.p, values, here.rows, times(H, y) + here.q, lambda v: times(H, v))
 
     def hessian(self, point: Point) -> Array | None:
         return self._here.H
 
     def system(self, point: Point, z: Array) -> Maps:
         xp, backend, n = point.backend.xp, point.backend, point.y.n
-        (H, _, rows, _, p), y = self._here, point.y.vector
+        (H, _, rows, _, p, _), y = self._here, point.y.vector
         k = rows.shape[-2]
 
         def product(x: Array) -> Array:

@@ -1,0 +1,201 @@
+"""Units of the coordinates of y and of constraints, so that what is near or small is so in any units.
+
+A coordinate y_j has a unit u_j, a constraint c_i then has R_i = ‖J_i ∘ u‖: as much as it changes when y does. It is as
+far away as |c_i| / R_i. What u_j is lies between |y_j|, which may be tiny by accident, and ℓ_j, the largest entry of
+its leaf, which may be of another unit. Where that leaves no doubt about the active set, nothing more is asked. Else the
+curvature tells: in the units d_j = |H_jj|^(-1/2) the Hessian of f has ones on its diagonal, so that y_j / d_j and
+d_j ∂f/∂y_j, how far to go and how strong the pull, are all of one unit, and u_j = d_j max_k (|y_k| / d_k, d_k |∂_k f|),
+kept between |y_j| and ℓ_j.
+
+A multiplier of constraint i is a force μ_i R_i in the unit of f. It is held against R_i² / T_i², T_i = ‖J_i ∘ d‖, the
+force that moves y by as much as y is, and against ∇f where J_i acts. And μ_i T_i² is how far c_i would go if it were
+dropped: the constraint is pressed against where that is more than −c_i, the distance that is left (primal-dual
+identification).
+
+References
+----------
+F. Facchinei, A. Fischer, C. Kanzow, "On the accurate identification of active constraints", SIAM J. Optim. 9 (1998)
+14-32. DOI 10.1137/S1052623496305882
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, any_true, item_norm, times
+
+__all__ = ["ASSEMBLED", "Units", "center", "units_at"]
+
+ASSEMBLED = 256
+"""Up to this order of the whole system, H is assembled where the leaves of y leave a doubt."""
+APART = 1e-3
+"""Ratio below which two sizes are not taken for one."""
+
+
+class Units(NamedTuple):
+    """The units at a point, per item; powers of two."""
+
+    reach: Array
+    """u, shape (*items, n)."""
+    bend: Array
+    """d, shape (*items, n)."""
+    distance: Array
+    """R, shape (*items, k)."""
+    give: Array
+    """T, shape (*items, k)."""
+    force: Array
+    """What multipliers are held against, in the unit of f, shape (*items, k)."""
+
+
+class _Measured(NamedTuple):
+    """The problem to first order, and the limits of a distance that count as zero and as a violation."""
+
+    point: Any
+    values: Array
+    rows: Array
+    gradient: Array
+    inequality: Array
+    near: float
+    far: float
+
+
+def units_at(
+    point: Any, first: Any, limits: Any, hessian: Array | None, product: Callable[[Array], Array]
+) -> Units:  # fmt: skip
+    """Find the units at a point.
+
+    Parameters
+    ----------
+    point : Point
+    first : FirstOrder
+    limits : Limits
+    hessian : array or None, shape (*items, n, n)
+        H, where it is at hand.
+    product : callable
+        H v for v of shape (*rhs, *items, n).
+    """
+    backend, y = point.backend, point.y.vector
+    xp, n = backend.xp, point.y.n
+    k = first.values.shape[-1]
+    inequality = xp.arange(k, device=point.y.device) >= first.p
+    here = _Measured(point, first.values, first.rows, first.gradient, inequality, limits.active, limits.violated)
+    if n == 0:
+        zero = xp.zeros_like(first.values)
+        return Units(y, y, zero, zero, zero)
+    leaf, known = _leaf_sizes(point, here)
+    if hessian is not None:
+        return _by_curvature(here, leaf, known, hessian)
+    blind = backend.traced or backend.composable
+    if blind and n + k <= ASSEMBLED:
+        return _by_curvature(here, leaf, known, _assembled(point, product))
+    u = _power_of_two(xp, leaf)
+    found = _measured(here, u, u / xp.sqrt(_energy(here, u, product)))
+    if blind or n + k > ASSEMBLED or not any_true(xp, doubt := _doubtful(here, found) | ~known):
+        return found
+    sure = _by_curvature(here, leaf, known, _assembled(point, product))
+    return Units(*(xp.where(doubt[..., None], new, old) for new, old in zip(sure, found, strict=True)))
+
+
+def _leaf_sizes(point: Any, here: _Measured) -> tuple[Array, Array]:
+    """ℓ, and whether there is anything to tell it from, per item."""
+    backend, y = point.backend, point.y.vector
+    xp = backend.xp
+    parts = [part for part in point.y.parts(xp.abs(y)) if part.shape[-1]]
+    spread = [xp.broadcast_to(xp.max(part, axis=-1, keepdims=True), part.shape) for part in parts]
+    leaf = spread[0] if len(spread) == 1 else backend.concat(spread)
+    # where y is zero, the distance to a constraint is a length as well
+    steep = xp.max(xp.abs(here.rows), axis=-1) if here.values.shape[-1] else here.values
+    usable = xp.isfinite(here.values) & (steep > 0)
+    away = xp.where(usable, xp.abs(here.values) / xp.where(usable, steep, xp.ones_like(steep)), xp.zeros_like(steep))
+    whole = xp.max(leaf, axis=-1, keepdims=True)
+    whole = xp.where(whole > 0, whole, xp.max(away, axis=-1, keepdims=True))
+    known = whole > 0
+    leaf = xp.where(leaf > 0, leaf, xp.where(known, whole, xp.ones_like(whole)))
+    return leaf, known[..., 0]
+
+
+def _energy(here: _Measured, u: Array, product: Callable[[Array], Array]) -> Array:
+    """The size of u ∘ H ∘ u, in the unit of f, seen on one vector; that of u ∘ ∇f, or 1, where it is zero."""
+    xp, point = here.point.backend.xp, here.point
+    probe = point.y.space.probe()
+    found = item_norm(xp, u * product(u * probe)) / item_norm(xp, probe)
+    slope = item_norm(xp, u * here.gradient)
+    found = xp.where(found > 0, found, xp.where(slope > 0, slope, xp.ones_like(slope)))
+    return 4.0 ** xp.round(xp.log2(found)[..., None] / 2)
+
+
+def _assembled(point: Any, product: Callable[[Array], Array]) -> Array:
+    xp, n, items = point.backend.xp, point.y.n, point.items
+    unit = xp.eye(n, dtype=point.y.dtype, device=point.y.device)
+    unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
+    return xp.moveaxis(product(unit), 0, -1)
+
+
+def _by_curvature(here: _Measured, leaf: Array, known: Array, hessian: Array) -> Units:
+    """The units that the Hessian shows; where it is flat, the leaf's."""
+    xp, y, slope = here.point.backend.xp, xp_abs(here.point.y.vector), xp_abs(here.gradient)
+    one = xp.ones_like(y)
+    size = xp.abs(hessian)
+    diagonal = xp.linalg.diagonal(size)
+    curved = diagonal > 0
+    d = xp.where(curved, one / xp.sqrt(xp.where(curved, diagonal, one)), xp.zeros_like(y))
+    across = xp.max(size * d[..., None, :], axis=-1)  # no curvature of its own: by those that it goes with
+    linked = ~curved & (across > 0)
+    d = xp.where(linked, one / xp.where(linked, across, one), d)
+    curved = curved | linked
+    safe = xp.where(curved, d, one)
+    zero = xp.zeros_like(y)
+    scale = xp.max(xp.where(curved, xp.maximum(y / safe, slope * d), zero), axis=-1, keepdims=True)
+    linear = xp.sqrt(xp.max(slope * leaf, axis=-1, keepdims=True))
+    scale = xp.where(scale > 0, scale, xp.where(linear > 0, linear, xp.ones_like(linear)))
+    d = xp.where(curved, d, leaf / scale)
+    scale = xp.max(xp.maximum(y / d, slope * d), axis=-1, keepdims=True)
+    u = xp.maximum(y, xp.where(known[..., None], xp.minimum(leaf, d * scale), d * scale))
+    return _measured(here, _power_of_two(xp, xp.where(u > 0, u, d)), _power_of_two(xp, d))
+
+
+def _power_of_two(xp: Any, x: Array) -> Array:
+    return 2.0 ** xp.round(xp.log2(x))
+
+
+def _measured(here: _Measured, u: Array, d: Array) -> Units:
+    """Measure the constraints in units of the coordinates."""
+    xp = here.point.backend.xp
+    distance, give = item_norm(xp, here.rows * u[..., None, :]), item_norm(xp, here.rows * d[..., None, :])
+    share = here.rows * u[..., None, :] / _safe(xp, distance)[..., None]
+    stiff = xp.where(give > 0, distance / _safe(xp, give), xp.zeros_like(give)) ** 2
+    return Units(u, d, distance, give, stiff + times(share * share, xp.abs(here.gradient) * u))
+
+
+def _safe(xp: Any, x: Array) -> Array:
+    return xp.where(x > 0, x, xp.ones_like(x))
+
+
+def _doubtful(here: _Measured, high: Units) -> Array:
+    """Whether the active set may be another one where |y_j| is the unit, and not ℓ_j; per item."""
+    xp = here.point.backend.xp
+    low = item_norm(xp, here.rows * xp.abs(here.point.y.vector)[..., None, :])
+    out = xp.where(here.inequality, here.values, xp.abs(here.values))
+
+    def decided(limit: float, distance: Array, sign: int) -> Array:
+        return sign * out > limit * distance
+
+    far = decided(here.near, low, -1) != decided(here.near, high.distance, -1)
+    broken = decided(here.far, low, 1) != decided(here.far, high.distance, 1)
+    held = here.inequality & ~decided(here.near, high.distance, -1)
+    stiff = (high.distance / _safe(xp, high.give)) ** 2
+    thin = held & (low < APART * high.distance) & (high.force - stiff < APART * stiff)
+    return xp.any((here.inequality & far) | broken | thin, axis=-1)
+
+
+def center(xp: Any, units: Units) -> Array:
+    """One unit for all of y, shape (*items, 1): the geometric mean."""
+    if not units.bend.shape[-1]:
+        return xp.ones((*units.bend.shape[:-1], 1), dtype=units.bend.dtype)
+    return 2.0 ** xp.round(xp.mean(xp.log2(units.bend), axis=-1, keepdims=True))
+
+
+def xp_abs(x: Array) -> Array:
+    """|x|, of any array."""
+    return abs(x)
