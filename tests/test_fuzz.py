@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import JAX, NUMPY, STRICT, TORCH, Library, Outcome
-from fuzzing import MISTAKES, Case, draw, judged, posed, run, table, verdicts
-from generated import FAMILIES, analytic, make
+from families import FAMILIES
+from fuzz_cases import MISTAKES, Case, draw
+from fuzzing import judged, posed, run, table, verdicts
+from generated import analytic, make
 
 from implicitdiff import SingularError
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conftest import JAX, NUMPY, READONLY, STRICT, TORCH, Library, Outcome, exact_solve, outcome
-from generated import FAMILIES, SOURCES, Instance, K, Posed, make, spectrum
+from families import FAMILIES, K, spectrum
+from generated import SOURCES, Instance, Posed, make
 from problems import SOLVERS_FOR
 
 from implicitdiff import (
