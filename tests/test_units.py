@@ -132,7 +132,12 @@ def has_to_be_right(case: Case) -> bool:
     mixed, free = units & {"mixed", "powers of two"}, case.source not in {"matrix", "sparse"}
     if case.solver in ITERATIVE and free and mixed:
         return False
-    return not (case.zero and case.source in {"differences", "values"} and mixed)
+    return not (case.zero and differenced(case) and mixed)
+
+
+def differenced(case: Case) -> bool:
+    """Whether a difference is taken somewhere: of the loss, too, where a library has nothing better."""
+    return case.source in {"differences", "values"} or (case.entry == "grad" and case.library == "array_api_strict")
 
 
 def check(problem: Posed, entry: str, found: Outcome, demanded: bool = True) -> None:
@@ -143,7 +148,7 @@ def check(problem: Posed, entry: str, found: Outcome, demanded: bool = True) -> 
     value, report = found.value
     truth, got = problem.instance.truth(entry), problem.base(entry, value)
     error = np.linalg.norm(got - truth) / np.linalg.norm(truth)
-    bound = ACCURACY.get(problem.source, 1e-7)
+    bound = ACCURACY.get(problem.source, 2e-6 if (entry, problem.lib) == ("grad", STRICT) else 1e-7)
     assert error <= (bound if demanded else 1e-2), f"relative error {error:.2g}, {report}"
     assert np.all(report.converged), str(report)
 
