@@ -27,6 +27,9 @@ from implicitdiff.vectors import ArraySpace, TreeSpace, TreeVector, is_tree_vect
 
 __all__ = ["INLINE", "JaxBackend"]
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+"""What JAX takes for an array; it makes its own of NumPy's."""
+
 jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambda _, leaves: TreeVector(leaves))
 
 _TOLD = ("status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solution")
@@ -151,11 +154,11 @@ class JaxBackend(ArrayAPIBackend):
     def as_leaf(self, leaf: Any, where: str) -> Array:
         if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
             return jnp.asarray(leaf)
-        if self.is_array(leaf) or isinstance(leaf, (bool, int, complex)):
+        if isinstance(leaf, (*_ARRAYS, bool, int, float, complex)):  # JAX's typed literals are among them
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
             if dtype not in self._supported:
                 raise reject_dtype(dtype, where)
-            return leaf
+            return leaf if self.is_array(leaf) else jnp.asarray(leaf)
         kind = type(leaf).__module__.partition(".")[0] if hasattr(leaf, "dtype") else type(leaf).__name__
         raise BackendError(f"{where} is {kind}; expected an array of jax.")
 
@@ -163,10 +166,11 @@ class JaxBackend(ArrayAPIBackend):
         return isinstance(x, jax.Array)
 
     def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
-        if isinstance(x, (int, float, np.ndarray, np.generic)):
+        if isinstance(x, (int, float)) and not hasattr(x, "dtype"):
             return jnp.asarray(x, dtype=dtype)
-        if not self.is_array(x):
+        if not isinstance(x, (*_ARRAYS, int, float)) or not jnp.issubdtype(x.dtype, jnp.number):
             return None
+        x = x if self.is_array(x) else jnp.asarray(x)
         return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
 
     def common_dtype(self, dtypes: Sequence[Any]) -> Any:

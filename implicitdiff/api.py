@@ -91,7 +91,7 @@ def implicit_vjp(
     """
     return _derivative(
         lambda lin: lin.vjp(cotangent, x0=x0), condition, y, theta, return_report, args=args, solver=solver,
-        on_failure=on_failure, backend=backend, batched=batched,
+        on_failure=on_failure, backend=backend, batched=batched, vector=cotangent,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def implicit_jvp(
     """
     return _derivative(
         lambda lin: lin.jvp(tangent, x0=x0), condition, y, theta, return_report, args=args, solver=solver,
-        on_failure=on_failure, backend=backend, batched=batched,
+        on_failure=on_failure, backend=backend, batched=batched, vector=tangent,
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def implicit_grad(
     return _derivative(
         lambda lin: lin.gradient(outer, x0=x0) if callable(outer) else lin.vjp(outer, x0=x0),
         condition, y, theta, return_report, args=args, solver=solver,
-        on_failure=on_failure, backend=backend, batched=batched,
+        on_failure=on_failure, backend=backend, batched=batched, vector=None if callable(outer) else outer,
     )  # fmt: skip
 
 

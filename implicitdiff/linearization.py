@@ -199,7 +199,15 @@ class Linearization:
 
 
 @untraced
-def linearized(condition: Any, y: Any, theta: Any, *, backend: Any = None, **options: Any) -> Linearization:
-    """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results."""
-    engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
+def linearized(
+    condition: Any, y: Any, theta: Any, *, backend: Any = None, vector: Any = None, **options: Any
+) -> Linearization:
+    """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results.
+
+    ``vector`` is a cotangent or tangent that follows; like ``args`` it may be an array of JAX beside NumPy's.
+    """
+    if backend is None:
+        engine = backend_for({"y": y, "theta": theta}, (options.get("args", ()), vector))
+    else:
+        engine = get_backend(backend)
     return getattr(engine, "linearization", Linearization)(condition, y, theta, backend=engine, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,8 +51,17 @@ def _load(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def backend_for(trees: Mapping[str, Any]) -> Any:
+def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Any:
     """Backend of the arrays in the trees, given by the names that the user knows them under.
+
+    JAX takes NumPy's arrays for its own, so where both are met the backend is JAX's.
+
+    Parameters
+    ----------
+    trees : mapping of str to pytree
+        What decides: y, theta.
+    beside : pytree
+        Data, or a vector, that may belong to JAX where all of the trees are NumPy's or plain numbers.
 
     Raises
     ------
@@ -65,6 +75,9 @@ def backend_for(trees: Mapping[str, Any]) -> Any:
             key = _framework(leaf)
             if key is not None and key not in found:
                 found[key] = (flat.path(i, name), leaf)
+    if "jax" in found or (found.keys() <= {"numpy"} and _holds_jax(beside)):
+        found.pop("numpy", None)
+        found = found or {"jax": ("", None)}
     if len(found) > 1:
         (a, (where_a, _)), (b, (where_b, _)) = list(found.items())[:2]
         raise BackendError(
@@ -87,6 +100,13 @@ def _framework(leaf: Any) -> str | None:
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         raise BackendError(f"no backend for arrays of type {type(leaf).__module__}.{type(leaf).__qualname__}.")
     return None
+
+
+def _holds_jax(tree: Any) -> bool:
+    """Whether a tree holds an array of JAX; whatever else there is in it is none of our business."""
+    if "jax" not in sys.modules:
+        return False
+    return any(_ROOTS.get(type(leaf).__module__.partition(".")[0]) == "jax" for leaf in flatten(tree).leaves)
 
 
 def _generic(leaf: Any) -> Any:

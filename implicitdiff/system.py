@@ -135,7 +135,7 @@ def linear_solve(
 
 @untraced
 def _solved(A: Any, b: Any, backend: Any, options: tuple[Any, ...]) -> tuple[Array, Report]:
-    system = System(get_backend(backend) if backend is not None else backend_for({"b": [b]}), A, b, *options)
+    system = System(get_backend(backend) if backend is not None else backend_for({"b": [b]}, A), A, b, *options)
     check_mode(system.on_failure)
     get_solver(system.solver)
     found: tuple[Array, Report] = getattr(system.backend, "solve_system", solve_system)(system)
