@@ -16,6 +16,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.jax_function import differentiable_call
 from implicitdiff.backends.jax_programs import Runner, solved
+from implicitdiff.backends.jax_varying import alike, anywhere, is_mapped, varying
 from implicitdiff.errors import BackendError
 from implicitdiff.judgement import independent
 from implicitdiff.pytree import flatten
@@ -59,6 +60,9 @@ class JaxSpace(ArraySpace):
     def copy(self, x: Array) -> Array:
         return x  # nobody can change it
 
+    def select(self, mask: Array, x: Array, y: Array) -> Array:
+        return super().select(anywhere(mask, x, y), x, y)
+
     def project(self, basis: Array, j: Any, x: Array) -> Array:
         return (basis @ x[..., None])[..., 0]  # vectors beyond j are zero
 
@@ -68,6 +72,9 @@ class JaxSpace(ArraySpace):
 
 class JaxTreeSpace(TreeSpace):
     """Vectors that are tuples of leaves, each with the sharding that it has."""
+
+    def select(self, mask: Array, x: TreeVector, y: TreeVector) -> TreeVector:
+        return x.map(lambda a, b: jnp.where(anywhere(mask, a, b), a, b), y)
 
     def put_leaf(self, rows: Array, j: Any, leaf: Array) -> Array:
         return rows.at[j].set(leaf)
@@ -102,7 +109,7 @@ class Derivatives:
     @property
     def jvp_y(self) -> Callable[[Any], Any]:
         """(∂G/∂y) v."""
-        return self._backend.batched(self._by_y[1], self._items)
+        return self._product(self._by_y[1], self._y)
 
     hvp = jvp_y  # a Hessian is linearised once, forward over reverse
 
@@ -116,7 +123,7 @@ class Derivatives:
         """(∂G/∂θ) t."""
         self._check_dependence()
         forward = jax.linearize(lambda theta: self._function(self._y, theta), self._theta)[1]
-        return self._backend.batched(forward, self._items)
+        return self._product(forward, self._theta)
 
     @cached_property
     def vjp_theta(self) -> Callable[[Any], Any]:
@@ -129,8 +136,12 @@ class Derivatives:
             self._backend.check_dependence(lambda theta: self._function(self._y, theta), self._theta)
 
     def _pullback(self, function: Callable[[Any], Any], x: Any) -> Callable[[Any], Any]:
-        pull = jax.vjp(function, x)[1]
-        return self._backend.batched(lambda u: pull(u)[0], self._items)
+        value, pull = jax.vjp(function, x)
+        return self._product(lambda u: pull(u)[0], value)
+
+    def _product(self, linear: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:
+        """Return a linear map of one vector as one of many, of vectors that vary over devices as ``like`` does."""
+        return self._backend.batched(lambda v: linear(varying(v, like)), self._items)
 
 
 class JaxBackend(ArrayAPIBackend):
@@ -166,9 +177,9 @@ class JaxBackend(ArrayAPIBackend):
         return isinstance(x, jax.Array)
 
     def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
-        if isinstance(x, (int, float)) and not hasattr(x, "dtype"):
+        if isinstance(x, (int, float)) and not isinstance(x, np.generic):
             return jnp.asarray(x, dtype=dtype)
-        if not isinstance(x, (*_ARRAYS, int, float)) or not jnp.issubdtype(x.dtype, jnp.number):
+        if not isinstance(x, _ARRAYS) or not jnp.issubdtype(x.dtype, jnp.number):
             return None
         x = x if self.is_array(x) else jnp.asarray(x)
         return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
@@ -232,7 +243,7 @@ class JaxBackend(ArrayAPIBackend):
     def while_loop(
         self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
     ) -> Any:
-        state = jax.tree.map(jnp.asarray, state)
+        state = alike(jax.tree.map(jnp.asarray, state))
 
         def step(old: Any) -> Any:
             return _like(old, body(old))
@@ -244,9 +255,9 @@ class JaxBackend(ArrayAPIBackend):
         value = jax.tree.map(jnp.asarray, value)
 
         def once(carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            return jnp.zeros_like(carry[0]), _like(value, function(carry[1]))
+            return _like(carry, (jnp.zeros_like(carry[0]), function(carry[1])))
 
-        return lax.while_loop(lambda carry: carry[0], once, (jnp.any(wanted), value))[1]
+        return lax.while_loop(lambda carry: carry[0], once, alike((jnp.any(wanted), value)))[1]
 
     def space(self, x: Any) -> Any:
         return JaxTreeSpace(jnp, x) if is_tree_vector(x) else JaxSpace(jnp, x.shape, x.dtype, None)
@@ -307,11 +318,12 @@ class _Inline(JaxBackend):
         if hasattr(prepared.solver, "foresee"):
             prepared.solver.foresee(state, b.shape[0] if len(b.shape) > len(operator.items) + 1 else 1)
         product = operator.matvec
+        b = varying(b, jax.eval_shape(product, b)) if is_mapped() else b
 
         def solver(flipped: bool) -> Callable[[Any, Any], Any]:
             def solve(_: Any, right: Any) -> tuple[Any, Any]:
                 solution = prepared.solve(right, None if flipped else x0, transposed=transposed ^ flipped)
-                return solution.x, solution._replace(x=None)
+                return alike((solution.x, solution._replace(x=None)))
 
             return solve
 
@@ -325,8 +337,8 @@ INLINE = _Inline()
 
 
 def _like(old: Any, new: Any) -> Any:
-    """Give what a turn of a loop returned the dtypes that it was given."""
-    return jax.tree.map(lambda a, b: jnp.asarray(b, dtype=a.dtype), old, new)
+    """Give what a turn of a loop returned the dtypes that it was given, and let it vary as that does."""
+    return varying(jax.tree.map(lambda a, b: jnp.asarray(b, dtype=a.dtype), old, new), old)
 
 
 def _is_whole(function: Any) -> bool:
