@@ -9,7 +9,8 @@ are judged on Â, where units have dropped out, and since R and C hold powers of
   Ruiz's iteration d_i /= sqrt(max_j |d_i a_ij d_j|) follow.
 - General: the rows to a largest entry of one, then the columns, and again.
 - Products only: the same for the matrix of the norms of the blocks between the leaves of y, seen on one vector each.
-  A leaf is a unit then; entries within one are not scaled against each other.
+  A leaf is a unit then; entries within one are not scaled against each other. A small system, though, is assembled for
+  its scales where the entries of y, or those of the image of one vector in their units, are of very different sizes.
 
 References
 ----------
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from implicitdiff.arrays import Array, any_true, item_norm
+from implicitdiff.arrays import Array, any_true, item_norm, needed
 from implicitdiff.operator import Operator, Product
 from implicitdiff.vectors import TreeVector, is_tree_vector
 
@@ -35,6 +36,8 @@ SWEEPS = 3
 """Each halves the logarithm of what is left; scales of 1e±9 need no more where the pattern is not sparse."""
 ALIKE = 3
 """Powers of two between rows that count as the same unit: such a system is left as it is."""
+SMALL = 256
+"""Up to this order a matrix may be assembled to see its scales: no more products than an iterative method may need."""
 LEAVES = 8
 """Up to so many leaves are seen one by one; more of them by sweeps over all at once."""
 
@@ -115,8 +118,9 @@ def _symmetric(backend: Any, size: Array) -> Array:
     xp = backend.xp
     diagonal = xp.linalg.diagonal(size)
     d = xp.where(diagonal > 0, _inverse_root(xp, diagonal), xp.zeros_like(diagonal))
-    across = xp.max(size * d[..., None, :], axis=-1)  # a row without a diagonal entry goes by those that have one
-    d = xp.where(diagonal > 0, d, _inverse(xp, across))
+    if needed(backend, ~(diagonal > 0)):  # a row without a diagonal entry goes by those that have one
+        across = xp.max(size * d[..., None, :], axis=-1)
+        d = xp.where(diagonal > 0, d, _inverse(xp, across))
     for _ in range(SWEEPS):
         largest = d * xp.max(size * d[..., None, :], axis=-1)
         if not backend.traced and not any_true(xp, (largest > 2) | (largest < 0.5)):
@@ -210,7 +214,23 @@ def _found(op: Operator, symmetric: bool) -> Scaling | None:
         return of_sparse(op.sparse, symmetric=symmetric)
     if op.matrix is not None or op.assembled:
         return of_matrix(op.backend, op.dense(), symmetric=symmetric)
+    if _mixed(op):
+        return of_matrix(op.backend, op.dense(), symmetric=symmetric)
     return _by_leaves(op, symmetric) if len(op.leaves) > 1 else None
+
+
+def _mixed(op: Operator) -> bool:
+    """Whether y or F seem to hold entries in different units, in a system so small that it may be assembled."""
+    if op.n > SMALL or op.n < 2 or op.like is None or is_tree_vector(op.like) or op.backend.traced:
+        return False
+    xp, eps = op.backend.xp, float(op.backend.xp.finfo(op.dtype).eps)
+    ratio = 1e4 if eps < 1e-10 else 1e2  # what squared, times the tolerance of the iterative methods, is one percent
+    size = xp.abs(op.like)
+    largest = xp.max(size, axis=-1, keepdims=True)
+    unit = xp.where(size > 0, size, xp.where(largest > 0, largest, xp.ones_like(largest)))
+    image = xp.abs(op.matvec(unit * op.backend.space(op.like).probe()))
+    op._cache["probes"] = op.probes + 1
+    return any(any_true(xp, xp.max(x, axis=-1) > ratio * xp.min(x, axis=-1)) for x in (unit, image))
 
 
 def equilibrated(op: Operator, *, symmetric: bool = False) -> tuple[Operator, Scaling | None]:
@@ -254,13 +274,13 @@ def _by_leaves(op: Operator, symmetric: bool) -> Scaling | None:
     leaves = _Leaves(op)
     count = len(op.leaves)
     if count <= LEAVES:
-        op._cache["probes"] = count
+        op._cache["probes"] = op.probes + count
         columns = [leaves.norms(op.matvec(leaves.only(j))) for j in range(count)]
-        size = op.backend.xp.stack(columns, axis=-1) / leaves.lengths
+        size = op.backend.xp.stack(columns, axis=-1) / leaves.lengths[..., None, :]
         return leaves.expanded(of_matrix(op.backend, size, symmetric=symmetric))
     if not symmetric and op.adjoint is None:
         return None
-    op._cache["probes"] = SWEEPS * (1 if symmetric else 2)
+    op._cache["probes"] = op.probes + SWEEPS * (1 if symmetric else 2)
     ones = op.backend.xp.ones_like(leaves.lengths)
     rows = columns = ones
     for _ in range(SWEEPS):

@@ -20,7 +20,7 @@ __all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map", 
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]
-GIVEN = 1 / 40
+GIVEN = 1 / 6
 """Part of the machine epsilon that counts as the error of a product of which nothing else is known."""
 
 
