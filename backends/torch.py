@@ -7,6 +7,7 @@ from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch_arrays import TorchArrays
+from implicitdiff.backends.torch_captured import captured
 from implicitdiff.backends.torch_composable import Composable
 from implicitdiff.backends.torch_function import Implicit
 from implicitdiff.backends.torch_group import Group
@@ -94,7 +95,7 @@ class TorchBackend(TorchArrays):
         options = {k: v for k, v in function.options.items() if k != "backend"}
         problem = Problem(self, Composable(), function.condition, options, theta, args, kwargs, function)
         vector = Implicit.apply(problem, *problem.tensors)
-        y = owned(problem.y.unravel(vector))
+        y = owned(problem.y.unravel(with_refused(vector, problem.captured(vector), captured)))
         return (y, with_refused(problem.aux, problem.theta.tensors, _aux_refused)) if function.has_aux else y
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import array_api_compat.torch as xp
 import torch
@@ -12,6 +12,7 @@ import torch
 from implicitdiff.arrays import Array
 from implicitdiff.backends import torch_autograd, torch_dtensor
 from implicitdiff.backends.array_api import ArrayAPIBackend
+from implicitdiff.backends.torch_captured import Captures
 from implicitdiff.backends.torch_space import TorchItemsSpace, TorchSpace
 from implicitdiff.errors import BackendError
 from implicitdiff.pytree import flatten
@@ -24,8 +25,8 @@ class TorchArrays(ArrayAPIBackend):
     """What the core needs of Torch, on plain tensors; `TorchBackend` adds how Torch differentiates our results."""
 
     name = "torch"
-    refuses_captured = False
-    """Whether a function may not use a tensor, beside its arguments, that requires a gradient."""
+    captures: Captures | None = None
+    """Takes note of the tensors that functions use beside their arguments, where Torch may be asked about them."""
 
     def __init__(self) -> None:
         super().__init__(xp)
@@ -90,11 +91,19 @@ class TorchArrays(ArrayAPIBackend):
         return torch_dtensor.DTensorSpace(x) if is_tree_vector(x) else super().space(x)
 
     def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch_autograd.callback(function)
+        call = torch_autograd.callback(function)
+        return call if self.captures is None else (lambda *args: self._seen(call(*args)))
 
     def vmap(self, function: Callable[..., Array]) -> Callable[..., Array]:
         """Turn a function of one item into one over a leading axis of items."""
-        return torch_autograd.over_items(function)
+        call = torch_autograd.over_items(function)
+        return call if self.captures is None else (lambda *xs: self._seen(call(*xs)))
+
+    def _seen(self, out: Any) -> Any:
+        """Look at what was made of plain tensors: it has a graph where it was made of others, too."""
+        if self.captures is not None and not torch.is_grad_enabled():
+            self.captures.see(out)
+        return out
 
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
@@ -115,7 +124,7 @@ class TorchArrays(ArrayAPIBackend):
                 found = product(x)
                 return torch_dtensor.settled(found) if is_tree_vector(found) else found.detach()
             # What a callback returns may be recorded, through a tensor of its own that requires a gradient.
-            return (product if x.ndim == len(items) + 1 else many_of)(x).detach()
+            return cast("Array", self._seen((product if x.ndim == len(items) + 1 else many_of)(x))).detach()
 
         return many
 

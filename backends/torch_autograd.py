@@ -18,12 +18,11 @@ import torch
 
 from implicitdiff.arrays import Array, probe_vector
 from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
-from implicitdiff.errors import DerivativeError
+from implicitdiff.backends.torch_captured import ends
 
 __all__ = [
     "Recording",
     "callback",
-    "captured",
     "computing",
     "differentiate",
     "differentiate_gradient",
@@ -211,40 +210,19 @@ def _record(function: Function, *xs: Array) -> Array | None:
         return None
 
 
-def captured() -> DerivativeError:
-    """Build the error for a tensor that requires a gradient and is no argument: its gradient would be None."""
-    return DerivativeError(
-        "the condition uses a tensor from the enclosing scope that requires a gradient.\n"
-        "Likely cause: a theta in a closure. The solution is differentiated with respect to its argument alone.\n"
-        "Next: pass it in theta (a tuple, a dict), detach it, or set requires_grad_(False)."
-    )
-
-
-def _check_captured(backend: Any, value: Array, *leaves: Array) -> None:
-    """Raise for a graph that ends in a leaf that is none of these, where that is refused."""
-    known, seen, stack = set(map(id, leaves)), set(), [value.grad_fn] if backend.refuses_captured else []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            raise captured()
-        stack.extend(next_node for next_node, _ in node.next_functions)
+def _look(backend: Any, value: Array, *leaves: Array) -> None:
+    """Look for tensors in a graph that are none of these leaves, where that matters."""
+    if backend.captures is not None:
+        backend.captures.see(value, *leaves)
 
 
 def reached(value: Array, *leaves: Array) -> bool:
     """Whether the graph of a value ends in each of the leaves."""
-    missing, seen = set(map(id, leaves)), set()
-    stack = [value.grad_fn]
-    while stack and missing:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        missing.discard(id(getattr(node, "variable", None)))
-        stack.extend(next_node for next_node, _ in node.next_functions)
+    missing = set(map(id, leaves))
+    for leaf in ends([value]):
+        missing.discard(id(leaf))
+        if not missing:
+            return True
     return not missing
 
 
@@ -276,7 +254,7 @@ def differentiate(backend: Any, function: Function, y: Array, theta: Array) -> A
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
     if value is not None:
-        _check_captured(backend, value, *leaves)
+        _look(backend, value, *leaves)
     if value is None or _hidden(function, value, *leaves):
         return Differences(_unwidened(backend), function, y, theta)
     return Recording(value, *leaves)
@@ -287,7 +265,7 @@ def differentiate_gradient(backend: Any, function: Function, y: Array, theta: Ar
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
     if value is not None:
-        _check_captured(backend, value, *leaves)
+        _look(backend, value, *leaves)
     if value is None or (not reached(value, leaves[0]) and _hidden(function, value, *leaves)):
         return GradientDifferences(_unwidened(backend), function, y, theta)
 
@@ -314,6 +292,8 @@ def gradients(backend: Any, function: Function, y: Array, theta: Array) -> tuple
     """∂L/∂y and ∂L/∂θ of a scalar function."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
+    if value is not None:
+        _look(backend, value, *leaves)
     if value is None or _hidden(function, value, *leaves):
         return scalar_gradients(_unwidened(backend), function, y, theta)
     if not value.requires_grad:

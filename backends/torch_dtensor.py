@@ -220,6 +220,8 @@ def gradients(backend: Any, function: Function, y: Any, theta: Any) -> tuple[Any
 
 def _check_recorded(backend: Any, function: Function, values: list[Array], y: Any, theta: Any) -> None:
     """Raise where a function depends on an argument that its graph does not end in: it was detached on the way."""
+    if backend.captures is not None:
+        backend.captures.see(values, *leaves(y), *leaves(theta))
     plain = [_same(x, [leaf.detach() for leaf in leaves(x)]) for x in (y, theta)]
     for i, x in enumerate((y, theta)):
         missed = [not any(reached(v, leaf) for v in values) for leaf in leaves(x)]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from implicitdiff.arrays import Array
+from implicitdiff.backends.torch_captured import by_arguments, captured
 from implicitdiff.backends.torch_composable import vjp
 from implicitdiff.backends.torch_problem import Problem
 
@@ -60,6 +61,8 @@ class Implicit(torch.autograd.Function):
     def backward(ctx: Any, v: Array) -> tuple[Array | None, ...]:
         y, *tensors = ctx.saved_tensors
         problem, recording = ctx.problem, torch.is_grad_enabled()  # recording: a derivative of this one is wanted
+        if recording and problem.captures:  # y* and the products depend on them, of which this would see the products
+            raise captured()
         g = pull(problem, y, v, tensors) if recording else Pull.apply(problem, y, v, *tensors)
         return None, *_wanted(problem.unraveled(g, tensors), ctx.needs_input_grad[1:])
 
@@ -160,9 +163,11 @@ class Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Array) -> tuple[Array | None, ...]:
-        _, pull_back = vjp(ctx.function, *ctx.saved_tensors)
+        with by_arguments(alone=not torch.is_grad_enabled()):
+            _, pull_back = vjp(ctx.function, *ctx.saved_tensors)
+            found = pull_back(cotangents)
         wanted = ctx.needs_input_grad[2 + ctx.count :]
-        return None, None, *(None,) * ctx.count, *_wanted(pull_back(cotangents), wanted)
+        return None, None, *(None,) * ctx.count, *_wanted(found, wanted)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Array | None) -> tuple[Array, ...]:

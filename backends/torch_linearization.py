@@ -6,10 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from implicitdiff.arrays import Array
+from implicitdiff.backends.torch_captured import captured
 from implicitdiff.backends.torch_composable import Composable
 from implicitdiff.backends.torch_function import Known, Solve, pull, push
-from implicitdiff.backends.torch_problem import Problem, Slots, is_recorded, refuse_recorded, under_transform
-from implicitdiff.backends.torch_refusal import owned
+from implicitdiff.backends.torch_problem import (
+    Problem,
+    Slots,
+    collecting,
+    is_recorded,
+    refuse_captured,
+    refuse_recorded,
+    under_transform,
+)
+from implicitdiff.backends.torch_refusal import owned, with_refused
 from implicitdiff.compilers import is_within_compiled, untraced
 from implicitdiff.conditions.point import Point
 from implicitdiff.failure import check_mode
@@ -38,8 +47,10 @@ class TorchLinearization(Linearization):
         options = {"solver": solver, "on_failure": on_failure, "batched": batched}
         self.y, self.theta, self._run = y, theta, None
         self._problem = Problem(backend, Composable(), condition, options, theta, args, {})
+        self._engine = collecting(backend)
+        refuse_captured(condition)
         if not under_transform():
-            super().__init__(condition, y, theta, args=args, backend=backend, own=own, **options)
+            super().__init__(condition, y, theta, args=args, backend=self._engine, own=own, **options)
 
     @untraced
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
@@ -74,6 +85,7 @@ class TorchLinearization(Linearization):
             by_y, by_theta, _ = point.backend.gradients(loss, point.y.vector, point.theta.vector)
             return point.theta.unravel(by_theta + pull(self._problem, point.y.vector, by_y, tensors))
 
+        refuse_captured(outer)
         return self._recorded(rule, (), lambda: super(TorchLinearization, self).gradient(outer, x0))
 
     def _recorded(self, rule: Callable[..., Any], vector: Any, numbers: Callable[[], Any]) -> Any:
@@ -91,11 +103,15 @@ class TorchLinearization(Linearization):
             self._shown = problem.report
             return found
         found = numbers()
-        if not any(map(is_recorded, inputs)):
+        tree, tensors = flatten(found), self._engine.captures.tensors
+        if any(map(is_recorded, inputs)):
+            outputs = Known.apply(
+                lambda *x: tuple(flatten(function(*x)).leaves), len(tree.leaves), *tree.leaves, *inputs
+            )
+            found = tree.unflatten(outputs)
+        elif not tensors:
             return found
-        tree = flatten(found)
-        outputs = Known.apply(lambda *x: tuple(flatten(function(*x)).leaves), len(tree.leaves), *tree.leaves, *inputs)
-        found = tree.unflatten(outputs)
+        found = with_refused(found, tensors, captured)
         return owned(found) if is_within_compiled() else found
 
     def _point_at(self, y: Any, tensors: Sequence[Array]) -> Point:

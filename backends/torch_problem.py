@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from implicitdiff.arrays import Array
-from implicitdiff.backends.torch_autograd import captured, recordable
+from implicitdiff.backends.torch_autograd import recordable
+from implicitdiff.backends.torch_captured import Captures, RefusedCaptures, captured
 from implicitdiff.closures import sees
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.base import Maps
@@ -20,8 +21,9 @@ from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Ravel
+from implicitdiff.rules import Rules, Task
 
-__all__ = ["Problem", "Slots", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform"]
+__all__ = ["Problem", "Slots", "collecting", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform"]
 
 
 def is_recorded(tree: Any) -> bool:
@@ -63,11 +65,27 @@ def refuse_recorded(args: tuple[Any, ...]) -> None:
             )
 
 
-def refuse_captured(condition: Any) -> None:
-    """Raise where a derivative with respect to a captured tensor is asked for, which would come out as none or zero."""
-    functions = vars(condition).values() if hasattr(condition, "maps") else (condition,)
-    if torch.is_grad_enabled() and sees(functions, _is_tensor_or_module, _is_recorded_tensor):
+def refuse_captured(*functions: Any) -> None:
+    """Raise for a recorded tensor in sight of a function where no graph would tell whether it is used: in a transform.
+
+    Parameters
+    ----------
+    *functions
+        Conditions, and other functions of the user.
+    """
+    if not (under_transform() or torch.autograd.forward_ad._current_level >= 0):
+        return
+    if torch.is_grad_enabled() and sees(_parts(functions), _is_tensor_or_module, _is_recorded_tensor):
         raise captured()
+
+
+def _in_sight(condition: Any) -> bool:
+    """Whether a condition sees a recorded tensor, or a module that has some."""
+    return sees(_parts((condition,)), _is_tensor_or_module, _is_recorded_tensor_or_module)
+
+
+def _parts(functions: Sequence[Any]) -> list[Any]:
+    return [part for f in functions for part in (vars(f).values() if hasattr(f, "maps") else (f,))]
 
 
 def _is_tensor_or_module(x: Any) -> bool:
@@ -75,8 +93,18 @@ def _is_tensor_or_module(x: Any) -> bool:
 
 
 def _is_recorded_tensor(x: Any) -> bool:
-    # The parameters of a module may be replaced in the call (functional_call): whether they are used, its graph tells.
     return isinstance(x, torch.Tensor) and _is_recorded(x)
+
+
+def _is_recorded_tensor_or_module(x: Any) -> bool:
+    return _is_recorded_tensor(x) or (isinstance(x, torch.nn.Module) and any(map(_is_recorded, x.parameters())))
+
+
+def collecting(backend: Any) -> Any:
+    """Return a backend of the same kind that collects what functions capture."""
+    engine = copy.copy(backend)
+    engine.captures = Captures()
+    return engine
 
 
 class Slots:
@@ -130,15 +158,16 @@ class Problem:
         args: tuple[Any, ...], kwargs: dict[str, Any], function: Any = None,
     ) -> None:  # fmt: skip
         self.engine, self.composable, self.function = engine, composable, function
-        if function is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self.engine = copy.copy(engine)
-            self.engine.refuses_captured = True
+            self.engine.captures = RefusedCaptures()
         self.condition, self.options = as_condition(condition), {**options, "backend": self.engine}
         self.theta, self.data = Slots(theta), Slots((args, kwargs))
         self.tensors = (*self.theta.tensors, *self.data.tensors)
         self.y: Any = None  # a Ravel: the structure of y, once it is known
         self.aux: Any = None
         self.report: Any = None
+        self.captures: list[Array] = []
         self._recording = torch.is_grad_enabled()
         self._latest: tuple[list[Any], Linearization] | None = None
         self._collected: list[Any] | None = None
@@ -213,6 +242,24 @@ class Problem:
         x = lin.solve(plain(b), transposed=transposed)
         self.report = lin.report
         return x.clone()  # what is returned gets to know this problem, and the report holds x
+
+    def captured(self, y: Array) -> list[Array]:
+        """Return the recorded tensors that the condition uses beside its arguments, where it sees some.
+
+        To see one tells nothing: it may be detached, or a module be called with what theta holds (``functional_call``).
+        So its functions are asked, once each.
+        """
+        if not self._recording or under_transform() or not _in_sight(self.condition):
+            return []
+        engine, (theta, args, _) = collecting(self.engine), self._trees([plain(x) for x in self.tensors])
+        point = self.y.unravel(y.detach())
+        with engine.computing():
+            rules = Rules(Task(engine, self.condition, point, theta, args, batched=self.options["batched"]), flat=True)
+            u = torch.ones_like(rules.look(None)[0])[..., None].expand(*rules.point.items, rules.B.rows)
+            rules.prepared.operator.matvec(u.clone())
+            rules.B.rmatvec(u.clone())
+        self.captures = engine.captures.tensors
+        return self.captures
 
     # -- products that are differentiated again ------------------------------------------------------
     def composed(self, y: Array, tensors: Sequence[Array]) -> tuple[Point, Maps]:

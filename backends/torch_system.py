@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from implicitdiff.arrays import Array
-from implicitdiff.backends.torch_problem import is_recorded, under_transform
-from implicitdiff.backends.torch_refusal import owned
+from implicitdiff.backends.torch_captured import captured
+from implicitdiff.backends.torch_problem import collecting, is_recorded, refuse_captured, under_transform
+from implicitdiff.backends.torch_refusal import owned, with_refused
 from implicitdiff.compilers import is_within_compiled
 from implicitdiff.errors import DerivativeError
 from implicitdiff.report import Report
@@ -24,16 +25,29 @@ __all__ = ["solve_recorded"]
 
 def solve_recorded(system: System) -> tuple[Array, Report]:
     """Solve a system, differentiable where its matrix or its right-hand side is recorded."""
-    if not (is_recorded((system.A, system.b)) or under_transform()):
+    hidden = callable(system.A) and not hasattr(system.A, "shape") and torch.is_grad_enabled()
+    if hidden:
+        system = _watched(system)
+    if not (hidden or is_recorded((system.A, system.b)) or under_transform()):
         return solve_system(system)
     reports: list[Report] = []
     x = _apply(system, system.A, system.b, reports)
     return owned(x) if is_within_compiled() else x, reports[0]
 
 
+def _watched(system: System) -> System:
+    """Let products tell which recorded tensors they use."""
+    refuse_captured(system.A, system.transpose)
+    engine = collecting(system.backend)
+    transpose = None if system.transpose is None else engine.callback(system.transpose)
+    return replace(system, backend=engine, A=engine.callback(system.A), transpose=transpose)
+
+
 def _apply(system: System, A: Any, b: Array, reports: list[Report]) -> Array:
     matrix = A if isinstance(A, torch.Tensor) else None
-    return Solved.apply(replace(system, A=A if matrix is None else None, b=None), reports, matrix, b)
+    x = Solved.apply(replace(system, A=A if matrix is None else None, b=None), reports, matrix, b)
+    captures = system.backend.captures
+    return x if captures is None else with_refused(x, captures.tensors, captured)
 
 
 class Solved(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import Any
 from implicitdiff.arrays import Array, item_norm
 from implicitdiff.compilers import untraced
 from implicitdiff.conditions.active_set import names
+from implicitdiff.equilibration import of_matrix
 from implicitdiff.errors import InputError
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
@@ -50,7 +51,8 @@ class Regularity:
         Of the Hessian on the null space of the active constraints (NaN where that is empty); None where A is not
         symmetric.
     smallest_singular_value : float
-        Of A, that of the saddle system where there are constraints, in relation to the largest.
+        Of A, that of the saddle system where there are constraints, in relation to the largest; equilibrated, so that
+        units have no part in it.
     inertia : (int, int, int) or None
         Positive, negative and zero eigenvalues of A; at a strict minimum (n, number of active constraints, 0).
     second_order : {"minimum", "not a minimum", "degenerate", "unknown"}
@@ -148,41 +150,67 @@ def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend:
 
 
 def _found(rules: Rules, op: Any, stationarity: float) -> Regularity:
-    xp, matrix = op.backend.xp, op.backend.widen(op.dense())
-    values = xp.linalg.svdvals(matrix)
-    largest, smallest = float(values[0]), float(values[-1])
-    ratio = smallest / largest if largest > 0 else 0.0
-    noise = max(100 * op.n * float(xp.finfo(op.dtype).eps), 30 * op.accuracy)
+    """Look at the matrix in units, where entries of another size are no defect; the eigenvalue is that of A itself."""
+    if op.n == 0:
+        return Regularity(0, 0, None, 1.0, None, "unknown", stationarity)
+    if isinstance(op, SaddleOperator):
+        return _of_saddle(rules, op, stationarity)
+    xp, given = op.backend.xp, op.backend.widen(op.dense())
+    scaling = of_matrix(op.backend, given, symmetric=bool(op.symmetric))
+    matrix = given if scaling is None else scaling.rows[:, None] * given * scaling.columns[None, :]
+    ratio, largest = _extremes(xp, matrix)
+    noise = _noise(op)
     if not op.symmetric:
-        rank = int(xp.sum(xp.astype(values > noise * largest, xp.int32)))
+        rank = int(xp.sum(xp.astype(xp.linalg.svdvals(matrix) > noise * largest, xp.int32)))
         problems = ("A is singular",) if rank < op.n else ()
         return Regularity(op.n, rank, None, ratio, None, "unknown", stationarity, problems=problems)
-    if not isinstance(op, SaddleOperator):
-        eigenvalues = xp.linalg.eigvalsh((matrix + xp.matrix_transpose(matrix)) / 2)
-        inertia, order = _signs(xp, eigenvalues, noise * largest), _order(xp, eigenvalues, noise * largest)
-        problems = ("the Hessian is singular",) if order == "degenerate" else ()
-        if rules.findings is not None and not bool(rules.findings.usable):
-            problems = ("y is not inside of the barrier", *problems)
-        facts = (op.n - inertia[2], float(eigenvalues[0]), ratio, inertia, order, stationarity)
-        return Regularity(op.n, *facts, problems=problems)
-    return _of_saddle(rules, op, matrix, ratio, noise, stationarity)
+    eigenvalues, own = _eigenvalues(xp, matrix), _eigenvalues(xp, given)
+    inertia, order = _signs(xp, eigenvalues, noise * largest), _order(xp, eigenvalues, noise * largest)
+    problems = ("the Hessian is singular",) if order == "degenerate" else ()
+    if rules.findings is not None and not bool(rules.findings.usable):
+        problems = ("y is not inside of the barrier", *problems)
+    facts = (op.n - inertia[2], float(own[0]), ratio, inertia, order, stationarity)
+    return Regularity(op.n, *facts, problems=problems)
 
 
-def _of_saddle(
-    rules: Rules, op: SaddleOperator, matrix: Array, ratio: float, noise: float, stationarity: float
-) -> Regularity:  # fmt: skip
-    xp, n, found = op.backend.xp, op.primal, _active_set(rules)
-    matrix = (matrix + xp.matrix_transpose(matrix)) / 2
-    rows = op.backend.widen(op.jacobian)
+def _noise(op: Any) -> float:
+    return max(100 * op.n * float(op.backend.xp.finfo(op.dtype).eps), 30 * op.accuracy)
+
+
+def _eigenvalues(xp: Any, matrix: Array) -> Array:
+    return xp.linalg.eigvalsh((matrix + xp.matrix_transpose(matrix)) / 2)
+
+
+def _extremes(xp: Any, matrix: Array) -> tuple[float, float]:
+    """Return the smallest singular value relative to the largest, and the largest."""
+    values = xp.linalg.svdvals(matrix)
+    largest = float(values[0])
+    return float(values[-1]) / largest if largest > 0 else 0.0, largest
+
+
+def _null_space(xp: Any, rows: Array, noise: float) -> tuple[Array, int]:
+    """Return an orthonormal basis of the null space of a matrix, as rows, and the rank."""
     _, s, vt = xp.linalg.svd(rows, full_matrices=True)
-    rank = int(xp.sum(xp.astype(s > noise * s[0], xp.int32))) if float(s[0]) > 0 else 0
-    basis = vt[rank:, :]
+    rank = int(xp.sum(xp.astype(s > noise * s[0], xp.int32))) if s.shape[0] and float(s[0]) > 0 else 0
+    return vt[rank:, :], rank
+
+
+def _of_saddle(rules: Rules, op: SaddleOperator, stationarity: float) -> Regularity:
+    xp, n, found, noise = op.backend.xp, op.primal, _active_set(rules), _noise(op)
+    given = op.backend.widen(op.dense())
+    units = xp.ones_like(given[0, :]) if op.units is None else op.backend.widen(op.units)
+    matrix = units[:, None] * given * units[None, :]
+    ratio, _ = _extremes(xp, matrix)
+    basis, rank = _null_space(xp, matrix[n:, :n], noise)
     hessian = matrix[:n, :n]
-    reduced = basis @ hessian @ xp.matrix_transpose(basis)
     scale = noise * float(item_norm(xp, xp.reshape(hessian, (-1,))))
-    eigenvalues = xp.linalg.eigvalsh(reduced) if rank < n else s[:0]
+    eigenvalues = own = units[:0]
+    if rank < n:
+        eigenvalues = _eigenvalues(xp, basis @ hessian @ xp.matrix_transpose(basis))
+        basis = xp.matrix_transpose(xp.linalg.qr(xp.matrix_transpose(basis * units[:n])).Q)  # the same space, in y
+        own = _eigenvalues(xp, basis @ given[:n, :n] @ xp.matrix_transpose(basis))
     order = _order(xp, eigenvalues, scale)
-    whole = xp.linalg.eigvalsh(matrix)
+    whole = _eigenvalues(xp, matrix)
     positive, negative, zero = _signs(xp, whole, noise * float(xp.max(xp.abs(whole))))
     inactive = int(xp.sum(xp.astype(~found.active, xp.int32)))  # each of them stands as one negative eigenvalue
     inertia = (positive, negative - inactive, zero)
@@ -196,7 +224,7 @@ def _of_saddle(
     over = xp.where(found.equality, xp.abs(found.values), found.values)
     largest = float(xp.max(over))
     return Regularity(
-        n, rank, float(eigenvalues[0]) if rank < n else float("nan"), ratio, inertia, order, stationarity,
+        n, rank, float(own[0]) if rank < n else float("nan"), ratio, inertia, order, stationarity,
         feasibility=max(largest, 0.0), licq=not named["dependent"],
         strict_complementarity=not (named["weakly_active"] or named["wrong_sign"]), multipliers=found.multipliers,
         problems=_problems(named, order), **named,

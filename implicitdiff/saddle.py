@@ -27,8 +27,8 @@ class SaddleOperator(Operator):
         J.
     corner : array, shape (*items, k)
         The diagonal of D.
-    units : array, shape (*items, n)
-        Units of the coordinates of y, in which H is of size one.
+    units : array, shape (*items, n + k)
+        S, powers of two: units of the coordinates of y, and of the multipliers, in which the blocks are of size one.
     """
 
     primal: int = 0
@@ -51,6 +51,22 @@ class SaddleOperator(Operator):
             sparse = (sparse + scipy.sparse.diags_array(shift)).tocsc()
         changes = {"matrix": matrix, "sparse": sparse, "damping": self.damping + damping}
         return self.rewrapped(lambda product: lambda x: product(x) + shift * x, **changes)
+
+    def in_units(self) -> SaddleOperator:
+        """Return S K S."""
+        if self.units is None:
+            return self
+        n, scale, matrix = (
+            self.primal,
+            self.units,
+            self.matrix if self.matrix is not None else self._cache.get("matrix"),
+        )
+        y, z = scale[..., :n], scale[..., n:]
+        blocks = {"jacobian": z[..., :, None] * self.jacobian * y[..., None, :], "corner": z * self.corner * z,
+                  "units": None}  # fmt: skip
+        if matrix is not None:
+            blocks["matrix"] = scale[..., :, None] * matrix * scale[..., None, :]
+        return self.rewrapped(lambda product: lambda x: scale * product(scale * x), leaves=(), **blocks)
 
     def hessian(self) -> Operator:
         """H as an operator of its own."""

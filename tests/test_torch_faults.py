@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,11 +11,23 @@ torch = pytest.importorskip("torch")
 
 from torch.func import functional_call  # noqa: E402
 
-from implicitdiff import DerivativeError, FixedPoint, Root, Stationary, implicit_function  # noqa: E402
+from implicitdiff import (  # noqa: E402
+    DerivativeError,
+    FixedPoint,
+    Root,
+    Stationary,
+    implicit_function,
+    implicit_grad,
+    implicit_jacobian,
+    implicit_vjp,
+    linear_solve,
+    linearize,
+)
 
 F64 = torch.float64
 ONE = torch.ones(3, dtype=F64)
 TOLD = "enclosing scope that requires a gradient"
+TWO = 2 * ONE
 
 
 def conditions(x: Any) -> dict[str, Any]:
@@ -77,6 +90,115 @@ def test_captured_module() -> None:
     trained(dict(model.named_parameters())).sum().backward()
     expected = torch.autograd.grad(iterate(model, ONE).sum(), model.weight)[0]
     torch.testing.assert_close(model.weight.grad, expected)
+
+
+# -- 69: by the functions themselves -----------------------------------------------------------------------
+class Scale(torch.nn.Module):
+    """x y, with x a parameter; and everything else that holds a tensor."""
+
+    def __init__(self, x: Any) -> None:
+        super().__init__()
+        self.x = torch.nn.Parameter(x.detach().clone())
+        self.held = {"deep": [{"deeper": ({"x": x},)}]}
+
+    def forward(self, y: Any) -> Any:
+        return self.x * y
+
+    def by_method(self, y: Any, th: Any) -> Any:
+        return self.x * y - th
+
+    def deep(self, y: Any, th: Any) -> Any:
+        return self.held["deep"][0]["deeper"][0]["x"] * y - th
+
+
+def ways(x: Any) -> dict[str, Any]:
+    """More ways in which a condition of y = θ / x may come to x, deep ones and modules among them."""
+    scale = Scale(x)
+    linear: dict[str, Any] = {"mixed_vjp": lambda y, th, u: -u}
+    free = lambda y, th: x.detach() * y - th
+    return {
+        **conditions(x),
+        "partial": Root(functools.partial(lambda x, y, th: x * y - th, x)),
+        "bound method": Root(scale.by_method),
+        "module": Root(lambda y, th: scale(y) - th),
+        "depths": Root(scale.deep),
+        "hvp of a module": Stationary(grad=free, hvp=lambda y, th, v: scale(v), **linear),
+        "hessian of a module": Stationary(grad=free, hessian=lambda y, th: torch.diag(scale(ONE)), **linear),
+        "mixed_vjp of a module": Stationary(
+            grad=free, hvp=lambda y, th, v: x.detach() * v, mixed_vjp=lambda y, th, u: -scale(u) / x.detach()
+        ),
+    }
+
+
+DERIVATIVES: dict[str, Any] = {
+    "grad": lambda c, th: implicit_grad(c, lambda y, th: y.sum(), ONE, th),
+    "vjp": lambda c, th: implicit_vjp(c, ONE, th, ONE),
+    "jacobian": lambda c, th: implicit_jacobian(c, ONE, th).sum(0),
+    "linearize": lambda c, th: linearize(c, ONE, th, solver="lu").vjp(ONE),
+    "batched": lambda c, th: implicit_vjp(c, ONE[None], th[None], ONE[None], batched=True)[0],
+    "wrapped": lambda c, th: implicit_function(c)(lambda th: th / 2)(th),
+}
+
+
+@pytest.mark.parametrize("name", ways(ONE))
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_fault_69_captured(kind: str, name: str) -> None:
+    """The number is there for those who want it; whoever differentiates it by x gets an error, never 0 or nothing."""
+    leaf = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    wanted = ONE if kind == "wrapped" else ONE / 2
+    for x in (leaf, leaf * 1):
+        condition = ways(x * ONE if "module" in name else x)[name]
+        found = DERIVATIVES[kind](condition, TWO)
+        torch.testing.assert_close(found.detach(), wanted)
+        with pytest.raises(DerivativeError, match=TOLD):
+            found.sum().backward()
+    free = DERIVATIVES[kind](ways(leaf.detach())[name], TWO)
+    assert free.requires_grad == ("module" in name or name == "bound method")  # its parameters are recorded, still
+    with torch.no_grad():
+        assert not DERIVATIVES[kind](condition, TWO).requires_grad
+
+
+def test_fault_69_captured_beside_arguments() -> None:
+    """What is defined goes on flowing: by y, θ, and the vector; not by x, and not twice."""
+    x = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    v = ONE.clone().requires_grad_()
+    found = implicit_vjp(Root(lambda y, th: x * y - th**2 / 2), ONE, TWO, v)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), v, retain_graph=True)[0], ONE)
+    with pytest.raises(DerivativeError, match=TOLD):
+        torch.autograd.grad(found.sum(), x)
+    with pytest.raises(DerivativeError, match=TOLD):
+        found.sum().backward()
+
+
+def test_fault_69_captured_by_outer() -> None:
+    x = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    condition = Root(lambda y, th: 2 * y - th)
+    found = implicit_grad(condition, lambda y, th: x * y.sum(), ONE, TWO)
+    torch.testing.assert_close(found.detach(), ONE)
+    with pytest.raises(DerivativeError, match=TOLD):
+        found.sum().backward()
+    with pytest.raises(DerivativeError, match=TOLD):
+        torch.func.grad(lambda x: implicit_grad(condition, lambda y, th: x * y.sum(), ONE, TWO).sum())(x.detach())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), x.detach())
+        with pytest.raises(DerivativeError, match=TOLD):
+            implicit_grad(condition, lambda y, th: dual * y.sum(), ONE, TWO)
+
+
+def test_fault_69_captured_by_a_product() -> None:
+    """`linear_solve` with A as a function: reverse mode, and again."""
+    W = torch.tensor([[2.0, 0.5], [0.5, 3.0]], dtype=F64, requires_grad=True)
+    b = torch.ones(2, dtype=F64, requires_grad=True)
+    for right in (b, b.detach()):
+        x = linear_solve(lambda v: W @ v, right, symmetric=True)
+        torch.testing.assert_close(x.detach(), torch.linalg.solve(W.detach(), b.detach()))
+        with pytest.raises(DerivativeError, match=TOLD):
+            x.sum().backward()
+    (z,) = torch.autograd.grad(linear_solve(lambda v: W @ v, b, symmetric=True).sum(), b, create_graph=True)
+    with pytest.raises(DerivativeError, match=TOLD):
+        z.sum().backward()
+    fixed = linear_solve(lambda v: W.detach() @ v, b, symmetric=True)
+    torch.testing.assert_close(torch.autograd.grad(fixed.sum(), b)[0], z.detach())
 
 
 # -- 69: aux ---------------------------------------------------------------------------------------------

@@ -30,17 +30,18 @@ HELD = np.concatenate([ROW, BOX[MU > 0]])
 SADDLE = np.block([[S, HELD.T], [HELD, np.zeros((3, 3))]])
 TRUTH = np.linalg.solve(SADDLE, np.concatenate([np.eye(5), np.zeros((2, 5))]))[:4]
 
-MIXED = {5: np.array([1e-9, 1e5, 1.0, 1e9, 1e-3]),
+MIXED = {4: np.array([1e4, 1e-9, 1e9, 1e2]), 5: np.array([1e-9, 1e5, 1.0, 1e9, 1e-3]),
          8: np.array([1e-9, 1e9, 1.0, 1e3, 1e9, 1e-9, 1e-4, 1e6])}  # fmt: skip
 SCALES: dict[str, tuple[Any, Any, Any, Any]] = {
     "plain": (1.0, 1.0, 1.0, 1.0),
     "y small": (1e-9, 1.0, 1.0, 1.0),
     "y large": (1e9, 1.0, 1.0, 1.0),
+    "y mixed": (MIXED[4], 1.0, 1.0, 1.0),
     "theta mixed": (1.0, MIXED[5], 1.0, 1.0),
     "f small": (1.0, 1.0, 1e-9, 1.0),
     "f large": (1.0, 1.0, 1e9, 1.0),
     "constraints mixed": (1.0, 1.0, 1.0, MIXED[8]),
-    "all": (1e-8, MIXED[5], 1e-6, MIXED[8][::-1]),
+    "all": (MIXED[4][::-1], MIXED[5], 1e-6, MIXED[8][::-1]),
 }
 """D, E, c and s."""
 SCALED = pytest.mark.parametrize("scales", SCALES)
@@ -92,7 +93,7 @@ def test_active_up_to_a_tolerance_in_any_units(lib: Library, scales: str, distan
     np.testing.assert_allclose(back(found.value), TRUTH, rtol=1e-3 * abs(distance) ** 0.25, atol=1e-8)
 
 
-@pytest.mark.parametrize("scales", ["y small", "all"])
+@pytest.mark.parametrize("scales", ["y small", "y mixed", "all"])
 @pytest.mark.parametrize("fault", ["weak", "violated", "wrong sign"])
 def test_what_is_told_in_any_units(scales: str, fault: str) -> None:
     """The same constraint is named."""
@@ -119,7 +120,7 @@ def test_regularity_in_any_units(scales: str) -> None:
 
 
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
-@pytest.mark.parametrize("scales", ["all"])
+@pytest.mark.parametrize("scales", ["y mixed", "all"])
 def test_same_active_set_under_jax(lib: Library, scales: str) -> None:
     condition, y, theta, back = program(lib, scales, "QP")
     np.testing.assert_allclose(back(implicit_jacobian(condition, y, theta)), TRUTH, rtol=1e-8, atol=1e-9)
@@ -130,7 +131,7 @@ A = np.array([-1.0, 0.3, 2.0, 0.6])
 
 
 @pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
-@pytest.mark.parametrize("unit", [1e-7, 1e7], ids=["small", "large"])
+@pytest.mark.parametrize("unit", [1e-7, 1e7, np.array([1e-7, 1e7, 1.0, 1e3])], ids=["small", "large", "mixed"])
 def test_box(lib: Library, unit: Any) -> None:
     unit = np.broadcast_to(unit, (4,))
     condition = QP(Q=lib.array(np.diag(unit**-2.0)), G=lib.array(BOX), h=lib.array(np.append(np.zeros(4), unit)))

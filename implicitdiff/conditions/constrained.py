@@ -218,7 +218,7 @@ class Constrained(Condition):
         found: ActiveSet = findings.details
         xp, text, blocks = operator.backend.xp, "", self.route in {"schur", "nullspace"}
         if blocks or isinstance(error, SingularError):
-            rows = operator.jacobian * operator.units[..., None, :]  # type: ignore[attr-defined]
+            rows = operator.in_units().jacobian  # type: ignore[attr-defined]
             dependent = active_set.dependent_rows(operator.backend, rows, found.active)
             if dependent is not None:
                 return _unqualified(", ".join(active_set.names(xp, dependent, found.equality)))
@@ -320,8 +320,9 @@ def _reduced(
     def wrap(product: Product) -> Product:
         return lambda x: scale * product(scale * x) - diagonal * x
 
+    both = backend.concat([units.bend, one + xp.zeros_like(w)])
     blocks = {"primal": n, "jacobian": w[..., None] * rows, "corner": corner, "positive_definite": False,
-              "units": units.bend}  # fmt: skip
+              "units": both}  # fmt: skip
     A = saddle(whole.A.rewrapped(wrap), **blocks)
     if H is not None:
         matrix = A.matrix_of(xp.concat([H, blocks["jacobian"]], axis=-2))

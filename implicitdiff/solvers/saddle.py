@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, times
+from implicitdiff.equilibration import Scaling
 from implicitdiff.errors import InputError
 from implicitdiff.operator import Operator
-from implicitdiff.report import Counts
+from implicitdiff.report import Counts, Status
 from implicitdiff.saddle import SaddleOperator
 from implicitdiff.solvers.base import Solver, methods_of
 
@@ -45,8 +46,9 @@ class _Spent:
 
 
 class _State(NamedTuple):
-    """The operator with its blocks, H, the state for the inner operator, and what was made of J."""
+    """The operator with its blocks, in units, H, the state for the inner operator, and what was made of J."""
 
+    scaling: Scaling | None
     operator: SaddleOperator
     hessian: Operator
     prepared: Any
@@ -69,6 +71,7 @@ class _Blockwise(Solver):
     inner: Any
 
     route: ClassVar[str] = ""
+    verified: ClassVar[bool] = True
 
     @property
     def damping(self) -> float:  # type: ignore[override]
@@ -87,10 +90,39 @@ class _Blockwise(Solver):
     def describe(self, state: _State) -> list[tuple[str, str]]:
         return [(name, f"{self.route}; {why}") for name, why in methods_of(self.inner, state.prepared)]
 
-    def _blocks(self, operator: Operator) -> SaddleOperator:
+    def _blocks(self, operator: Operator) -> tuple[Scaling | None, SaddleOperator]:
+        """Return the operator in units; as it is, where a preconditioner says what H is."""
         if not isinstance(operator, SaddleOperator):
             raise InputError(f"{type(self).__name__} solves saddle systems; name it as route= of a KKT condition.")
-        return operator
+        if operator.units is None or getattr(self.inner, "preconditioner", None) is not None:
+            return None, operator
+        return Scaling(operator.units, operator.units), operator.in_units()
+
+    def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+        op, scaling = state.operator, state.scaling
+        right = b if scaling is None else scaling.scaled(b)
+        x, status, counts = self._solve(state, right)
+        status, counts = self._judged(state, right, right - op.matvec(x), status, counts)
+        return x if scaling is None else scaling.restored(x), status, counts
+
+    def _solve(self, state: _State, b: Array) -> tuple[Array, Any, Counts]:
+        raise NotImplementedError
+
+    def _judged(self, state: _State, b: Array, r: Array, status: Any, counts: Counts) -> tuple[Array, Counts]:
+        """Hold the true residual of the whole system, in units, against a tolerance."""
+        op = state.operator
+        xp, space = op.backend.xp, op.backend.space(r)
+        size = space.size(b)
+        residual = space.size(r) / xp.where(size > 0, size, xp.ones_like(size))
+        double = float(xp.finfo(b.dtype).eps) < 1e-10
+        tolerance = self.rtol or max(1e-8 if double else 1e-4, 30 * op.accuracy)
+        status = xp.broadcast_to(xp.asarray(status, device=op.device), residual.shape)
+        good = residual <= tolerance
+        status = xp.where((status == 0) & ~good, xp.full_like(status, int(Status.STAGNATED)), status)
+        if state.scaling is not None:
+            residual = state.scaling.told(op.backend, good, (residual, tolerance), r, b)
+        counts = counts._replace(residual=residual, tolerance=tolerance + 0 * residual, matvecs=counts.matvecs + 1)
+        return status, counts
 
 
 @dataclass(frozen=True)
@@ -100,7 +132,7 @@ class Schur(_Blockwise):
     route: ClassVar[str] = "Schur complement"
 
     def init(self, operator: Operator) -> _State:
-        op = self._blocks(operator)
+        scaling, op = self._blocks(operator)
         xp, hessian = op.backend.xp, op.hessian()
         prepared = self.inner.init(hessian)  # K was damped already, and H with it
         rows = xp.moveaxis(op.jacobian, -2, 0)  # k right-hand sides (k, *items, n)
@@ -110,9 +142,9 @@ class Schur(_Blockwise):
         eye = xp.eye(op.n - op.primal, dtype=op.dtype, device=op.device)
         complement = op.jacobian @ xp.matrix_transpose(solved) + op.corner[..., None] * eye
         factor = op.backend.lu_factor(op.backend.widen(complement))
-        return _State(op, hessian, prepared, factor, spent, solved, xp.max(xp.asarray(status), axis=0))
+        return _State(scaling, op, hessian, prepared, factor, spent, solved, xp.max(xp.asarray(status), axis=0))
 
-    def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+    def _solve(self, state: _State, b: Array) -> tuple[Array, Any, Counts]:
         op, n = state.operator, state.operator.primal
         xp = op.backend.xp
         v, w = b[..., :n], b[..., n:]
@@ -130,7 +162,7 @@ class NullSpace(_Blockwise):
     route: ClassVar[str] = "null space"
 
     def init(self, operator: Operator) -> _State:
-        op = self._blocks(operator)
+        scaling, op = self._blocks(operator)
         xp, hessian = op.backend.xp, op.hessian()
         k = op.n - op.primal
         eye = xp.eye(k, dtype=op.dtype, device=op.device)
@@ -148,9 +180,9 @@ class NullSpace(_Blockwise):
             op.backend, op.primal, op.primal, op.items, op.dtype, op.device, forward=product, adjoint=product,
             kind=op.kind, label="the reduced Hessian", symmetric=True, trusted=op.trusted, accuracy=op.accuracy,
         )  # fmt: skip
-        return _State(op, hessian, self.inner.init(inner), factor, _Spent(inner))
+        return _State(scaling, op, hessian, self.inner.init(inner), factor, _Spent(inner))
 
-    def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+    def _solve(self, state: _State, b: Array) -> tuple[Array, Any, Counts]:
         op, n = state.operator, state.operator.primal
         xp, jacobian_t = op.backend.xp, op.backend.xp.matrix_transpose(op.jacobian)
         v, w = b[..., :n], b[..., n:]
