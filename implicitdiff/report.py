@@ -76,7 +76,8 @@ class Report:
     iterations, matvecs : int or array of int
         Iterations and products with A (one per vector).
     residual : float or array
-        True residual ``‖b − A x‖ / ‖b‖`` of the linear system, recomputed at exit.
+        True residual ``‖b − A x‖ / ‖b‖`` of the linear system, recomputed at exit; where that is above the tolerance,
+        which is held against the equilibrated system, the residual of that one.
     stationarity : float or array
         ``‖F(y, theta)‖``; NaN where the condition gives no way to evaluate F.
     derivatives : dict of str to str
@@ -85,7 +86,7 @@ class Report:
     seconds : float
         Wall-clock time of the linear solve, factorisation included where it was not reused.
     rcond : float, array or None
-        Estimate of the reciprocal condition number, from direct solvers.
+        Estimate of the reciprocal condition number of the equilibrated matrix, from direct solvers.
     damping : float
         The δ of (A + δI) that was solved with.
     solution : array, optional
