@@ -20,6 +20,7 @@
         ├── NotPositiveDefiniteError         zero or negative curvature
         ├── NotSymmetricError                A was declared symmetric and is not
         ├── NotConvergedError                the residual is above the tolerance
+        ├── PreconditionerError              the preconditioner is none
         └── NonFiniteProductError (FloatingPointError)  a product holds NaN or Inf
 
     ImplicitDiffWarning (UserWarning)
@@ -51,6 +52,7 @@ __all__ = [
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "NotSymmetricError",
+    "PreconditionerError",
     "QualificationError",
     "RegularityWarning",
     "ShapeError",
@@ -145,6 +147,10 @@ class NotSymmetricError(SolveError):
 
 class NotConvergedError(SolveError):
     """An iterative method stopped with a residual above its tolerance."""
+
+
+class PreconditionerError(SolveError):
+    """The preconditioner holds NaN or Inf, is singular, or is not symmetric positive definite where it has to be."""
 
 
 class NonFiniteProductError(SolveError, FloatingPointError):

@@ -10,7 +10,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError, ShapeError
 from implicitdiff.operator import LinearMap, Operator, checked_product, matrix_map
 
-__all__ = ["Preconditioner", "as_preconditioner"]
+__all__ = ["Preconditioner", "as_preconditioner", "is_sound"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,25 @@ class Preconditioner:
                 "Give a matrix, a LinearOperator with rmatvec, or the pair (M, Mᵀ) of callables."
             )
         return Preconditioner(self.rmatvec, self.matvec)
+
+
+def is_sound(preconditioner: Preconditioner, space: Any, b: Array, *, definite: bool) -> Array:
+    """Whether M may serve, per item, from its products with b and with a vector z without structure.
+
+    Both have to be finite and not zero; where M has to be symmetric positive definite, bᵀM b and zᵀM z are positive,
+    and zᵀM b = bᵀM z up to rounding.
+    """
+    z, given = space.probe(), space.isfinite(space.largest(b))  # a b that is not finite says nothing
+    mb, mz = preconditioner(b), preconditioner(z)
+    top_b, top_z = space.largest(mb), space.largest(mz)
+    with_b = space.isfinite(top_b) & (top_b > 0)
+    with_z = space.isfinite(top_z) & (top_z > 0)
+    if definite:
+        gap = abs(space.inner(z, mb) - space.inner(b, mz))
+        size = space.length**0.5 * (top_b * space.norm(z) + top_z * space.norm(b))
+        with_b = with_b & (space.inner(b, mb) > 0) & (gap <= 10 * space.eps**0.5 * size)
+        with_z = with_z & (space.inner(z, mz) > 0)
+    return with_z & (with_b | ~given)
 
 
 def as_preconditioner(given: Any, operator: Operator) -> Preconditioner:

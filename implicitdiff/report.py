@@ -21,7 +21,9 @@ class Status(IntEnum):
     NOT_POSITIVE_DEFINITE = 4
     NOT_SYMMETRIC = 5
     SINGULAR = 6
-    NON_FINITE = 7
+    BAD_PRECONDITIONER = 7
+    """It holds NaN or Inf, is singular, or not symmetric positive definite where the method needs that."""
+    NON_FINITE = 8
 
     @property
     def ok(self) -> bool:

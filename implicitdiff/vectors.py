@@ -171,6 +171,10 @@ class ArraySpace:
         """Σ c_i v_i over vectors 0 … j."""
         return (c[..., None, : j + 1] @ basis[..., : j + 1, :])[..., 0, :]
 
+    def solve_triangular(self, upper: Array, b: Array) -> Array:
+        """Solve with small upper triangular matrices (..., k, k) for b (..., k)."""
+        return self.xp.linalg.solve(upper, b[..., None])[..., 0]
+
 
 class TreeVector:
     """A vector that is a tuple of leaves, which are never concatenated.

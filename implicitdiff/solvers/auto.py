@@ -165,7 +165,7 @@ class Auto(Solver):
 def _fallible(xp: Any, status: Any) -> Array:
     """Items that another method may solve: what is not finite, or not what it was said to be, none can."""
     status = xp.asarray(status)
-    hopeless = (status == int(Status.NON_FINITE)) | (status == int(Status.NOT_SYMMETRIC))
+    hopeless = (status >= int(Status.BAD_PRECONDITIONER)) | (status == int(Status.NOT_SYMMETRIC))
     return xp.asarray((status > int(Status.APPROXIMATE)) & ~hopeless)
 
 

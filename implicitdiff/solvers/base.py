@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, needed
 from implicitdiff.equilibration import Scaling, equilibrated
-from implicitdiff.errors import InputError
 from implicitdiff.operator import Operator
-from implicitdiff.preconditioner import Preconditioner, as_preconditioner
+from implicitdiff.preconditioner import Preconditioner, as_preconditioner, is_sound
 from implicitdiff.report import Counts, Status
+from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
 
-__all__ = ["Cycle", "Krylov", "KrylovState", "Solver", "Start", "methods_of"]
+__all__ = [
+    "Cycle",
+    "Krylov",
+    "KrylovState",
+    "Solver",
+    "Start",
+    "accuracy",
+    "methods_of",
+    "without_preconditioner",
+]
 
 
 class Solver:
@@ -31,6 +40,9 @@ class Solver:
     """Whether the method is wrong on an operator that is not symmetric."""
     verified: ClassVar[bool] = False
     """Whether the residual that the solver reports is the true one; that of any other is recomputed."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def init(self, operator: Operator) -> Any:
         """Prepare for an operator, damping included: factor, choose, build a preconditioner."""
@@ -82,13 +94,17 @@ class Start(NamedTuple):
 
 
 class Cycle(NamedTuple):
-    """What one run of an iterative method returns to the driver below."""
+    """What one run of an iterative method returns to the driver below.
+
+    ``operator_norm`` is a lower estimate of ‖A‖; ``flat`` tells where ‖A v‖ <= 4 √ε ‖A‖ for a unit vector v was met.
+    """
 
     x: Array
     iterations: Array
     matvecs: Array
     status: Array
     operator_norm: Array
+    flat: Any = False
 
 
 class KrylovState(NamedTuple):
@@ -109,6 +125,18 @@ class _Outer(NamedTuple):
     matvecs: Array
     operator_norm: Array
     tolerance: Array
+    unit: Array  # σ: the method runs on A/σ
+
+
+def accuracy(state: KrylovState, space: Any) -> float:
+    """Relative error of a product with A: rounding, or what else its source is good for."""
+    return max(space.eps, state.operator.accuracy)
+
+
+def without_preconditioner(space: Any, norm: Array, square: Array, image: Array) -> Array:
+    """Estimate ‖A‖ from ‖M A‖: over the size of M as rᵀM r shows it beside rᵀr."""
+    known = (image > 0) & (square > 0)
+    return norm * space.where(known, square / space.where(known, image, space.scalar(1.0)), space.scalar(0.0))
 
 
 @dataclass(frozen=True)
@@ -137,12 +165,6 @@ class Krylov(Solver):
     verified: ClassVar[bool] = True
     stall: ClassVar[float] = 0.5
     """A cycle that leaves more than this part of the true residual has stagnated."""
-
-    def __post_init__(self) -> None:
-        if self.rtol is not None and not 0 < self.rtol < 1:
-            raise InputError(f"rtol = {self.rtol!r}: expected a number between 0 and 1.")
-        if self.maxiter is not None and self.maxiter < 1:
-            raise InputError(f"maxiter = {self.maxiter!r}: expected a positive integer.")
 
     def init(self, operator: Operator) -> KrylovState:
         if self.preconditioner is not None:  # it makes the norm in which the system is seen
@@ -186,47 +208,106 @@ class Krylov(Solver):
         op, backend = state.operator, state.operator.backend
         space = backend.space(b)
         default = max(1e-10 if space.eps < 1e-10 else 1e-5, 30 * op.accuracy)
-        rtol, noise = space.scalar(self.rtol or default), max(space.eps, op.accuracy)
-        maxiter = self.most(space.length)
+        rtol, maxiter = space.scalar(self.rtol or default), self.most(space.length)
         unit, scale = _unit(space, b)
         state_0 = _start(space, op, unit, x0, scale, rtol)
 
         def body(s: _Outer) -> _Outer:
-            c = self.cycle(state, space, Start(s.x, s.r, rtol, s.active, maxiter - s.iterations))
+            c = _scaled(self.cycle, state, space, s, Start(s.x, s.r, rtol, s.active, maxiter - s.iterations))
             r = space.subtract(unit(), op.matvec(c.x))
-            return self._after_cycle(space, s, c, r, rtol, maxiter, noise)
+            return self._rescaled(space, s, self._after_cycle(state, space, s, c, r, rtol, maxiter), unit, backend)
 
         end = backend.while_loop(lambda s: space.any(s.active), body, state_0)
-        residual = end.residual
+        residual, status = end.residual, self._blamed(state, space, end.status, unit)
         if state.scaling is not None:
             converged = end.status == int(Status.CONVERGED)
             residual = state.scaling.told(backend, converged, (residual, end.tolerance), end.r, unit())
-        counts = Counts(end.iterations, end.matvecs, residual, end.operator_norm, None, end.tolerance)
-        return space.scale(scale, end.x), end.status, counts
+        known = space.where(space.isfinite(end.operator_norm), end.operator_norm, space.scalar(0.0))
+        counts = Counts(end.iterations, end.matvecs, residual, known, None, end.tolerance)
+        return space.scale(scale, end.x), status, counts
 
     def _after_cycle(
-        self, space: Any, s: _Outer, c: Cycle, r: Array, rtol: Array, maxiter: int, noise: float
+        self, state: KrylovState, space: Any, s: _Outer, c: Cycle, r: Array, rtol: Array, maxiter: int
     ) -> _Outer:
         residual = space.where(s.active, space.norm(r), s.residual)
         norm = space.maximum(s.operator_norm, c.operator_norm)
         iterations = s.iterations + c.iterations
         # Rounding in A x alone (or the noise of a finite difference) leaves eps ‖A‖ ‖x‖; below that no method
         # can go, and it is no failure while it stays small.
-        floor = 4 * noise * norm * space.norm(c.x)
-        tolerance = space.where((floor > rtol) & (floor < 20 * space.eps**0.5), floor, rtol)
+        floor = accuracy(state, space) * space.norm(space.scale(norm, space.copy(c.x)))  # no square under- or overflows
+        tolerance = space.where((4 * floor > rtol) & (4 * floor < 20 * space.eps**0.5), 4 * floor, rtol)
         done = residual <= tolerance
         finite = space.isfinite(residual)
-        improved = residual < self.stall * s.residual
+        flat = s.active & c.flat
+        improved = (
+            residual < space.where(flat, space.scalar(min(0.9, self.stall)), space.scalar(self.stall)) * s.residual
+        )
         status = space.where(improved, int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
         status = space.where(iterations >= maxiter, int(Status.MAX_ITERATIONS), status)
+        status = space.where(flat, int(Status.SINGULAR), status)
+        if state.preconditioner.identity:
+            # ‖A x‖ / ‖x‖ bounds the least singular value from above. Against ‖A‖ it may be below what the products
+            # are good for: then no digit of x is right.
+            status = space.where(100 * floor > 1 + residual, int(Status.SINGULAR), status)
         status = space.where(c.status != 0, c.status, status)
         status = space.where(finite, status, int(Status.NON_FINITE))
         status = space.where(done, int(Status.CONVERGED), status)
         again = s.active & ~done & finite & improved & (c.status == 0) & (iterations < maxiter)
         return _Outer(
             c.x, r, residual, again, space.where(s.active, status, s.status), iterations,
-            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance),
+            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance), s.unit,
         )  # fmt: skip
+
+    def _rescaled(self, space: Any, s: _Outer, end: _Outer, unit: Callable[[], Array], backend: Any) -> _Outer:
+        """Start again on A/σ, with another σ, where the squares of a method over- or underflowed."""
+        failed = s.active & (end.status != int(Status.CONVERGED))
+        if not needed(backend, failed):
+            return end
+        huge = float(space.xp.finfo(space.dtype).max) ** 0.5
+        relative, one = end.operator_norm / s.unit, space.scalar(1.0)
+        outside = ~(relative < huge * space.eps**0.5) | (relative < 1 / (huge * space.eps))
+        few = (s.unit < huge**1.5) & (s.unit > huge**-1.5)
+        lost = failed & outside & few
+        if not needed(backend, lost):
+            return end
+        known = space.isfinite(relative) & (relative > 0)
+        beyond = space.where(relative == 0, one / huge, huge * one)
+        step = space.where(known, relative, beyond)
+        return end._replace(
+            x=space.select(lost, space.zeros(), end.x), r=space.select(lost, unit(), end.r),
+            residual=space.where(lost, one, end.residual), active=end.active | lost,
+            operator_norm=space.where(lost, space.scalar(0.0), end.operator_norm),
+            unit=space.where(lost, s.unit * step, s.unit),
+        )  # fmt: skip
+
+    def _blamed(self, state: KrylovState, space: Any, status: Array, unit: Callable[[], Array]) -> Array:
+        """Ask the preconditioner first where a solve failed."""
+        backend = state.operator.backend
+        failed = status > int(Status.APPROXIMATE)
+        if state.preconditioner.identity or not needed(backend, failed):
+            return status
+
+        def ask(old: Array) -> Array:
+            sound = is_sound(state.preconditioner, space, unit(), definite=self.symmetric_only)
+            return space.where(failed & ~sound, int(Status.BAD_PRECONDITIONER), old)
+
+        return backend.rescue(failed, ask, status)
+
+
+def _scaled(
+    cycle: Callable[[KrylovState, Any, Start], Cycle], state: KrylovState, space: Any, s: _Outer, start: Start
+) -> Cycle:
+    """Run a cycle on (A/σ) (σ x) = b."""
+    op = state.operator
+    if not needed(op.backend, s.unit != 1):
+        return cycle(state, space, start)
+
+    def product(v: Array) -> Array:
+        return space.scale(1 / s.unit, space.copy(op.matvec(v)))
+
+    scaled = state._replace(operator=replace(op, forward=product, _cache={}))
+    c = cycle(scaled, space, start._replace(x=space.scale(s.unit, start.x)))
+    return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=c.operator_norm * s.unit)
 
 
 def _unit(space: Any, b: Array) -> tuple[Callable[[], Array], Array]:
@@ -261,4 +342,5 @@ def _start(space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None
     done = residual <= rtol
     active = ~done  # a NaN stays active and is told
     status = space.where(done, int(Status.CONVERGED), int(Status.MAX_ITERATIONS))
-    return _Outer(x, r, residual, active, status, space.counter(), matvecs, space.scalar(0.0), rtol)
+    zero, one = space.scalar(0.0), space.scalar(1.0)
+    return _Outer(x, r, residual, active, status, space.counter(), matvecs, zero, rtol, one)

@@ -5,8 +5,9 @@ With M ≈ A⁻¹, z = M r and starting from p = z::
     α = rᵀz / pᵀAp      x += α p      r -= α Ap
     β = r₊ᵀz₊ / rᵀz     p  = z₊ + β p
 
-pᵀAp <= 0 proves that A is not positive definite: the method stops and says so. Two reductions an
-iteration (three with a preconditioner) and four vectors: x, r, p, Ap.
+pᵀAp <= 0 proves that A is not positive definite, and pᵀAp <= 4 ε ‖A‖ pᵀp that it is not so to the accuracy ε of its
+products: the method stops and says which. (pᵀp costs nothing: ‖p₊‖² = ‖z₊‖² + β² ‖p‖², in the norm of M⁻¹.) Two
+reductions an iteration (three with a preconditioner) and four vectors: x, r, p, Ap.
 
 References
 ----------
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.report import Status
-from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start
+from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy, without_preconditioner
 
 __all__ = ["CG"]
 
@@ -32,6 +33,7 @@ class _State(NamedTuple):
     p: Array
     rz: Array
     rr: Array
+    pp: Array
     active: Array
     status: Array
     iterations: Array
@@ -62,30 +64,34 @@ class CG(Krylov):
 
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run CG from x with residual r until the recursive residual reaches the target."""
-        product, precondition = state.operator.matvec, state.preconditioner
+        product, precondition, noise = state.operator.matvec, state.preconditioner, accuracy(state, space)
         z = start.r if precondition.identity else precondition(start.r)
         rz = space.inner(start.r, z)
+        rr = rz if precondition.identity else space.inner(start.r, start.r)
         zero = space.scalar(0.0)
         first = _State(
-            start.x, start.r, space.copy(z), rz, rz, start.active, space.counter(), space.counter(),
+            start.x, start.r, space.copy(z), rz, rr, rz, start.active, space.counter(), space.counter(),
             0, zero, zero,
         )  # fmt: skip
         target = start.target * start.target
 
         def step(s: _State) -> _State:
-            return _step(s, space, product, precondition, target, start.budget)
+            return _step(s, space, product, precondition, target, start.budget, 4 * noise)
 
         most, loop = self.most(space.length), state.operator.backend.while_loop
         end = loop(lambda s: space.any(s.active), step, first, limit=most)
-        return Cycle(end.x, end.iterations, end.matvecs, end.status, end.operator_norm)
+        end = _flat(end, state, space, 16 * noise)
+        norm = end.operator_norm if precondition.identity else without_preconditioner(space, end.operator_norm, rr, rz)
+        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm)
 
 
-def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array) -> _State:
+def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array, level: float) -> _State:
     zero, one = space.scalar(0.0), space.scalar(1.0)
     ap = product(s.p)
     curvature = space.inner(s.p, ap)
     finite = space.isfinite(curvature)
-    go = s.active & (curvature > 0) & (s.rz > 0) & finite
+    sound = s.rz > 0
+    go = s.active & (curvature > level * s.operator_norm * s.pp) & (curvature > 0) & sound & finite
     rz_safe = space.where(go, s.rz, one)
     alpha = space.where(go, s.rz / space.where(go, curvature, one), zero)
     x = space.axpy(alpha, s.p, s.x)
@@ -93,13 +99,37 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     z = r if precondition.identity else precondition(r)
     rz = space.inner(r, z)
     rr = rz if precondition.identity else space.inner(r, r)
-    beta = space.where(go, rz / rz_safe, zero)
-    p = space.axpy(one, z, space.scale(beta, s.p))
+    # an item that has stopped keeps its x, r and p whatever the others do
+    beta = space.where(go, rz / rz_safe, one)
+    p = space.axpy(space.where(go, one, zero), z, space.scale(beta, s.p))
     # 1/α_k + β_{k-1}/α_{k-1} is a Rayleigh quotient of A, hence a lower estimate of its norm, for free.
     inverse = space.where(go, curvature / rz_safe, zero)
     norm = space.maximum(s.operator_norm, inverse + s.ritz)
     bad = space.where(finite, int(Status.NOT_POSITIVE_DEFINITE), int(Status.NON_FINITE))
+    bad = bad if precondition.identity else space.where(sound, bad, int(Status.BAD_PRECONDITIONER))
     status = space.where(s.active & ~go, bad, s.status)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & (rr > target) & (iterations < budget)
-    return _State(x, r, p, rz, rr, active, status, iterations, s.matvecs + 1, beta * inverse, norm)
+    pp = space.where(go, rz + beta * beta * s.pp, s.pp)
+    return _State(x, r, p, rz, rr, pp, active, status, iterations, s.matvecs + 1, beta * inverse, norm)
+
+
+def _flat(end: _State, state: KrylovState, space: Any, level: float) -> _State:
+    """Tell zero curvature from a singular A, where A p vanishes, too (two products, after a failure only)."""
+    stopped = end.status == int(Status.NOT_POSITIVE_DEFINITE)
+
+    def ask(told: tuple[Array, ...]) -> tuple[Array, ...]:
+        (status, matvecs, norm), precondition = told, state.preconditioner
+        probe = space.probe()
+        z = precondition(probe)  # as p, in the norm of M⁻¹
+        zz = space.inner(probe, z)
+        ap = state.operator.matvec(end.p)
+        image = space.inner(ap, precondition(ap))
+        az = state.operator.matvec(z)
+        size = space.inner(az, precondition(az))
+        vanishes = image * zz <= level * size * end.pp
+        norm = space.maximum(norm, space.sqrt(size / zz))
+        return space.where(stopped & vanishes, int(Status.SINGULAR), status), matvecs + 2, norm
+
+    told = state.operator.backend.rescue(stopped, ask, (end.status, end.matvecs, end.operator_norm))
+    return end._replace(status=told[0], matvecs=told[1], operator_norm=told[2])

@@ -19,23 +19,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
-from implicitdiff.errors import InputError, UnknownNameError
 from implicitdiff.report import Status
-from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start
+from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy, without_preconditioner
 
 __all__ = ["GMRES"]
 
 
 class _State(NamedTuple):
     basis: Array  # (..., m + 1, n)
-    upper: Array  # (..., m, m): Rᵀ, the triangular factor of H; identity where a column is still missing
-    rotation: Array  # (..., m + 1, m + 1): product of the Givens rotations
+    upper: Array  # (..., m, m): Rᵀ, the triangular factor of H; zero where a column is still missing
+    rotation: Array  # (..., m + 1, m + 1): product of the Givens rotations; row j is made at step j
     phi: Array  # norm of the residual over that of the start
     active: Array
     status: Array
     iterations: Array
     j: Any
     operator_norm: Array
+    least: Array  # smallest ‖A v‖ over the basis: an upper bound of the least singular value
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class GMRES(Krylov):
     Parameters
     ----------
     restart : int, optional
-        Vectors kept before a restart. Default: as many as fit into 128 MiB, between 30 and 300, at most n.
+        Vectors kept before a restart. Default: as many as fit into 128 MiB, between 30 and 300, at most n; each item
+        of a batch keeps as many as it would alone.
     side : {"right", "left"}, default "right"
         Where the preconditioner goes. On the right the method minimises the true residual.
 
@@ -67,22 +68,14 @@ class GMRES(Krylov):
     name: ClassVar[str] = "gmres"
     stall: ClassVar[float] = 0.999  # a short restart may gain little and still get there
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.side not in {"right", "left"}:
-            raise UnknownNameError(f"side = {self.side!r}: expected 'right' or 'left'.")
-        if self.restart is not None and self.restart < 1:
-            raise InputError(f"restart = {self.restart!r}: expected a positive integer.")
-
-    def _size(self, items: tuple[int, ...], n: int) -> int:
-        total = n * math.prod(items)
-        fitting = min(max(2**24 // max(total, 1), 30), 300)
-        return min(self.restart or fitting, n)
+    def kept(self, n: int) -> int:
+        """Return the number of vectors before a restart, the same for an item alone and in a batch."""
+        return min(self.restart or min(max(2**24 // max(n, 1), 30), 300), n)
 
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run one restart cycle from x with residual r."""
         product, precondition = state.operator.matvec, state.preconditioner
-        m = self._size(space.items, space.length)
+        m = self.kept(space.length)
         left = self.side == "left" and not precondition.identity
         r = precondition(start.r) if left else start.r
         beta = space.norm(r)
@@ -92,26 +85,35 @@ class GMRES(Krylov):
         def apply(v: Array) -> Array:
             return precondition(product(v)) if left else product(precondition(v))
 
-        def step(s: _State) -> _State:
+        def arnoldi(s: _State) -> _State:
             return _step(s, space, apply, m, target, start.budget)
 
         first = _first(space, r, beta, start.active, m)
-        end = state.operator.backend.while_loop(lambda s: space.any(s.active), step, first, limit=m)
+        end = state.operator.backend.while_loop(lambda s: space.any(s.active), arnoldi, first, limit=m)
         k = end.j if isinstance(end.j, int) else m  # in a compiled program it is not known
         y = _triangular_solve(space, end, beta, k)
         d = space.combine(end.basis, k - 1, y)
-        x = space.axpy(space.scalar(1.0), d if left else precondition(d), start.x)
-        return Cycle(x, end.iterations, end.j, end.status, end.operator_norm)
+        step = d if left else precondition(d)
+        norm = end.operator_norm
+        flat = end.least <= 4 * accuracy(state, space) ** 0.5 * norm
+        if not precondition.identity:
+            sizes = (space.norm(start.r), beta) if left else (space.norm(d), space.norm(step))
+            norm = without_preconditioner(space, norm, *sizes)
+        x = space.axpy(space.scalar(1.0), step, start.x)
+        return Cycle(x, end.iterations, end.j, end.status, norm, flat)
 
 
 def _first(space: Any, r: Array, beta: Array, active: Array, m: int) -> _State:
-    xp, zero = space.xp, space.scalar(0.0)
-    eye = xp.eye(m + 1, dtype=space.dtype, device=space.device)
-    eye = xp.broadcast_to(eye, (*space.items, m + 1, m + 1))
-    safe = space.where(beta > 0, beta, space.scalar(1.0))
-    basis = space.put(space.basis(m + 1), 0, space.scale(1 / safe, space.copy(r)))
-    upper = space.copy(eye[..., :m, :m])
-    return _State(basis, upper, space.copy(eye), zero + 1, active, space.counter(), space.counter(), 0, zero)
+    xp, zero, one = space.xp, space.scalar(0.0), space.scalar(1.0)
+    usable = active & (beta > 0)
+    inverse = space.where(usable, one / space.where(usable, beta, one), zero)
+    basis = space.put(space.basis(m + 1), 0, space.scale(inverse, space.copy(r)))
+    upper = xp.zeros((*space.items, m, m), dtype=space.dtype, device=space.device)
+    rotation = xp.zeros((*space.items, m + 1, m + 1), dtype=space.dtype, device=space.device)
+    rotation = space.put_row(rotation, 0, _one_hot(space, 0, m + 1))
+    return _State(
+        basis, upper, rotation, one, active, space.counter(), space.counter(), 0, zero, space.scalar(math.inf)
+    )
 
 
 def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Array) -> _State:
@@ -127,7 +129,6 @@ def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Arra
     finite = space.isfinite(norm)
     broke = size <= space.eps * norm  # the space is invariant: the solution lies in it
     size = space.where(broke, zero, size)
-    basis = space.put(s.basis, s.j + 1, space.scale(space.where(broke, zero, one / space.where(broke, one, size)), w))
     go = s.active & finite
     column, rotation, diagonal = _rotate(space, s, h, size, m, go)
     upper = _set_column(space, s, column, diagonal, go, m)
@@ -137,9 +138,13 @@ def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Arra
     status = space.where(singular, int(Status.SINGULAR), status)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & ~broke & (phi > target) & (s.j + 1 < m) & (iterations < budget)
+    # an item that has stopped does nothing any more: v = 0
+    inverse = space.where(active, one / space.where(active, size, one), zero)
+    basis = space.put(s.basis, s.j + 1, space.scale(inverse, w))
     return _State(
         basis, upper, rotation, phi, active, status, iterations, s.j + 1,
-        space.maximum(s.operator_norm, space.where(s.active & finite, norm, zero)),
+        space.maximum(s.operator_norm, space.where(s.active, norm, zero)),
+        space.where(go & (norm < s.least), norm, s.least),
     )  # fmt: skip
 
 
@@ -147,15 +152,15 @@ def _rotate(space: Any, s: _State, h: Array, size: Array, m: int, go: Array) -> 
     """Apply the rotations so far to the new column, and one more that annihilates its last entry."""
     xp = space.xp
     e0, e1 = _one_hot(space, s.j, m + 1), _one_hot(space, s.j + 1, m + 1)
-    column = (s.rotation @ (h + e1 * size[..., None])[..., None])[..., 0]
+    column = (s.rotation @ h[..., None])[..., 0] + e1 * size[..., None]
     a, b = column @ e0, column @ e1
     d = xp.sqrt(a * a + b * b)
     safe = xp.where(d > 0, d, xp.ones_like(d))
     c, sn = xp.where(d > 0, a / safe, xp.ones_like(d))[..., None], (b / safe)[..., None]
-    row0, row1 = space.copy_row(s.rotation, s.j), space.copy_row(s.rotation, s.j + 1)
+    row = space.copy_row(s.rotation, s.j)
     mask = xp.asarray(go)[..., None]
-    rotation = space.put_row(s.rotation, s.j, xp.where(mask, c * row0 + sn * row1, row0))
-    rotation = space.put_row(rotation, s.j + 1, xp.where(mask, c * row1 - sn * row0, row1))
+    rotation = space.put_row(s.rotation, s.j, xp.where(mask, c * row + sn * e1, row))
+    rotation = space.put_row(rotation, s.j + 1, xp.where(mask, c * e1 - sn * row, 0 * row))
     return column + e0 * (d - a)[..., None], rotation, d
 
 
@@ -165,7 +170,7 @@ def _set_column(space: Any, s: _State, column: Array, diagonal: Array, go: Array
     rows = xp.arange(m, device=space.device)
     column = xp.where(rows <= s.j, column[..., :m], xp.zeros_like(column[..., :m]))
     usable = xp.asarray(go & (diagonal > 0))[..., None]
-    return space.put_row(s.upper, s.j, xp.where(usable, column, space.copy_row(s.upper, s.j)))
+    return space.put_row(s.upper, s.j, xp.where(usable, column, xp.zeros_like(column)))
 
 
 def _one_hot(space: Any, j: Any, m: int) -> Array:
@@ -180,4 +185,6 @@ def _triangular_solve(space: Any, end: _State, beta: Array, k: int) -> Array:
     known = xp.arange(k, device=space.device) < xp.asarray(columns)[..., None]
     g = xp.asarray(beta)[..., None] * end.rotation[..., :k, 0]
     g = xp.where(known, g, xp.zeros_like(g))
-    return xp.linalg.solve(xp.matrix_transpose(end.upper[..., :k, :k]), g[..., None])[..., 0]
+    eye = xp.eye(k, dtype=space.dtype, device=space.device)
+    upper = xp.where(known[..., None], end.upper[..., :k, :k], eye)
+    return space.solve_triangular(xp.matrix_transpose(upper), g)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.report import Status
-from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start
+from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, without_preconditioner
 
 __all__ = ["MINRES"]
 
@@ -72,21 +72,24 @@ class MINRES(Krylov):
         square = space.inner(start.r, y)
         beta = space.sqrt(square)
         zero = space.scalar(0.0)
-        status = space.where(square < 0, int(Status.NOT_POSITIVE_DEFINITE), space.counter())
+        status = space.where(square < 0, int(Status.BAD_PRECONDITIONER), space.counter())
+        rr = square if precondition.identity else space.inner(start.r, start.r)
         first = _State(
             start.x, space.zeros(), start.r, y, space.zeros(), space.zeros(), beta, zero, zero, zero,
             zero - 1, zero, beta, start.active & (status == 0), status, space.counter(), 0, zero,
         )  # fmt: skip
         # φ is a norm in M; without M it is the residual itself. With M, one decimal more is asked for
         # and the driver has the last word on the true residual.
-        target = start.target if precondition.identity else 0.1 * start.target * beta / space.norm(start.r)
+        target = start.target if precondition.identity else 0.1 * start.target * beta / space.sqrt(rr)
 
         def step(s: _State) -> _State:
             return _step(s, space, product, precondition, target, start.budget)
 
         most, loop = self.most(space.length), state.operator.backend.while_loop
         end = loop(lambda s: space.any(s.active), step, first, limit=most)
-        return Cycle(end.x, end.iterations, end.matvecs, end.status, end.operator_norm)
+        norm = end.operator_norm
+        norm = norm if precondition.identity else without_preconditioner(space, norm, rr, square)
+        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm)
 
 
 def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array) -> _State:
@@ -95,7 +98,7 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     inverse = space.where(usable, one / space.where(usable, s.beta, one), zero)
     v = space.scale(inverse, s.y)
     y = space.copy(product(v))
-    later = s.beta_old > 0  # from the second step on
+    later = usable & (s.beta_old > 0)  # from the second step on; an item that has stopped does nothing any more: v = 0
     ratio = space.where(later, s.beta / space.where(later, s.beta_old, one), zero)
     y = space.axpy(-ratio, s.r1, y)
     alpha = space.inner(v, y)
@@ -142,5 +145,5 @@ def _update(s: _State, space: Any, v: Array, go: Array, gamma: Array, delta: Arr
 def _status(s: _State, space: Any, go: Array, finite: Array, square: Array) -> Array:
     """Why an item stops here, 0 where it does not."""
     status = space.where(s.active & ~go, int(Status.SINGULAR), s.status)
-    status = space.where(s.active & (square < 0), int(Status.NOT_POSITIVE_DEFINITE), status)
+    status = space.where(s.active & (square < 0), int(Status.BAD_PRECONDITIONER), status)
     return space.where(s.active & ~finite, int(Status.NON_FINITE), status)
