@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ __all__ = [
     "any_true",
     "item_norm",
     "item_numbers",
+    "listed",
+    "named_items",
     "needed",
     "probe_vector",
     "times",
@@ -92,10 +95,22 @@ def probe_vector(xp: Any, n: int, dtype: Any, device: Any) -> Array:
     return z
 
 
-def item_numbers(xp: Any, mask: Array, limit: int = 8) -> list[int]:
-    """Return the numbers of the first true items of a one-dimensional mask."""
+def item_numbers(xp: Any, mask: Array) -> list[int]:
+    """Return the numbers of the true items of a one-dimensional mask."""
     numbers = xp.nonzero(xp.reshape(mask, (-1,)))[0]
-    return [int(numbers[i]) for i in range(min(limit, numbers.shape[0]))]
+    return [int(numbers[i]) for i in range(numbers.shape[0])]
+
+
+def listed(names: Sequence[Any], limit: int = 8) -> str:
+    """Join names by commas; a list that is cut says how many more there are."""
+    more = len(names) - limit
+    return ", ".join(map(str, names[:limit])) + (f" and {more} more" if more > 0 else "")
+
+
+def named_items(xp: Any, mask: Array) -> str:
+    """Name the true items of a one-dimensional mask: ``item 3``, or ``items 3, 5 and 7 more``."""
+    numbers = item_numbers(xp, mask)
+    return f"{'item' if len(numbers) == 1 else 'items'} {listed(numbers)}"
 
 
 def to_python(x: Array) -> Any:

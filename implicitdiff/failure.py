@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from implicitdiff.arrays import Array, item_numbers, to_python
+from implicitdiff.arrays import Array, to_python
 from implicitdiff.errors import (
     NonFiniteProductError,
     NotConvergedError,
     NotPositiveDefiniteError,
     NotSymmetricError,
+    PreconditionerError,
     SingularError,
     SolveError,
     SolveWarning,
     UnknownNameError,
 )
 from implicitdiff.operator import Operator
-from implicitdiff.report import Status
+from implicitdiff.report import Status, tally
 
 __all__ = ["MODES", "check_mode", "explain", "settle", "warn"]
 
@@ -31,6 +33,7 @@ _ERRORS: dict[Status, type[SolveError]] = {
     Status.NOT_POSITIVE_DEFINITE: NotPositiveDefiniteError,
     Status.NOT_SYMMETRIC: NotSymmetricError,
     Status.SINGULAR: SingularError,
+    Status.BAD_PRECONDITIONER: PreconditionerError,
     Status.NON_FINITE: NonFiniteProductError,
 }
 _NOT_THE_USER = {"implicitdiff", "contextlib", "functools", "torch"}
@@ -67,20 +70,13 @@ def explain(operator: Operator, solution: Any, solver: str) -> SolveError:
     xp = operator.backend.xp
     codes = xp.asarray(solution.status)
     worst = Status(int(xp.max(codes)))
-    facts = _facts(xp, solution, codes, worst)
-    head, hint = _TEXTS[worst]
-    head = head.format(solver=solver, A=operator.label, **facts)
-    if worst is not Status.NON_FINITE and worst is not Status.NOT_SYMMETRIC and _is_zero(operator, solution.x):
-        worst = Status.SINGULAR
-        head = f"{operator.label} v = 0 for a probe vector v: F does not depend on y, or its Hessian is zero."
-        hint = (
-            "Likely cause: the condition was given the wrong function, or y and theta are swapped.\n"
-            "Next: check that F(y, theta) changes with y."
-        )
-    items = ""
-    if operator.items:
-        numbers = item_numbers(xp, codes > int(Status.APPROXIMATE))
-        items = f"items {numbers}: "
+    if worst not in _NOT_ZERO and _is_zero(operator, solution.x):
+        worst, head, hint = Status.SINGULAR, *_ZERO
+    else:
+        head, cause, following = _TEXTS[worst](operator, solver)
+        hint = f"Likely cause: {cause}\nNext: {following}"
+    head = head.format(solver=solver, A=operator.label, **_facts(xp, solution, codes, Status(int(xp.max(codes)))))
+    items = f"{tally(codes)}.\n" if operator.items else ""
     return _ERRORS[worst](f"{items}{head}\n{hint}")
 
 
@@ -96,8 +92,9 @@ def _facts(xp: Any, solution: Any, codes: Array, worst: Status) -> dict[str, str
 
     return {
         "residual": pick(solution.residual), "tolerance": pick(solution.tolerance),
-        "iterations": pick(solution.iterations), "rcond": pick(solution.rcond),
-        "products": _products(solution),
+        "iterations": pick(solution.iterations), "products": _products(solution),
+        "how": f"residual = {pick(solution.residual)}" if solution.rcond is None
+        else f"rcond = {pick(solution.rcond)}, residual = {pick(solution.residual)}",
     }  # fmt: skip
 
 
@@ -107,39 +104,109 @@ def _products(solution: Any) -> str:
 
 def _is_zero(operator: Operator, x: Array) -> bool:
     """Whether A maps a vector without structure to exactly zero (costs one product, after a failure only)."""
-    one = operator.backend.space(x[0, ...] if len(x.shape) > len(operator.items) + 1 else x)
+    if operator.like is not None:  # x may come of a program whose vectors are of another kind
+        one = operator.backend.space(operator.like)
+    else:
+        one = operator.backend.space(x[0, ...] if len(x.shape) > len(operator.items) + 1 else x)
     return bool(one.vanishes(operator.matvec(one.probe())))
 
 
-_TEXTS = {
-    Status.MAX_ITERATIONS: (
+_NOT_ZERO = {Status.NON_FINITE, Status.NOT_SYMMETRIC, Status.BAD_PRECONDITIONER}
+_ZERO = (
+    "{A} v = 0 for a probe vector v: F does not depend on y, or its Hessian is zero.",
+    "Likely cause: the condition was given the wrong function, or y and theta are swapped.\n"
+    "Next: check that F(y, theta) changes with y.",
+)
+_DIRECT = {"lu", "ldlt", "cholesky"}
+
+# What to say for a status: head, likely cause, what to try next. The advice goes by what is known of A, and never names
+# the method that has just failed.
+Text = tuple[str, str, str]
+
+
+def _or(*choices: str) -> str:
+    return ", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else choices[0]
+
+
+def _others(operator: Operator, solver: str) -> str:
+    """Methods that may do better on an A that need not be positive definite."""
+    names = ("minres", "lu") if operator.symmetric else ("gmres", "lu")
+    return _or(*(f"solver={name!r}" for name in names if name != solver))
+
+
+def _exhausted(operator: Operator, solver: str) -> Text:
+    return (
         "{solver} stopped after {iterations} iterations at a residual of {residual}, above {tolerance}.",
-        "Likely cause: {A} is ill-conditioned, or maxiter is too small.".replace("{A}", "the operator")
-        + "\nNext: raise maxiter, give a preconditioner or damping, loosen rtol, or try solver='lu'.",
-    ),
-    Status.STAGNATED: (
+        f"{operator.label} is ill-conditioned, or maxiter is too small.",
+        _or("raise maxiter", "give a preconditioner", "add damping", "loosen rtol", "try solver='lu'") + ".",
+    )
+
+
+def _stagnated(operator: Operator, solver: str) -> Text:
+    advice = ["add damping"] if solver in _DIRECT else ["add damping", "loosen rtol"]
+    if solver != "lu":
+        advice.insert(0, "try solver='lu' (it reports the condition number)")
+    return (
         "{solver} stagnated after {iterations} iterations: the true residual stays at {residual}, above {tolerance}.",
-        "Likely cause: a singular or very ill-conditioned operator, or noisy products (finite differences).\n"
-        "Next: try solver='lu' (it reports the condition number), add damping, or loosen rtol.",
-    ),
-    Status.NOT_POSITIVE_DEFINITE: (
+        "a singular or very ill-conditioned operator, or noisy products (finite differences).",
+        _or(*advice) + ".",
+    )
+
+
+def _indefinite(operator: Operator, solver: str) -> Text:
+    cause = "y is a saddle point or a maximum, or the Hessian is singular."
+    if not operator.symmetric:
+        cause = f"{operator.label} is not symmetric, or y is a saddle point or a maximum."
+    return (
         "{solver}: {A} is not positive definite (zero or negative curvature was met).",
-        "Likely cause: y is a saddle point or a maximum, or the Hessian is singular.\n"
-        "Next: solver='minres' (symmetric), 'lu' (any), or damping in the solver.",
-    ),
-    Status.NOT_SYMMETRIC: (
-        "{solver}: {A} was declared symmetric, and it is not.",
-        "Likely cause: hvp or hessian has an error, or a Root was given to a method for symmetric matrices.\n"
-        "Next: compare vᵀ(A w) with wᵀ(A v); for a truly asymmetric operator use solver='gmres' or 'lu'.",
-    ),
-    Status.SINGULAR: (
-        "{solver}: {A} is singular, or so to working precision (rcond = {rcond}, residual = {residual}).",
-        "Likely cause: the solution is not unique (a redundant parameter, a flat direction), or F ignores part of y.\n"
-        "Next: regularise the problem, add damping, or use solver='minres' where the loss ignores the flat directions.",
-    ),
-    Status.NON_FINITE: (
+        cause,
+        _or(_others(operator, solver), "damping in the solver") + ".",
+    )
+
+
+def _asymmetric(operator: Operator, solver: str) -> Text:
+    said = "was declared symmetric, and it is not" if operator.symmetric else "is not symmetric, which the method needs"
+    return (
+        f"{{solver}}: {{A}} {said}.",
+        "hvp or hessian has an error, or a Root was given to a method for symmetric matrices.",
+        "compare vᵀ(A w) with wᵀ(A v); for a truly asymmetric operator use solver='gmres' or 'lu'.",
+    )
+
+
+def _singular(operator: Operator, solver: str) -> Text:
+    advice = ["regularise the problem", "add damping"]
+    if operator.symmetric and solver != "minres":
+        advice.append("use solver='minres' where the loss ignores the flat directions")
+    return (
+        "{solver}: {A} is singular, or so to working precision ({how}).",
+        "the solution is not unique (a redundant parameter, a flat direction), or F ignores part of y.",
+        _or(*advice) + ".",
+    )
+
+
+def _preconditioner(operator: Operator, solver: str) -> Text:
+    fault = "is singular" if solver == "gmres" else "is not symmetric positive definite"
+    return (
+        f"{{solver}}: the preconditioner {fault}, or its products hold NaN or Inf.",
+        "a wrong sign, a factorisation that failed, or the product with another matrix.",
+        "evaluate M b, compare vᵀ(M w) with wᵀ(M v), or leave the preconditioner out.",
+    )
+
+
+def _non_finite(operator: Operator, solver: str) -> Text:
+    return (
         "{products} with {A} holds NaN or Inf, although y, theta and the vector are finite.",
-        "Likely cause: a derivative that does not exist at y (a square root or a norm at 0, a log of 0).\n"
-        "Next: evaluate that callback at y, and smooth the function there.",
-    ),
+        "a derivative that does not exist at y (a square root or a norm at 0, a log of 0).",
+        "evaluate that callback at y, and smooth the function there.",
+    )
+
+
+_TEXTS: dict[Status, Callable[[Operator, str], Text]] = {
+    Status.MAX_ITERATIONS: _exhausted,
+    Status.STAGNATED: _stagnated,
+    Status.NOT_POSITIVE_DEFINITE: _indefinite,
+    Status.NOT_SYMMETRIC: _asymmetric,
+    Status.SINGULAR: _singular,
+    Status.BAD_PRECONDITIONER: _preconditioner,
+    Status.NON_FINITE: _non_finite,
 }

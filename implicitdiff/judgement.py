@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, item_numbers, to_python
+from implicitdiff.arrays import Array, any_true, named_items, to_python
 from implicitdiff.errors import (
     DerivativeError,
     NonFiniteError,
@@ -91,7 +91,7 @@ def _product_error(point: Any, finite: Array, what: str) -> SolveError | None:
     xp = point.backend.xp
     if not any_true(xp, ~finite):
         return None
-    items = f"items {item_numbers(xp, ~finite)}: " if point.items else ""
+    items = f"{named_items(xp, ~finite)}: " if point.items else ""
     return NonFiniteProductError(
         f"{items}{what} holds NaN or Inf, although y and theta are finite.\n"
         "Likely cause: a derivative that does not exist at this point (a square root or a log at 0).\n"
@@ -129,8 +129,7 @@ def independent(how: str) -> DerivativeError:
 def warn_not_solution(xp: Any, size: Array, unsolved: Array, *, batched: bool) -> None:
     """Warn with ‖F(y, theta)‖ that y is not a solution."""
     if batched:
-        bad = item_numbers(xp, unsolved)
-        head = f"y is not a solution in items {bad}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
+        head = f"y is not a solution in {named_items(xp, unsolved)}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
     else:
         head = f"y is not a solution: ‖F(y, theta)‖ = {to_python(size):.3g}."
     warn(

@@ -9,7 +9,7 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_numbers
+from implicitdiff.arrays import Array, named_items
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, ShapeError
 from implicitdiff.pytree import Tree, flatten, same_structure
 from implicitdiff.vectors import TreeVector, is_tree_vector
@@ -237,7 +237,7 @@ class Ravel:
                 where = self.tree.path(i, self.name)
                 if not self.items:
                     return where
-                return f"{where} (items {item_numbers(xp, ~xp.all(part, axis=-1))})"
+                return f"{where} ({named_items(xp, ~xp.all(part, axis=-1))})"
         return self.name
 
 

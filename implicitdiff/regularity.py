@@ -216,7 +216,7 @@ def _of_saddle(rules: Rules, op: SaddleOperator, stationarity: float) -> Regular
     inertia = (positive, negative - inactive, zero)
 
     def which(mask: Array) -> tuple[str, ...]:
-        return tuple(names(xp, mask, found.equality, mask.shape[0]))
+        return tuple(names(xp, mask, found.equality))
 
     facts = {"active": found.active | found.weak, "dependent": found.dependent, "weakly_active": found.weak,
              "wrong_sign": found.wrong, "violated": found.violated}  # fmt: skip

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-__all__ = ["Counts", "Report", "Status"]
+from implicitdiff.arrays import listed
+
+__all__ = ["Counts", "Report", "Status", "tally"]
 
 
 class Status(IntEnum):
@@ -29,6 +31,29 @@ class Status(IntEnum):
     def ok(self) -> bool:
         """Whether the solution may be used."""
         return self <= Status.APPROXIMATE
+
+
+def tally(status: Any) -> str:
+    """Say how a solve ended, and of a batch which items did not converge: what a report and an error begin with.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tally(np.array([0, 4, 0, 4, 6]))
+    '2 of 5 converged; items 1, 3: NOT_POSITIVE_DEFINITE; item 4: SINGULAR'
+    """
+    if isinstance(status, Status):
+        return status.name
+    try:
+        codes = status.tolist() if hasattr(status, "tolist") else [int(status[i]) for i in range(status.shape[0])]
+    except TypeError:  # inside of a compiled program there are no numbers
+        return str(status)
+    codes = codes if isinstance(codes, list) else [codes]
+    parts = [f"{codes.count(Status.CONVERGED)} of {len(codes)} converged"]
+    for code in sorted({code for code in codes if code != Status.CONVERGED}):
+        numbers = [i for i, found in enumerate(codes) if found == code]
+        parts.append(f"{'item' if len(numbers) == 1 else 'items'} {listed(numbers)}: {Status(code).name}")
+    return "; ".join(parts)
 
 
 class Counts(NamedTuple):
@@ -113,6 +138,6 @@ class Report:
         lines = ["Report"]
         for name, value in self.__dict__.items():
             if name != "solution" and value is not None:
-                shown = value.name if isinstance(value, Status) else value
+                shown = tally(value) if name == "status" else value
                 lines.append(f"  {name:<13} {shown}")
         return "\n".join(lines)

@@ -263,10 +263,10 @@ def test_bad_item_of_a_batch(lib: Library, what: tuple[str, str]) -> None:
     bad = changed(program, y=y, theta=theta)
     found = outcome(lambda: bad.ask("vjp", bad.condition(), batched=True, on_failure=mode))
     if fault == "weak":
-        assert_told(found, RegularityWarning, r"items \[1\]: ineq\[0\] is weakly active")
+        assert_told(found, RegularityWarning, r"item 1: ineq\[0\] is weakly active")
         value = found.value
     elif mode == "raise":
-        assert_told(found, InfeasibleError, r"y violates items \[1\]: ineq\[0\]")
+        assert_told(found, InfeasibleError, r"y violates item 1: ineq\[0\]")
         value = found.error.value
     else:
         value = found.value

@@ -116,7 +116,7 @@ def test_singular(cp: Any, solver: str) -> None:
     a = np.stack([np.diag([1.0, 2.0, 3.0]), np.diag([1.0, 0.0, 3.0])])
     with pytest.raises(idf.SingularError):
         idf.linear_solve(cp.asarray(a[1]), cp.ones(3), solver=solver)
-    with pytest.raises(idf.SingularError, match=r"items \[1\]") as caught:
+    with pytest.raises(idf.SingularError, match=r"item 1") as caught:
         idf.linear_solve(cp.asarray(a), cp.ones((2, 3)), solver=solver, batched=True)
     right(cp, caught.value.value[0], np.array([1, 1 / 2, 1 / 3]))
 
@@ -126,7 +126,7 @@ def test_not_positive_definite(cp: Any) -> None:
     a = np.stack([matrix("pos", 6), matrix("sym", 6)])
     with pytest.raises(idf.NotPositiveDefiniteError):
         idf.linear_solve(cp.asarray(a[1]), cp.ones(6), solver="cholesky")
-    with pytest.raises(idf.NotPositiveDefiniteError, match=r"items \[1\]") as caught:
+    with pytest.raises(idf.NotPositiveDefiniteError, match=r"item 1") as caught:
         idf.linear_solve(cp.asarray(a), cp.ones((2, 6)), solver="cholesky", batched=True)
     right(cp, caught.value.value[0], np.linalg.solve(a[0], np.ones(6)))
 

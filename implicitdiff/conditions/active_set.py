@@ -161,9 +161,9 @@ def classified(
     )  # fmt: skip
 
 
-def names(xp: Any, mask: Array, equality: Array, limit: int = 8) -> list[str]:
-    """Names of the first constraints of a mask (*items, k), eq[i] or ineq[i], each that it holds for in any item."""
+def names(xp: Any, mask: Array, equality: Array) -> list[str]:
+    """Names of the constraints of a mask (*items, k), eq[i] or ineq[i], each that it holds for in any item."""
     if len(mask.shape) > 1:
         mask, equality = xp.any(mask, axis=0), equality[0, ...]
     p = int(xp.sum(xp.astype(equality, xp.int32)))
-    return [f"eq[{i}]" if i < p else f"ineq[{i - p}]" for i in item_numbers(xp, mask, limit)]
+    return [f"eq[{i}]" if i < p else f"ineq[{i - p}]" for i in item_numbers(xp, mask)]

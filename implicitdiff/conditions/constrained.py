@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, item_numbers
+from implicitdiff.arrays import Array, listed, named_items
 from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
 from implicitdiff.conditions.base import Condition, Findings, Frame, Maps, finite_part
@@ -189,8 +189,8 @@ class Constrained(Condition):
         xp = namespace(found.active)
 
         def which(mask: Array) -> str:
-            names = ", ".join(active_set.names(xp, mask, found.equality))
-            return f"items {item_numbers(xp, xp.any(mask, axis=-1))}: {names}" if batched and names else names
+            names = listed(active_set.names(xp, mask, found.equality))
+            return f"{named_items(xp, xp.any(mask, axis=-1))}: {names}" if batched and names else names
 
         if violated := which(found.violated):
             return InfeasibleError(
@@ -221,13 +221,13 @@ class Constrained(Condition):
             rows = operator.in_units().jacobian  # type: ignore[attr-defined]
             dependent = active_set.dependent_rows(operator.backend, rows, found.active)
             if dependent is not None:
-                return _unqualified(", ".join(active_set.names(xp, dependent, found.equality)))
+                return _unqualified(listed(active_set.names(xp, dependent, found.equality)))
         if self.route == "schur" and isinstance(error, (SingularError, NotPositiveDefiniteError)):
             text = "route='schur' needs a regular Hessian of the Lagrangian; 'nullspace' and 'kkt' do not."
         elif not blocks and isinstance(error, NotPositiveDefiniteError):
             text = "A saddle system never is: use 'lu', 'ldlt' or 'minres' here, or route='nullspace' with this solver."
         elif isinstance(error, SingularError):
-            weak = ", ".join(active_set.names(xp, found.weak, found.equality))
+            weak = listed(active_set.names(xp, found.weak, found.equality))
             text = "Here: the Hessian of the Lagrangian is singular on the null space of the active constraints"
             text = f"{text}, of which {weak} is weakly active and left out." if weak else f"{text}."
         if text:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from implicitdiff.arrays import Array, any_true, item_numbers
+from implicitdiff.arrays import Array, any_true, listed, named_items
 from implicitdiff.conditions.active_set import names
 from implicitdiff.conditions.base import Findings, Maps, check_callables
 from implicitdiff.conditions.constrained import Constrained
@@ -148,7 +148,7 @@ class LogBarrier(Constrained):
         found, outside = findings.details
         xp = namespace(outside)
         if any_true(xp, outside):
-            where = f"items {item_numbers(xp, xp.any(outside, axis=-1))}: " if batched else ""
+            where = f"{named_items(xp, xp.any(outside, axis=-1))}: " if batched else ""
             return InfeasibleError(
                 f"{where}{_inequalities(xp, outside)} is not negative: y is not inside of the barrier.\n"
                 "Likely cause: y is the constrained minimum, not that of t f - sum log(-ineq); or ineq has the other "
@@ -179,4 +179,4 @@ def _like_log(xp: Any, g: Any, known: np.ndarray) -> Any:
 
 
 def _inequalities(xp: Any, mask: Array) -> str:
-    return ", ".join(names(xp, mask, xp.zeros_like(mask)))
+    return listed(names(xp, mask, xp.zeros_like(mask)))

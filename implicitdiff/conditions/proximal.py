@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from implicitdiff.arrays import Array, item_numbers
+from implicitdiff.arrays import Array, item_numbers, listed, named_items
 from implicitdiff.conditions.base import Condition, Findings, Given, Maps, check_callables, finite_part, maps_from
 from implicitdiff.conditions.fixed_point import identity_minus
 from implicitdiff.conditions.point import Point
@@ -99,7 +99,7 @@ class _Composite(Condition):
 
         bent = findings.details
         xp = array_api_compat.array_namespace(bent)
-        where = f"items {item_numbers(xp, xp.any(bent, axis=-1))}" if batched else f"y, at {item_numbers(xp, bent)}"
+        where = named_items(xp, xp.any(bent, axis=-1)) if batched else f"y, at {listed(item_numbers(xp, bent))}"
         return None, [
             f"{self._name} has a kink at x = y - step ∇f, or next to it: in {where} (in raveled order).\n"
             "Likely cause: a constraint, or a zero of y, that holds with a multiplier of zero (no strict "
