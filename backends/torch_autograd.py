@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 Function = Callable[..., Array]
+_ABOUT_RECORDING = ("requires grad", "require grad", "requires_grad", "graph leaves", "modified inplace")
+"""How Torch says that it takes plain tensors only: NumPy, DLPack, ``out=``, in-place work on leaves, deep copies."""
 BLOCK = 2**24
 """Numbers in one block of right-hand sides that go through the graph together."""
 
@@ -203,10 +205,12 @@ def _record(function: Function, *xs: Array) -> Array | None:
     try:
         with mode(recording=True):
             return function(*xs).clone()  # a function may return a buffer, which its next call takes for another graph
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Warning):
         raise
-    except Exception:
+    except Exception as error:
         function(*(x.detach() for x in xs))  # an error that has nothing to do with recording comes back here
+        if not any(sign in str(error) for sign in _ABOUT_RECORDING):
+            raise  # ... or does not, at a second call: it is the user's, too
         return None
 
 

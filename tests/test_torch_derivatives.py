@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -231,6 +232,25 @@ def test_callbacks_may_use_autograd() -> None:
 
     with torch.no_grad():
         close(implicit_vjp(Stationary(grad=grad), p.y, p.theta, p.cotangent), p.truth.vjp, 1e-10)
+
+
+@pytest.mark.parametrize("error", [UserWarning("a first warning"), ValueError("not tracked, please")])
+def test_an_error_at_the_first_call_is_told(error: Exception) -> None:
+    """It is not taken for a function that Torch cannot record, although a second call would succeed."""
+    calls: list[int] = []
+
+    def once(y: Any, theta: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+        return y - theta
+
+    one = torch.ones(2, dtype=F64)
+    with pytest.raises(type(error), match=str(error)):
+        implicit_vjp(Root(once), one, one, one)
+    copied, report = implicit_vjp(Root(lambda y, t: copy.deepcopy(y) - t), one, one, one, return_report=True)
+    close(copied, np.ones(2), 1e-6)
+    assert report.derivatives["A"] == "finite differences"
 
 
 def test_captured_tensors_that_require_gradients_do_not_enter() -> None:
