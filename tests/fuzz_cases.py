@@ -119,6 +119,8 @@ def noisy(it: Instance, noise: str, seed: int) -> Callable[[str, Callable[..., A
             out = np.asarray(f(Y, T, d))
             if noise == "float32":
                 return out.astype(np.float32).astype(out.dtype)[()]
+            if noise == "offset":  # of f: ∇f is the same, and the last digits are gone; of F it would move the root
+                return out + 1e8 * size * (name == "value")
             if noise == "rounded":
                 return (np.round(out / (1e-6 * size)) * (1e-6 * size)).astype(out.dtype)[()]
             # fixed: the same at the same point
@@ -135,7 +137,7 @@ def _mapped(tree: Any, f: Callable[[Any], Any]) -> Any:
 
 
 NOISES = ("random 1e-8", "random 1e-6", "random 1e-4", "random 1e-2", "fixed 1e-8", "fixed 1e-6", "fixed 1e-4",
-          "rounded", "float32")  # fmt: skip
+          "rounded", "float32", "offset")  # fmt: skip
 
 
 # -- mistakes --------------------------------------------------------------------------------------------
@@ -205,7 +207,9 @@ MISTAKES: dict[str, Mistake] = {
     "preconditioner negative": Mistake(_bad_for("cg", "minres"), **PRECONDITIONER),
     "preconditioner asymmetric": Mistake(_bad_for("cg", "minres"), **PRECONDITIONER),
     # a singular diagonal matrix is a regular one in other units
-    "singular": Mistake(lambda c: _several(c) and c.family != "kepler", ("SingularError", "NoiseError"), changed={"condition": np.inf}),
+    "singular": Mistake(
+        lambda c: _several(c) and c.family != "kepler", ("SingularError", "NoiseError"), changed={"condition": np.inf}
+    ),
     "indefinite": Mistake(
         lambda c: _kind(c) is Stationary and c.solver in {"cg", "cholesky"} and _several(c),
         ("NotPositiveDefiniteError",), changed={"kind": "indefinite"},
