@@ -49,7 +49,7 @@ class Case:
 
 
 # -- what is drawn ---------------------------------------------------------------------------------------
-BLOCK = 6
+BLOCK = 12
 """Cases on JAX that follow one another are of one shape, and share a compiled program."""
 
 
@@ -79,7 +79,7 @@ def draw(framework: str, seed: int) -> Case:
         seed, framework, family, dtype, n, kind, condition, source, solver, entry, *units, tree, items, noise, ""
     )
     able = [name for name, mistake in MISTAKES.items() if mistake.able(case) and not (jax and mistake.changed)]
-    if rng.random() < (0.2 if jax else 0.35) and not noise and able:
+    if rng.random() < (0.1 if jax else 0.35) and not noise and able:
         case = MISTAKES[one(*able)].prepared(case, rng)
     return case
 
