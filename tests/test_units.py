@@ -311,7 +311,8 @@ def blind(it: Instance) -> tuple[Instance, type]:
 POINT = pytest.mark.xfail(strict=False, reason="point: judged by the Newton step; on its way")
 TOLD = [
     *(pytest.param(unsolved, source, solver, marks=POINT) for source, solver in (
-        ("products", "lu"), ("matrix", "cholesky"), ("matrix", "cg"), ("differences", "auto"), ("complex step", "auto"))),
+        ("products", "lu"), ("matrix", "cholesky"), ("matrix", "cg"), ("differences", "auto"), ("complex step", "auto"),
+    )),
     (singular, "products", "lu"),
     (singular, "matrix", "auto"), (singular, "matrix", "minres"), (singular, "complex step", "cholesky"),
     (singular, "differences", "auto"), (indefinite, "matrix", "cg"), (indefinite, "products", "cholesky"),
