@@ -16,6 +16,8 @@ import numpy as np
 
 from implicitdiff.backends.jax_contents import Contents
 from implicitdiff.backends.jax_rules import arrays_of, filled, functions_of, run_rules
+from implicitdiff.errors import RecompilationWarning
+from implicitdiff.failure import warn
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
@@ -38,10 +40,13 @@ class Program:
         ``build(program, call, *arrays) -> arrays``; runs while JAX traces.
     contents : Contents
         What the user's functions see beside their arguments.
+    told : bool
+        Whether the user knows that it is compiled at every call.
     """
 
     build: Callable[..., Any]
     contents: Contents
+    told: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
     compiled: Any = None
@@ -129,10 +134,11 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
         task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
         jax.config.read("jax_enable_x64"),
     )  # fmt: skip
-    program, contents = _programs.get(key), Contents((*functions, *map(_changeable, (task.solver, *call.args.static))))
+    held = (task.solver, *call.args.static, *(f for f in functions if not callable(f)))
+    program, contents = _programs.get(key), Contents(filter(callable, functions), held)
     if program is not None and program.contents == contents:
         return program
-    program = Program(build, contents)
+    program = Program(build, contents, told=_tell_unknown(program, contents))
     for thing in found:
         try:
             program.kept.append(weakref.ref(thing, _dropping(key)))
@@ -140,6 +146,19 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
             program.kept.append(thing)
     _programs[key] = program
     return program
+
+
+def _tell_unknown(before: Program | None, contents: Contents) -> bool:
+    """Say once why a program is compiled again and again; return whether that was said."""
+    if before is None or before.told or contents.unknown is None:
+        return before is not None and before.told
+    warn(
+        f"JAX compiles this derivative at every call: its functions see {contents.unknown}, which cannot be compared "
+        "with what it was.\nNext: pass what changes in args or theta, as arrays, and keep the rest from the functions; "
+        "or call from within jax.jit.",
+        RecompilationWarning,
+    )
+    return True
 
 
 def _dropping(key: Any) -> Callable[[Any], None]:
@@ -150,13 +169,6 @@ def _dropping(key: Any) -> Callable[[Any], None]:
         programs.pop(key, None)
 
     return drop
-
-
-def _changeable(value: Any) -> Any:
-    """What may change in an object that the key knows: equal ones are as good as one and the same."""
-    if isinstance(value, (types.FunctionType, types.MethodType)):
-        return value
-    return getattr(value, "__dict__", None)
 
 
 def _identity(function: Any, found: list[Any]) -> Any:
@@ -200,6 +212,7 @@ class Runner:
         self._task, self._inline = task, inline
         self._direct: Direct | None = None
         self._factors: Any = None
+        self._program: Any = None
 
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
         task, start = self._task, time.perf_counter()
@@ -233,9 +246,10 @@ class Runner:
         """Use what the point alone determines (factors, residuals), computed at the first call."""
         vector = call.arrays[3]
         call = replace(call, arrays=call.arrays[:3])
-        program = program_for(replace(call, mode="linearize"), _build_parts)
-        if self._factors is None:
-            self._factors = program(call)
+        if self._factors is None:  # what the functions see may be another later: this is the point as it was
+            self._program = program_for(replace(call, mode="linearize"), _build_parts)
+            self._factors = self._program(call)
+        program = self._program
         part = program.facts[call.mode]
         leaves = part.leaves(self._task, vector)
         if is_traced(self._factors):

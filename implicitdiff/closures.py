@@ -1,18 +1,42 @@
-"""What a function sees beside its arguments: its closure, its defaults, globals, and what objects hold."""
+"""What a function sees beside its arguments: its closure, its defaults, globals, and what objects and modules hold."""
 
 from __future__ import annotations
 
+import enum
 import functools
+import inspect
+import sys
+import sysconfig
 import types
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, cast
 
-__all__ = ["DEPTH", "PLAIN", "inside", "sees"]
+__all__ = ["PLAIN", "Memory", "inside", "is_library", "sees"]
 
-DEPTH = 4
-"""Functions within functions, attributes of objects, entries of containers: so far down."""
+LIMIT = 20_000
+"""Values that are looked at, at most."""
 
 PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), type(Ellipsis)))
+
+_LIBRARIES = frozenset(("implicitdiff", "jax", "jaxlib", "numpy", "scipy", "torch", "array_api_compat"))
+_SHELVES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+class Memory(dict[Any, Any]):
+    """A dict that remembers what was found: a function that sees it is the same whatever is in it."""
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library(name: str) -> bool:
+    """Whether a module is an installed one, whose own globals and classes are not expected to change."""
+    if name.partition(".")[0] in _LIBRARIES:
+        return True
+    module = sys.modules.get(name)
+    path = getattr(module, "__file__", None)
+    if path is None:
+        return name != "__main__" and name in sys.builtin_module_names
+    return str(path).startswith(_SHELVES)
 
 
 def sees(roots: Iterable[Any], is_array: Callable[[Any], bool], wanted: Callable[[Any], bool]) -> bool:
@@ -26,42 +50,98 @@ def sees(roots: Iterable[Any], is_array: Callable[[Any], bool], wanted: Callable
     wanted : callable
         What to ask about it.
     """
-    seen: set[int] = set()
-
-    def look(value: Any, depth: int) -> bool:
+    seen: dict[int, Any] = {}  # the values themselves, or another could come to bear the id of one
+    left = deque(roots)
+    while left and len(seen) < LIMIT:
+        value = left.popleft()
         if is_array(value):
-            return wanted(value)
-        if type(value) in PLAIN or isinstance(value, (types.ModuleType, type)) or id(value) in seen:
-            return False
-        seen.add(id(value))
-        return depth > 0 and any(look(part, depth - 1) for part in inside(value))
-
-    return any(look(root, DEPTH) for root in roots)
+            if wanted(value):
+                return True
+        elif type(value) not in PLAIN and id(value) not in seen:
+            seen[id(value)] = value
+            left.extend(inside(value))
+    return False
 
 
 def inside(value: Any) -> tuple[Any, ...]:
     """What a value is made of, as far as Python shows it."""
-    if isinstance(value, (list, tuple)):  # named tuples, too
-        return tuple(value)
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind is types.FunctionType:
+        return _of_function(value)
+    if kind is dict:
         return (*value.keys(), *value.values())
-    if isinstance(value, set):
-        return (len(value),)
+    if kind is tuple or kind is list:
+        return tuple(value)
     if isinstance(value, types.MethodType):
         return value.__self__, value.__func__
+    if isinstance(value, type):
+        return () if isinstance(value, enum.EnumMeta) or is_library(value.__module__) else _of_class(value)
+    if isinstance(value, (types.ModuleType, enum.Enum, Memory)):
+        return ()
     if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
-    if isinstance(value, types.FunctionType):
-        return _of_function(value)
-    if hasattr(value, "__wrapped__"):
-        return (value.__wrapped__,)
-    called = getattr(type(value), "__call__", None)  # noqa: B004
-    held = (vars(value),) if hasattr(value, "__dict__") else ()
-    return (*held, called) if isinstance(called, types.FunctionType) else held
+        return value.func, value.args, value.keywords, vars(value)
+    if isinstance(value, (staticmethod, classmethod)):
+        return (value.__func__,)
+    if isinstance(value, property):
+        return value.fget, value.fset
+    return (*_entries(value), *_of_object(value))
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    """What a container holds, subclasses of Python's own included."""
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return tuple(value)
+    if isinstance(value, Mapping):
+        items = tuple(value.items())
+        return (*(key for key, _ in items), *(entry for _, entry in items))
+    return ()
+
+
+def _of_object(value: Any) -> tuple[Any, ...]:
+    """Attributes, those in slots included, and the class where it is not a library's."""
+    kind = type(value)
+    wrapped = getattr(value, "__wrapped__", None)
+    if kind.__module__.startswith("jaxlib"):  # a compiled function is the one that it was made of
+        return () if wrapped is None else (wrapped,)
+    parts = [vars(value)] if hasattr(value, "__dict__") else []
+    parts += [getattr(value, name) for name in _slots(cast("Hashable", kind)) if hasattr(value, name)]
+    if wrapped is not None:
+        parts.append(wrapped)
+    if not is_library(kind.__module__) and not isinstance(value, enum.Enum):
+        parts.append(kind)
+    return tuple(parts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(kind: Hashable) -> tuple[str, ...]:
+    """Names of the attributes that objects of a class keep in slots."""
+    return tuple(
+        name
+        for part in inspect.getmro(cast("type", kind))
+        for name, held in vars(part).items()
+        if isinstance(held, types.MemberDescriptorType) and not name.startswith("__")
+    )
+
+
+def _of_class(kind: type) -> tuple[Any, ...]:
+    """Attributes and methods, and the classes that it is built on."""
+    held = [
+        value
+        for name, value in vars(kind).items()
+        if (name == "__call__" or not name.startswith(("__", "_abc_"))) and not _is_descriptor(value)
+    ]
+    return (*held, *kind.__bases__)
+
+
+def _is_descriptor(value: Any) -> bool:
+    """Whether an entry of a class is only the way to what its objects hold."""
+    return isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)) or (
+        hasattr(type(value), "__get__") and not hasattr(value, "__dict__") and not isinstance(value, property)
+    )
 
 
 def _of_function(function: types.FunctionType) -> tuple[Any, ...]:
-    """Cells, defaults, and the globals that its code names."""
+    """Cells, defaults, attributes, and the globals that its code names."""
     parts: list[Any] = []
     for cell in function.__closure__ or ():
         try:
@@ -69,9 +149,30 @@ def _of_function(function: types.FunctionType) -> tuple[Any, ...]:
         except ValueError:  # not filled yet
             parts.append(None)
     parts += [function.__defaults__, function.__kwdefaults__]
-    space = function.__globals__
-    parts += [space[name] for name in _names(function.__code__) if name in space and _owned(space[name], space)]
+    if function.__dict__:
+        parts.append(function.__dict__)
+    if is_library(function.__module__ or "builtins"):
+        return tuple(parts)
+    space, names = function.__globals__, _names(function.__code__)
+    for name in names:
+        if name in space:
+            parts += _looked_up(space[name], names)
+        elif name in sys.modules:  # imported inside
+            parts += _looked_up(sys.modules[name], names)
     return tuple(parts)
+
+
+def _looked_up(value: Any, names: tuple[str, ...]) -> list[Any]:
+    """A global; of a module what the code may look up in it."""
+    found, left, modules = list[Any](), [value], set[int]()
+    while left:
+        value = left.pop()
+        if not isinstance(value, types.ModuleType):
+            found.append(value)
+        elif id(value) not in modules and not is_library(value.__name__):
+            modules.add(id(value))
+            left += [vars(value)[name] for name in names if name in vars(value)]
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,10 +180,3 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     """Names that a function looks up outside, those of the functions written inside it included."""
     inner = (name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part))
     return tuple(dict.fromkeys((*code.co_names, *inner)))
-
-
-def _owned(value: Any, space: dict[str, Any]) -> bool:
-    """Whether a global is looked into: not modules and classes, nor functions of other modules."""
-    if isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
-        return False
-    return not isinstance(value, types.FunctionType) or value.__globals__ is space

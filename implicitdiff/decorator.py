@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from implicitdiff.closures import Memory
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization, linearized
@@ -31,7 +32,7 @@ class ImplicitFunction:
         self.solve, self.condition, self.options = solve, condition, options
         self.has_aux = has_aux is True
         self.aux = has_aux if callable(has_aux) else None
-        self.shapes: dict[Any, Any] = {}  # of solutions, by the form of the arguments
+        self.shapes = Memory()  # of solutions, by the form of the arguments
 
     @untraced
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:

@@ -25,6 +25,7 @@
 
     ImplicitDiffWarning (UserWarning)
     ├── NotASolutionWarning                  F(y, theta) is not zero
+    ├── RecompilationWarning                 JAX compiles at every call, since a value cannot be compared
     ├── RegularityWarning                    a weakly active constraint, a multiplier of the wrong sign
     └── SolveWarning                         a failed solve under on_failure="warn"
 """
@@ -54,6 +55,7 @@ __all__ = [
     "NotSymmetricError",
     "PreconditionerError",
     "QualificationError",
+    "RecompilationWarning",
     "RegularityWarning",
     "ShapeError",
     "SingularError",
@@ -163,6 +165,10 @@ class ImplicitDiffWarning(UserWarning):
 
 class NotASolutionWarning(ImplicitDiffWarning):
     """The point handed in is not a solution: F(y, theta) is not zero."""
+
+
+class RecompilationWarning(ImplicitDiffWarning):
+    """JAX compiles at every call, since a function sees a value that cannot be compared with what it was."""
 
 
 class RegularityWarning(ImplicitDiffWarning):
