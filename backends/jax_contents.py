@@ -134,7 +134,7 @@ def _parts(value: Any) -> tuple[Any, ...]:
 
 def _token(value: Any) -> Any:
     """What a value is compared by, where it is not by its parts; None where it is."""
-    kind = type(value)
+    kind: Any = type(value)
     token = _by_type(kind)
     if token is not None:
         return token(value)
