@@ -13,7 +13,18 @@ import pytest
 from conftest import JAX, NUMPY, PLAIN, TORCH, Library, assert_told, outcome
 from helpers_constraints import ROUTES, functions
 
-from implicitdiff import KKT, QP, RegularityWarning, check_regularity, implicit_jacobian, implicit_vjp
+from implicitdiff import (
+    KKT,
+    QP,
+    ProjectedGradient,
+    ProximalGradient,
+    RegularityWarning,
+    check_regularity,
+    implicit_jacobian,
+    implicit_vjp,
+    projections,
+    proxes,
+)
 
 EXACT = pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
 ALL = pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
@@ -189,3 +200,92 @@ def test_nan_in_theta_is_still_named(lib: Library) -> None:
     theta[1, 1] = np.nan
     found = outcome(lambda: implicit_vjp(bounded(lib), lib.array(np.zeros(4)), lib.array(theta), lib.array(np.ones(4))))
     assert_told(found, Exception, "theta holds NaN")
+
+
+# -- projections and proximal operators ------------------------------------------------------------------------------
+UNITS = {"unit": 1.0, "small": 1e-8, "large": 1e8, "mixed": np.array([1e-7, 1e7, 1.0, 1e3])}
+HALF = np.array([2.0, 0.3, -1.5, 0.05])
+# θ, y, dy/dθ of ½ ‖y − θ‖² over a set, or with a penalty, whose numbers are in units u (of y) and c (of f)
+SETS: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {
+    "box": (A, np.clip(A, 0, 1), np.diag([0.0, 1, 0, 1])),
+    "lasso": (HALF, np.sign(HALF) * np.maximum(np.abs(HALF) - 0.5, 0), np.diag([1.0, 0, 1, 0])),
+    "ridge": (HALF, HALF / 1.5, np.eye(4) / 1.5),
+    "simplex": (np.array([0.9, 0.5, -0.5, -0.1]), np.array([0.7, 0.3, 0, 0]),
+                np.pad(np.array([[0.5, -0.5], [-0.5, 0.5]]), (0, 2))),
+    "ball": (np.array([3.0, 4.0, 0, 0]), np.array([0.6, 0.8, 0, 0]),
+             (np.eye(4) - np.outer([0.6, 0.8, 0, 0], [0.6, 0.8, 0, 0])) / 5),
+}  # fmt: skip
+ALONE = ("box", "lasso", "ridge")
+"""Those that leave coordinates apart, each in a unit of its own."""
+
+
+def fixed_point(lib: Library, which: str, u: np.ndarray, c: float) -> Any:
+    xp, unit, one = functions(lib), lib.array(u), float(u[0])
+    f = lambda y, t: c * xp.sum((y / unit - t) ** 2) / 2
+    if which in ("lasso", "ridge"):
+        prox = proxes.lasso if which == "lasso" else proxes.ridge
+        level = c * 0.5 / unit if which == "lasso" else c * 0.5 / unit**2
+        return ProximalGradient(f, lambda x, t, step: prox(x, level, step))
+    sets: dict[str, Callable[[Any], Any]] = {
+        "box": lambda x: projections.box(x, 0 * unit, unit),
+        "simplex": lambda x: projections.simplex(x, total=one),
+        "ball": lambda x: projections.ball(x, radius=one),
+    }
+    return ProjectedGradient(f, lambda x, t: sets[which](x))
+
+
+@EXACT
+@pytest.mark.parametrize(("which", "unit"), [(s, u) for s in SETS for u in UNITS if u != "mixed" or s in ALONE])
+@pytest.mark.parametrize("c", [1.0, 1e-6, 1e6])
+def test_sets_and_penalties_in_any_units(lib: Library, which: str, unit: str, c: float) -> None:
+    u, (theta, y, truth) = np.broadcast_to(UNITS[unit], 4), SETS[which]
+    condition = fixed_point(lib, which, u, c)
+    found = outcome(lambda: implicit_jacobian(condition, lib.array(y * u), lib.array(theta)))
+    assert found.quiet, found.text
+    np.testing.assert_allclose(lib.numpy(found.value) / u[:, None], truth, atol=1e-9)
+
+
+@EXACT
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("which", ["box", "lasso"])
+def test_a_kink_is_told_in_any_units(lib: Library, which: str, unit: str) -> None:
+    """θ lies on the bound, or at the threshold, of its second coordinate."""
+    u, theta = np.broadcast_to(UNITS[unit], 4), SETS[which][0].copy()
+    theta[1] = 0.0 if which == "box" else 0.5
+    y = SETS[which][1].copy()
+    y[1] = 0.0
+    found = outcome(
+        lambda: implicit_vjp(fixed_point(lib, which, u, 1.0), *(lib.array(x) for x in (y * u, theta, 1 / u)))
+    )
+    assert_told(found, RegularityWarning, r"kink.*\[1\]")
+
+
+@pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
+@pytest.mark.parametrize(("which", "unit", "c"), [("lasso", "small", 1e6), ("box", "large", 1e-6)])
+def test_sets_and_penalties_under_jax(lib: Library, which: str, unit: str, c: float) -> None:
+    u, (theta, y, truth) = np.broadcast_to(UNITS[unit], 4), SETS[which]
+    condition = fixed_point(lib, which, u, c)
+    found = implicit_jacobian(condition, lib.array(y * u), lib.array(theta))
+    np.testing.assert_allclose(lib.numpy(found) / u[:, None], truth, atol=1e-9)
+
+
+@pytest.mark.parametrize("lib", TORCH, ids=lambda lib: lib.name)
+def test_items_of_a_batch_have_steps_of_their_own(lib: Library) -> None:
+    """The lasso in units of 1e-8 beside the one in units of 1e8."""
+    theta, y, truth = SETS["lasso"]
+    u = np.array([1e-8, 1.0, 1e8])[:, None]
+    f = lambda y, t: lib.xp.sum((y / t["u"] - t["a"]) ** 2) / 2
+    condition = ProximalGradient(f, lambda x, t, step: proxes.lasso(x, 0.5 / t["u"], step))
+    a = {"u": lib.array(u[:, 0]), "a": lib.array(np.tile(theta, (3, 1)))}
+    g = implicit_vjp(condition, lib.array(y * u), a, lib.array(1 / u * np.ones(4)), batched=True)
+    np.testing.assert_allclose(lib.numpy(g["a"]), np.tile(np.diag(truth), (3, 1)), atol=1e-9)
+
+
+def test_infinite_bounds_of_a_projection() -> None:
+    """In theta, too."""
+    f = lambda y, t: ((y - t["a"]) ** 2).sum() / 2
+    onto = ProjectedGradient(f, lambda x, t: projections.box(x, t["low"], np.inf))
+    theta = {"a": A, "low": np.array([0.0, -np.inf, -np.inf, 0.0])}
+    g = implicit_vjp(onto, np.maximum(A, theta["low"]), theta, np.ones(4))
+    np.testing.assert_allclose(g["a"], [0.0, 1, 1, 1], atol=1e-9)
+    np.testing.assert_allclose(g["low"], [1.0, 0, 0, 0], atol=1e-9)

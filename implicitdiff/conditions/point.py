@@ -84,6 +84,20 @@ class Point:
         """``f(y, theta, *args) -> like y`` as a function of two vectors."""
         return Flat(self._vectors(function, name), self, name, lambda point: point.vector_function(function, name))
 
+    def numbered_function(
+        self, function: Callable[..., Any], name: str, number: Any
+    ) -> Callable[[Array, Array], Array]:
+        """``f(y, theta, number, *args) -> like y`` as a function of two vectors, with one number for each item."""
+        one = self._one
+        if one is None or not getattr(number, "shape", ()):
+            return self.vector_function(lambda y, theta, *args: function(y, theta, number, *args), name)
+
+        def of_one_item(y: Array, theta: Array, own: Array) -> Array:
+            return one._vectors(lambda y, theta, *args: function(y, theta, own, *args), name)(y, theta)
+
+        many = self.backend.vmap(of_one_item)
+        return lambda y, theta: many(y, theta, number)
+
     def scalar_function(self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None = None) -> Flat:
         """``f(y, theta, *args) -> scalar`` (one per item) as a function of two vectors."""
         flat = self._scalars(function, name, args)

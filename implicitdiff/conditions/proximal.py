@@ -6,7 +6,8 @@ F = y − P(x, θ) gives
     A = I − D + s D H,    B = s D C − E.
 
 D and H are applied one after the other: no derivative is taken through a derivative. The solution does not depend on
-the step, nor does its derivative; the condition of A does.
+the step, nor does its derivative; the condition of A does, and how far away a kink of P is. So s is one over the
+curvature, see `metric`. Where a step for each coordinate is used, s = diag(d)², A and F are those of y = d ŷ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, cast
 from implicitdiff.arrays import Array, item_numbers, listed, named_items
 from implicitdiff.conditions.base import Condition, Findings, Given, Maps, check_callables, finite_part, maps_from
 from implicitdiff.conditions.fixed_point import identity_minus
+from implicitdiff.conditions.metric import Metric, metric_at
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InputError
@@ -35,7 +37,7 @@ class _Composite(Condition):
 
     fun: Callable[..., Any] | None = None
     after: Callable[..., Any] | None = None
-    step: float = 1.0
+    step: float | None = None
     grad: Callable[..., Any] | None = None
     hvp: Callable[..., Any] | None = None
     hessian: Callable[..., Any] | None = None
@@ -50,12 +52,13 @@ class _Composite(Condition):
             raise InputError(f"{self._name} is {type(after).__name__}; expected a callable.")
         if fun is None and given["grad"] is None:
             raise InputError("neither fun nor grad is given, and ∇f has to be evaluated: give one of them.")
-        if not isinstance(step, (int, float)) or not 0 < step < float("inf"):
+        if step is not None and (not isinstance(step, (int, float)) or not 0 < step < float("inf")):
             raise InputError(f"step is {step!r}; expected a positive number.")
+        step = None if step is None else float(step)
         if restrict not in (None, True, False):
             raise InputError(f"restrict is {restrict!r}; expected None, True or False.")
         check_callables(fun=fun, **given)
-        for name, value in {"fun": fun, "after": after, "step": float(step), "restrict": restrict, **given}.items():
+        for name, value in {"fun": fun, "after": after, "step": step, "restrict": restrict, **given}.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -68,31 +71,39 @@ class _Composite(Condition):
     def routed(self, solver: Any) -> Any:
         return OnSupport(get_solver(solver), self.restrict)
 
-    def _outer(self, point: Point) -> Callable[[Array, Array], Array]:
+    def _outer(self, point: Point, step: Any) -> Callable[[Array, Array], Array]:
         """P as a function of the vectors x and θ."""
         raise NotImplementedError
 
     def maps(self, point: Point) -> Maps:
-        part, step, backend = point.part(), self.step, point.backend
-        y, theta = point.y.vector, point.theta.vector
+        part, backend, y, theta = point.part(), point.backend, point.y.vector, point.theta.vector
         smooth = Stationary(
             self.fun, grad=self.grad, hvp=self.hvp, hessian=self.hessian, mixed_vjp=self.mixed_vjp,
             mixed_jvp=self.mixed_jvp,
         ).maps(part)  # fmt: skip
-        outer = self._outer(part)
-        x = y - step * cast("Callable[[], Array]", smooth.residual)()
-        gradient = cast("Callable[[Array, Array], Array]", smooth.at)  # there is fun or grad
-        P = maps_from(part, Given(), outer, lambda: backend.differentiate(outer, x, theta), what=self._name)
+        slope = cast("Callable[[], Array]", smooth.residual)()  # there is fun or grad
 
-        def at(z: Array, t: Array) -> Array:
-            # F alone may not see that θ moves x: where P is constant in x. A part of x makes it seen.
-            moved = z - step * gradient(z, t)
-            return z - outer(moved, t) + 0.6 * moved
+        def outer_at(metric: Metric) -> tuple[Callable[[Array, Array], Array], Array, Maps]:
+            outer, x = self._outer(part, metric.number), y - metric.step * slope
+            derive = lambda: backend.differentiate(outer, x, theta)  # noqa: E731
+            return outer, x, maps_from(part, Given(), outer, derive, what=self._name)
 
+        metric = self._metric(point, smooth.A, slope)
+        found = outer_at(metric)
+        if finer := metric.finer():
+            trial = outer_at(finer)
+            if finer.suits(y, trial[1], trial[0](trial[1], theta), trial[2].A):
+                metric, found = finer, trial
+        outer, x, P = found
+        gradient = cast("Callable[[Array, Array], Array]", smooth.at)
+        at = _residual_seen(outer, gradient, metric)
         backend.check_dependence(lambda t: at(y, t), theta)
-        findings = None if backend.composable or is_tree_vector(x) else _kinks(point, P.A.kind, outer, x)
-        A, B = _system(P.A, smooth.A, step), _mixed(P, smooth, step)
-        return Maps(lambda: y - outer(x, theta), at, A, B, findings=findings)
+        findings = None if backend.composable or is_tree_vector(x) else _kinks(point, P.A.kind, outer, x, metric)
+        A, B = _system(P.A, metric.scaled(smooth.A), metric), _mixed(P, smooth, metric)
+        return Maps(lambda: metric.down(y - outer(x, theta)), at, A, B, metric.frame(), findings)
+
+    def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
+        raise NotImplementedError
 
     def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
         import array_api_compat
@@ -108,9 +119,21 @@ class _Composite(Condition):
         ]
 
 
-def _system(D: Operator, H: Operator, step: float) -> Operator:
+def _residual_seen(
+    outer: Callable[[Array, Array], Array], gradient: Callable[[Array, Array], Array], metric: Metric
+) -> Callable[[Array, Array], Array]:
+    """F as a function, with a part of x: F alone may not see that θ moves x, where P is constant in x."""
+
+    def at(z: Array, t: Array) -> Array:
+        moved = z - metric.step * gradient(z, t)
+        return metric.down(z - outer(moved, t) + 0.6 * moved)
+
+    return at
+
+
+def _system(D: Operator, H: Operator, metric: Metric) -> Operator:
     """A = I − D + s D H, and its transpose."""
-    rest, accuracy = identity_minus(D), max(D.accuracy, H.accuracy)
+    rest, accuracy, step = identity_minus(D), max(D.accuracy, H.accuracy), metric.inner
     push, curve, remain = D.matvec, H.matvec, rest.matvec
 
     def forward(v: Array) -> Array:
@@ -126,26 +149,26 @@ def _system(D: Operator, H: Operator, step: float) -> Operator:
     )  # fmt: skip
 
 
-def _mixed(P: Maps, smooth: Maps, step: float) -> LinearMap:
+def _mixed(P: Maps, smooth: Maps, metric: Metric) -> LinearMap:
     """B = s D C − E, and its transpose."""
     D, E, C = P.A, P.B, smooth.B
+    step, up, down = metric.inner, metric.up, metric.down
     return LinearMap(
         E.backend, E.rows, E.columns, E.items, E.dtype, E.device,
-        forward=lambda t: step * D.matvec(C.matvec(t)) - E.matvec(t),
-        adjoint=lambda u: step * C.rmatvec(D.rmatvec(u)) - E.rmatvec(u),
+        forward=lambda t: step * D.matvec(up(C.matvec(t))) - down(E.matvec(t)),
+        adjoint=lambda u: step * C.rmatvec(up(D.rmatvec(u))) - E.rmatvec(down(u)),
         kind=_kinds(E, C), label="B", domain=E.domain,
     )  # fmt: skip
 
 
-def _kinks(point: Point, kind: str, outer: Callable[[Array, Array], Array], x: Array) -> Findings:
+def _kinks(point: Point, kind: str, outer: Callable[[Array, Array], Array], x: Array, metric: Metric) -> Findings:
     """Look whether P is bent at x: a second difference is of second order in its step only where P is smooth."""
     backend, theta = point.backend, point.theta.vector
     xp, eps = backend.xp, float(backend.xp.finfo(x.dtype).eps)
     z = backend.space(x).probe() + xp.zeros_like(x)
     z = xp.where(z < 0, z - 0.5, z + 0.5)
-    size = xp.max(xp.abs(x), axis=-1, keepdims=True) if point.y.n else xp.zeros_like(x)
     reach = 2 * eps ** (1 / 3) if kind == "finite differences" else eps**0.5  # as far as the derivative looked
-    h = reach * xp.where(size > 1, size, xp.ones_like(size))
+    h = reach * metric.sizes(point, x)
     middle = outer(x, theta)
     bent = xp.abs((outer(x + h * z, theta) - middle) - (middle - outer(x - h * z, theta))) > 0.05 * h
     quiet = ~xp.any(bent, axis=-1)
@@ -169,9 +192,9 @@ class ProjectedGradient(_Composite):
     projection : callable
         ``P(x, theta) -> like y``: the point of the set next to x; ``args`` are for f alone. The functions of
         `implicitdiff.projections` are wrapped: ``lambda x, theta: box(x, 0.0, theta)``.
-    step : float, default 1.0
-        Positive. Neither the solution nor its derivative depends on it; the linear system is conditioned best for about
-        1 / ‖H‖.
+    step : float, optional
+        Positive, about 1 / ‖H‖: neither the solution nor its derivative depends on it, the condition of the linear
+        system does. By default, and where the one that is given is far off, it follows the curvature of f.
     grad : callable, optional
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional
@@ -212,7 +235,7 @@ class ProjectedGradient(_Composite):
     _name = "projection"
 
     def __init__(
-        self, fun: Any = None, projection: Any = None, *, step: float = 1.0, grad: Any = None, hvp: Any = None,
+        self, fun: Any = None, projection: Any = None, *, step: float | None = None, grad: Any = None, hvp: Any = None,
         hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
         restrict: bool | None = None,
     ) -> None:  # fmt: skip
@@ -233,7 +256,10 @@ class ProjectedGradient(_Composite):
         """P."""
         return self.after  # type: ignore[return-value]
 
-    def _outer(self, point: Point) -> Callable[[Array, Array], Array]:
+    def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
+        return metric_at(point, H, slope).near(self.step)
+
+    def _outer(self, point: Point, step: Any) -> Callable[[Array, Array], Array]:
         projection = self.projection
         return point.vector_function(lambda x, theta, *_: projection(x, theta), self._name)
 
@@ -251,9 +277,9 @@ class ProximalGradient(_Composite):
     prox : callable
         ``prox(x, theta, step) -> like y``: the minimum over y of step · r(y, θ) + ½ ‖y − x‖²; ``args`` are for f alone.
         The functions of `implicitdiff.proxes` are wrapped: ``lambda x, theta, step: lasso(x, theta["penalty"], step)``.
-    step : float, default 1.0
-        Positive. Neither the solution nor its derivative depends on it; the linear system is conditioned best for about
-        1 / ‖H‖.
+    step : float, optional
+        Positive, about 1 / ‖H‖: neither the solution nor its derivative depends on it, the condition of the linear
+        system does. By default it follows the curvature of f, so that prox has to use the one that it is handed.
     grad : callable, optional
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional
@@ -292,7 +318,7 @@ class ProximalGradient(_Composite):
     _name = "prox"
 
     def __init__(
-        self, fun: Any = None, prox: Any = None, *, step: float = 1.0, grad: Any = None, hvp: Any = None,
+        self, fun: Any = None, prox: Any = None, *, step: float | None = None, grad: Any = None, hvp: Any = None,
         hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
         restrict: bool | None = None,
     ) -> None:  # fmt: skip
@@ -305,6 +331,9 @@ class ProximalGradient(_Composite):
         """The proximal operator."""
         return self.after  # type: ignore[return-value]
 
-    def _outer(self, point: Point) -> Callable[[Array, Array], Array]:
-        prox, step = self.prox, self.step
-        return point.vector_function(lambda x, theta, *_: prox(x, theta, step), self._name)
+    def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
+        return metric_at(point, H, slope) if self.step is None else Metric.of(point, self.step)
+
+    def _outer(self, point: Point, step: Any) -> Callable[[Array, Array], Array]:
+        prox = self.prox
+        return point.numbered_function(lambda x, theta, step, *_: prox(x, theta, step), self._name, step)

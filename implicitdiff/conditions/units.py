@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, item_norm, times
 
-__all__ = ["ASSEMBLED", "Units", "center", "units_at"]
+__all__ = ["ASSEMBLED", "Units", "center", "curvature_units", "energy", "leaf_sizes", "power_of_two", "units_at"]
 
 ASSEMBLED = 256
 """Up to this order of the whole system, H is assembled where the leaves of y leave a doubt."""
@@ -83,29 +83,33 @@ def units_at(
     if n == 0:
         zero = xp.zeros_like(first.values)
         return Units(y, y, zero, zero, zero)
-    leaf, known = _leaf_sizes(point, here)
+    leaf, known = _leaves(here)
     if hessian is not None:
         return _by_curvature(here, leaf, known, hessian)
     blind = backend.traced or backend.composable
     if blind and n + k <= ASSEMBLED:
         return _by_curvature(here, leaf, known, _assembled(point, product))
-    u = _power_of_two(xp, leaf)
-    found = _measured(here, u, u / xp.sqrt(_energy(here, u, product)))
+    u = power_of_two(xp, leaf)
+    found = _measured(here, u, u / xp.sqrt(energy(point, u, here.gradient, product)))
     if blind or n + k > ASSEMBLED or not any_true(xp, doubt := _doubtful(here, found) | ~known):
         return found
     sure = _by_curvature(here, leaf, known, _assembled(point, product))
     return Units(*(xp.where(doubt[..., None], new, old) for new, old in zip(sure, found, strict=True)))
 
 
-def _leaf_sizes(point: Any, here: _Measured) -> tuple[Array, Array]:
-    """ℓ, and whether there is anything to tell it from, per item."""
-    backend, y = point.backend, point.y.vector
-    xp = backend.xp
-    parts = [part for part in point.y.parts(xp.abs(y)) if part.shape[-1]]
+def leaf_sizes(point: Any, x: Array) -> Array:
+    """The largest entry of each leaf of a vector like y, at each of its coordinates; 0 where a leaf is zero."""
+    xp = point.backend.xp
+    parts = [part for part in point.y.parts(xp.abs(x)) if part.shape[-1]]
     spread = [xp.broadcast_to(xp.max(part, axis=-1, keepdims=True), part.shape) for part in parts]
-    leaf = spread[0] if len(spread) == 1 else backend.concat(spread)
+    return spread[0] if len(spread) == 1 else point.backend.concat(spread)
+
+
+def _leaves(here: _Measured) -> tuple[Array, Array]:
+    """ℓ, and whether there is anything to tell it from, per item."""
+    xp, leaf = here.point.backend.xp, leaf_sizes(here.point, here.point.y.vector)
     # where y is zero, the distance to a constraint is a length as well
-    steep = xp.max(xp.abs(here.rows), axis=-1) if here.values.shape[-1] else here.values
+    steep = xp.max(xp.abs(here.rows), axis=-1)
     usable = xp.isfinite(here.values) & (steep > 0)
     away = xp.where(usable, xp.abs(here.values) / xp.where(usable, steep, xp.ones_like(steep)), xp.zeros_like(steep))
     whole = xp.max(leaf, axis=-1, keepdims=True)
@@ -115,12 +119,12 @@ def _leaf_sizes(point: Any, here: _Measured) -> tuple[Array, Array]:
     return leaf, known[..., 0]
 
 
-def _energy(here: _Measured, u: Array, product: Callable[[Array], Array]) -> Array:
+def energy(point: Any, u: Array, gradient: Array, product: Callable[[Array], Array]) -> Array:
     """The size of u ∘ H ∘ u, in the unit of f, seen on one vector; that of u ∘ ∇f, or 1, where it is zero."""
-    xp, point = here.point.backend.xp, here.point
+    xp = point.backend.xp
     probe = point.y.space.probe()
     found = item_norm(xp, u * product(u * probe)) / item_norm(xp, probe)
-    slope = item_norm(xp, u * here.gradient)
+    slope = item_norm(xp, u * gradient)
     found = xp.where(found > 0, found, xp.where(slope > 0, slope, xp.ones_like(slope)))
     return 4.0 ** xp.round(xp.log2(found)[..., None] / 2)
 
@@ -134,28 +138,32 @@ def _assembled(point: Any, product: Callable[[Array], Array]) -> Array:
 
 def _by_curvature(here: _Measured, leaf: Array, known: Array, hessian: Array) -> Units:
     """The units that the Hessian shows; where it is flat, the leaf's."""
-    xp, y, slope = here.point.backend.xp, xp_abs(here.point.y.vector), xp_abs(here.gradient)
-    one = xp.ones_like(y)
-    size = xp.abs(hessian)
+    xp, y, slope = here.point.backend.xp, abs(here.point.y.vector), abs(here.gradient)
+    d = curvature_units(xp, y, slope, leaf, hessian)
+    scale = xp.max(xp.maximum(y / d, slope * d), axis=-1, keepdims=True)
+    u = xp.maximum(y, xp.where(known[..., None], xp.minimum(leaf, d * scale), d * scale))
+    return _measured(here, power_of_two(xp, xp.where(u > 0, u, d)), power_of_two(xp, d))
+
+
+def curvature_units(xp: Any, y: Array, slope: Array, leaf: Array, hessian: Array) -> Array:
+    """d_j = |H_jj|^(-1/2), of |y|, |∇f|, ℓ and H; where H is flat, ℓ_j in relation to the others."""
+    one, zero, size = xp.ones_like(y), xp.zeros_like(y), xp.abs(hessian)
     diagonal = xp.linalg.diagonal(size)
     curved = diagonal > 0
-    d = xp.where(curved, one / xp.sqrt(xp.where(curved, diagonal, one)), xp.zeros_like(y))
+    d = xp.where(curved, one / xp.sqrt(xp.where(curved, diagonal, one)), zero)
     across = xp.max(size * d[..., None, :], axis=-1)  # no curvature of its own: by those that it goes with
     linked = ~curved & (across > 0)
     d = xp.where(linked, one / xp.where(linked, across, one), d)
     curved = curved | linked
     safe = xp.where(curved, d, one)
-    zero = xp.zeros_like(y)
     scale = xp.max(xp.where(curved, xp.maximum(y / safe, slope * d), zero), axis=-1, keepdims=True)
     linear = xp.sqrt(xp.max(slope * leaf, axis=-1, keepdims=True))
     scale = xp.where(scale > 0, scale, xp.where(linear > 0, linear, xp.ones_like(linear)))
-    d = xp.where(curved, d, leaf / scale)
-    scale = xp.max(xp.maximum(y / d, slope * d), axis=-1, keepdims=True)
-    u = xp.maximum(y, xp.where(known[..., None], xp.minimum(leaf, d * scale), d * scale))
-    return _measured(here, _power_of_two(xp, xp.where(u > 0, u, d)), _power_of_two(xp, d))
+    return xp.where(curved, d, leaf / scale)
 
 
-def _power_of_two(xp: Any, x: Array) -> Array:
+def power_of_two(xp: Any, x: Array) -> Array:
+    """Round to the next power of two; x is positive."""
     return 2.0 ** xp.round(xp.log2(x))
 
 
@@ -194,8 +202,3 @@ def center(xp: Any, units: Units) -> Array:
     if not units.bend.shape[-1]:
         return xp.ones((*units.bend.shape[:-1], 1), dtype=units.bend.dtype)
     return 2.0 ** xp.round(xp.mean(xp.log2(units.bend), axis=-1, keepdims=True))
-
-
-def xp_abs(x: Array) -> Array:
-    """|x|, of any array."""
-    return abs(x)

@@ -1,0 +1,188 @@
+"""The step of a projected or proximal fixed point, from the curvature of f.
+
+y = P(y − s ∇f(y, θ), θ) for every s > 0. In the coordinates of y = d ŷ with s = d² the Hessian is of size one, and a
+gradient step goes as far as y is from the minimum of f: no farther, where the distance to a kink of P would be lost in
+x, and no less, where ∇f would be. d is a power of two, one for all coordinates.
+
+Where the coordinates of y have units of their own, one step cannot serve them all. With S = diag(d)² and D = ∂P/∂x the
+same solution is one of y = P(y − S ∇f) if P leaves the units apart, as a box does, and only then: D S = S D, and y is
+reproduced. That is looked at, and the step of each coordinate taken from the diagonal of H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from implicitdiff.arrays import Array, any_true
+from implicitdiff.conditions.base import Frame
+from implicitdiff.conditions.units import ASSEMBLED, curvature_units, energy, leaf_sizes, power_of_two
+from implicitdiff.operator import Operator
+from implicitdiff.vectors import is_tree_vector
+
+__all__ = ["Metric", "metric_at"]
+
+APART = 2.0**13
+"""Ratio of entries from which on they seem to be in units of their own."""
+FAR = 2.0**10
+"""Factor by which a step that is given may be off."""
+SUITS = 1e-4
+"""Relative error up to which a step for each coordinate reproduces y, and commutes with D."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A step s, and what it is made of.
+
+    Attributes
+    ----------
+    point : Point
+    number : float or array, shape (items,)
+        s for the function P, where it takes one.
+    step : float or array
+        s, to be multiplied with vectors.
+    units : array or None
+        d, where each coordinate has a step of its own.
+    better : array or None
+        d of the coordinates, where they seem to have units of their own.
+    """
+
+    point: Any
+    number: Any
+    step: Any
+    units: Array | None = None
+    better: Array | None = None
+
+    @classmethod
+    def of(cls, point: Any, step: Any, better: Array | None = None) -> Metric:
+        """Return the metric of one step, or of one for each item, shape (*items, 1)."""
+        if isinstance(step, float):
+            return cls(point, step, step)
+        number, backend = step[..., 0], point.backend
+        if backend.traced or backend.composable:
+            return cls(point, number, step, better=better)
+        if not point.items:
+            return cls(point, float(number), float(number), better=better)
+        if not any_true(backend.xp, backend.xp.max(number) > FAR * number):  # one for all of the batch will do
+            least = float(backend.xp.min(number))
+            return cls(point, least, least, better=better)
+        return cls(point, number if backend.vmap is not None else step, step, better=better)
+
+    def near(self, step: float | None) -> Metric:
+        """Return the metric of a step that is given, where that is not far off."""
+        if step is None:
+            return self
+        if isinstance(self.step, float):
+            usable = self.better is None and 1 / FAR <= step / self.step <= FAR
+            return Metric.of(self.point, step) if usable else self
+        xp = self.point.backend.xp
+        usable = (self.step <= FAR * step) & (step <= FAR * self.step)
+        return Metric(self.point, None, xp.where(usable, xp.full_like(self.step, step), self.step), better=self.better)
+
+    def finer(self) -> Metric | None:
+        """Return the metric with a step for each coordinate, if that is to be tried."""
+        if self.better is None:
+            return None
+        square = self.better * self.better
+        plain = not self.point.items and self.point.y.tree.spec is None and len(self.point.y.leaves[0].shape) == 1
+        return Metric(self.point, square if plain else self.number, square, units=self.better)
+
+    def suits(self, y: Array, x: Array, image: Array, D: Operator) -> bool:
+        """Whether P reproduces y from x, and D commutes with the units."""
+        xp, d = self.point.backend.xp, self.units
+        size = xp.max((xp.abs(y) + xp.abs(x)) / d, axis=-1, keepdims=True)
+        if any_true(xp, ~(xp.abs(y - image) / d <= SUITS * size)):
+            return False
+        probe = self.point.y.space.probe() + xp.zeros_like(y)
+        gap = xp.abs(D.matvec(d * probe) / d - D.matvec(probe))
+        return not any_true(xp, ~(gap <= SUITS + 1e3 * D.accuracy))
+
+    # -- between y and ŷ -----------------------------------------------------------------------------
+    @property
+    def inner(self) -> Any:
+        """The step in the coordinates of ŷ."""
+        return self.step if self.units is None else 1.0
+
+    def up(self, v: Any) -> Any:
+        """D v."""
+        return v if self.units is None else self.units * v
+
+    def down(self, v: Any) -> Any:
+        """D⁻¹ v."""
+        return v if self.units is None else v / self.units
+
+    def frame(self) -> Frame | None:
+        """From y to ŷ and back."""
+        return None if self.units is None else Frame(self.up, self.up)
+
+    def scaled(self, H: Operator) -> Operator:
+        """The Hessian by ŷ."""
+        d = self.units
+        if d is None:
+            return H
+        matrix, sparse = H.matrix, H.sparse
+        if matrix is not None:
+            matrix = d[..., :, None] * matrix * d[..., None, :]
+        if sparse is not None:
+            sparse = sparse.multiply(d[:, None]).multiply(d[None, :]).tocsc()
+        return H.rewrapped(lambda product: lambda x: d * product(d * x), matrix=matrix, sparse=sparse, leaves=())
+
+    def sizes(self, point: Any, x: Array) -> Array:
+        """The size of the coordinates of x, each in its unit."""
+        xp = point.backend.xp
+        if not point.y.n:
+            return x
+        size = xp.abs(self.down(x))
+        leaf = leaf_sizes(point, size) if self.units is None else xp.max(size, axis=-1, keepdims=True) + 0 * size
+        whole = xp.max(leaf, axis=-1, keepdims=True)
+        tiny = float(xp.finfo(x.dtype).smallest_normal) ** 0.5
+        leaf = xp.where(leaf > 0, leaf, xp.where(whole > 0, whole, tiny * xp.ones_like(whole)))
+        return self.up(leaf)
+
+
+def metric_at(point: Any, H: Operator, slope: Any) -> Metric:
+    """Return the step 1 / ‖H‖, and those of the coordinates where they seem to have units of their own.
+
+    Parameters
+    ----------
+    point : Point
+    H : Operator
+        ∂²f/∂y².
+    slope : array, shape (*items, n)
+        ∇f.
+    """
+    backend, y = point.backend, point.y.vector
+    xp = backend.xp
+    if not point.y.n or 0 in point.items:
+        return Metric.of(point, 1.0)
+    if is_tree_vector(y):
+        return Metric.of(point, _of_trees(point, H))
+    leaf = leaf_sizes(point, y)
+    whole = xp.max(leaf, axis=-1, keepdims=True)
+    leaf = xp.where(leaf > 0, leaf, xp.where(whole > 0, whole, xp.ones_like(whole)))
+    u = power_of_two(xp, leaf)
+    d = u / xp.sqrt(energy(point, u, slope, H.matvec))
+    better = None
+    if not backend.traced and not backend.composable:
+        if H.matrix is not None or (point.y.n <= ASSEMBLED and H.sparse is None and _mixed(point, H, leaf)):
+            d = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
+        better = d if any_true(xp, xp.max(d, axis=-1) > 32 * xp.min(d, axis=-1)) else None
+    least = xp.min(d, axis=-1, keepdims=True)
+    return Metric.of(point, least * least, better)
+
+
+def _of_trees(point: Any, H: Operator) -> float:
+    space = point.y.space
+    probe = space.probe()
+    found = float(space.size(H.matvec(probe))) / float(space.size(probe))
+    return 1 / found if 0 < found < float("inf") else 1.0
+
+
+def _mixed(point: Any, H: Operator, leaf: Array) -> bool:
+    """Whether entries of y, or of the image of one vector in their units, are of very different sizes."""
+    xp = point.backend.xp
+    size = xp.abs(point.y.vector)
+    unit = xp.where(size > 0, size, leaf)
+    image = xp.abs(H.matvec(unit * point.y.space.probe()))
+    image = xp.where(image > 0, image, xp.max(image, axis=-1, keepdims=True))
+    return any(any_true(xp, xp.max(x, axis=-1) > APART * xp.min(x, axis=-1)) for x in (unit, image))
