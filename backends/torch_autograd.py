@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
-import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from implicitdiff.arrays import Array, probe_vector
+from implicitdiff.arrays import Array
 from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
-from implicitdiff.backends.torch_captured import ends
+from implicitdiff.backends.torch_captured import Graph
 
 __all__ = [
     "Recording",
@@ -29,7 +28,6 @@ __all__ = [
     "gradients",
     "mode",
     "over_items",
-    "reached",
     "recordable",
 ]
 
@@ -125,13 +123,14 @@ class Recording:
         G(y, θ), with its graph.
     y, theta : tensor
         The leaves of that graph.
+    accuracy : float
+        Relative error of the products, where they are less accurate than their dtype.
     """
 
     kind = "autodiff"
-    accuracy = 0.0
 
-    def __init__(self, value: Array, y: Array, theta: Array) -> None:
-        self._graph, self._y, self._theta = value, y, theta
+    def __init__(self, value: Array, y: Array, theta: Array, accuracy: float = 0.0) -> None:
+        self._graph, self._y, self._theta, self.accuracy = value, y, theta, accuracy
 
     def value(self) -> Array:
         """G(y, θ)."""
@@ -214,32 +213,22 @@ def _record(function: Function, *xs: Array) -> Array | None:
         return None
 
 
-def _look(backend: Any, value: Array, *leaves: Array) -> None:
-    """Look for tensors in a graph that are none of these leaves, where that matters."""
+def _look(backend: Any, value: Array, *leaves: Array) -> Graph:
+    """Walk through a graph, and look for tensors in it that are none of these leaves, where that matters."""
+    graph = Graph(value)
     if backend.captures is not None:
-        backend.captures.see(value, *leaves)
+        backend.captures.look(graph, *leaves)
+    return graph
 
 
-def reached(value: Array, *leaves: Array) -> bool:
-    """Whether the graph of a value ends in each of the leaves."""
-    missing = set(map(id, leaves))
-    for leaf in ends([value]):
-        missing.discard(id(leaf))
-        if not missing:
-            return True
-    return not missing
-
-
-def _hidden(function: Function, value: Array, y: Array, theta: Array) -> bool:
+def _hidden(backend: Any, function: Function, graph: Graph, y: Array, theta: Array) -> bool:
     """Whether a function depends on an argument that its graph does not end in: it was detached on the way."""
-    if reached(value, y, theta):
-        return False
     plain = y.detach(), theta.detach()
     for i, leaf in enumerate((y, theta)):
-        if reached(value, leaf) or 0 in leaf.shape:
+        if graph.ends_in(leaf) or 0 in leaf.shape:
             continue
         moved = list(plain)
-        moved[i] = plain[i] + 1e-3 * probe_vector(xp, leaf.shape[-1], leaf.dtype, leaf.device) * (1 + plain[i].abs())
+        moved[i] = backend.space(plain[i]).nearby(plain[i])
         here = function(*plain).clone()  # it may be a buffer that the next call fills again
         if bool((here != function(*moved)).any()):
             return True
@@ -257,20 +246,22 @@ def differentiate(backend: Any, function: Function, y: Array, theta: Array) -> A
     """Record a vector function; differences where it cannot be."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
-    if value is not None:
-        _look(backend, value, *leaves)
-    if value is None or _hidden(function, value, *leaves):
+    if value is None:
         return Differences(_unwidened(backend), function, y, theta)
-    return Recording(value, *leaves)
+    graph = _look(backend, value, *leaves)
+    if _hidden(backend, function, graph, *leaves):
+        return Differences(_unwidened(backend), function, y, theta)
+    return Recording(value, *leaves, graph.accuracy(y.dtype))
 
 
 def differentiate_gradient(backend: Any, function: Function, y: Array, theta: Array) -> Any:
     """Record ∇_y f of a scalar function (one scalar per item)."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
-    if value is not None:
-        _look(backend, value, *leaves)
-    if value is None or (not reached(value, leaves[0]) and _hidden(function, value, *leaves)):
+    if value is None:
+        return GradientDifferences(_unwidened(backend), function, y, theta)
+    graph = _look(backend, value, *leaves)
+    if not graph.ends_in(leaves[0]) and _hidden(backend, function, graph, *leaves):
         return GradientDifferences(_unwidened(backend), function, y, theta)
 
     def gradient(y: Array, theta: Array) -> Array:
@@ -280,9 +271,10 @@ def differentiate_gradient(backend: Any, function: Function, y: Array, theta: Ar
 
     with mode(recording=True):
         found = _gradient(value, leaves[0])
-    if _hidden(gradient, found, *leaves):
+    graph = Graph(found)
+    if _hidden(backend, gradient, graph, *leaves):
         return GradientDifferences(_unwidened(backend), function, y, theta)
-    return Recording(found, *leaves)
+    return Recording(found, *leaves, graph.accuracy(y.dtype))
 
 
 def _gradient(value: Array, y: Array) -> Array:
@@ -296,9 +288,7 @@ def gradients(backend: Any, function: Function, y: Array, theta: Array) -> tuple
     """∂L/∂y and ∂L/∂θ of a scalar function."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
-    if value is not None:
-        _look(backend, value, *leaves)
-    if value is None or _hidden(function, value, *leaves):
+    if value is None or _hidden(backend, function, _look(backend, value, *leaves), *leaves):
         return scalar_gradients(_unwidened(backend), function, y, theta)
     if not value.requires_grad:
         return torch.zeros_like(y), torch.zeros_like(theta), "autodiff"

@@ -18,7 +18,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.errors import DerivativeError
 from implicitdiff.pytree import flatten
 
-__all__ = ["Captures", "RefusedCaptures", "by_arguments", "captured", "ends"]
+__all__ = ["Captures", "Graph", "RefusedCaptures", "by_arguments", "captured"]
 
 
 def captured() -> DerivativeError:
@@ -30,21 +30,44 @@ def captured() -> DerivativeError:
     )
 
 
-def ends(values: Any) -> Iterator[Array]:
-    """Leaves in which the graphs of some tensors end."""
-    seen, stack = set(), [value.grad_fn for value in values]
-    for value in values:
-        if value.requires_grad and value.grad_fn is None:
-            yield value
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            yield leaf
-        stack.extend(next_node for next_node, _ in node.next_functions)
+class Graph:
+    """What Torch recorded of some values, in one walk.
+
+    Parameters
+    ----------
+    *values : tensor
+
+    Attributes
+    ----------
+    leaves : dict
+        The tensors in which it ends, by their id.
+    """
+
+    def __init__(self, *values: Array) -> None:
+        self.leaves: dict[int, Array] = {id(x): x for x in values if x.requires_grad and x.grad_fn is None}
+        self._casts: list[Any] = []
+        seen, stack = set(), [x.grad_fn for x in values]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                self.leaves[id(leaf)] = leaf
+            if type(node).__name__ == "ToCopyBackward0":
+                self._casts.append(node)
+            stack.extend(next_node for next_node, _ in node.next_functions)
+
+    def ends_in(self, *leaves: Array) -> bool:
+        """Whether it ends in each of the leaves."""
+        return all(id(leaf) in self.leaves for leaf in leaves)
+
+    def accuracy(self, dtype: torch.dtype) -> float:
+        """Relative rounding of what was computed in a lower precision than this on the way; 0 where nothing was."""
+        found = {meta.dtype for node in self._casts for meta in node._input_metadata if meta.dtype.is_floating_point}
+        coarsest = max((float(torch.finfo(d).eps) for d in found), default=0.0)
+        return coarsest if coarsest > float(torch.finfo(dtype).eps) else 0.0
 
 
 def _innermost(x: Any) -> Any:
@@ -68,9 +91,14 @@ class Captures:
     def see(self, tree: Any, *known: Array) -> None:
         """Look at what a function returned, given the leaves that it was to depend on."""
         values = [x for x in map(_innermost, flatten(tree).leaves) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if values:
+            self.look(Graph(*values), *known)
+
+    def look(self, graph: Graph, *known: Array) -> None:
+        """Look at a graph, given the leaves that it is to end in."""
         expected = set(map(id, known))
-        for leaf in ends(values):
-            if id(leaf) not in expected:
+        for key, leaf in graph.leaves.items():
+            if key not in expected:
                 self.meet(leaf)
 
     def meet(self, leaf: Array) -> None:

@@ -14,7 +14,8 @@ import array_api_compat.torch as xp
 import torch
 
 from implicitdiff.arrays import Array, probe_vector
-from implicitdiff.backends.torch_autograd import mode, reached
+from implicitdiff.backends.torch_autograd import mode
+from implicitdiff.backends.torch_captured import Graph
 from implicitdiff.errors import BackendError, DerivativeError
 from implicitdiff.vectors import TreeSpace, TreeVector, is_tree_vector
 
@@ -220,11 +221,13 @@ def gradients(backend: Any, function: Function, y: Any, theta: Any) -> tuple[Any
 
 def _check_recorded(backend: Any, function: Function, values: list[Array], y: Any, theta: Any) -> None:
     """Raise where a function depends on an argument that its graph does not end in: it was detached on the way."""
+    graphs = [Graph(v) for v in values]
     if backend.captures is not None:
-        backend.captures.see(values, *leaves(y), *leaves(theta))
+        for graph in graphs:
+            backend.captures.look(graph, *leaves(y), *leaves(theta))
     plain = [_same(x, [leaf.detach() for leaf in leaves(x)]) for x in (y, theta)]
     for i, x in enumerate((y, theta)):
-        missed = [not any(reached(v, leaf) for v in values) for leaf in leaves(x)]
+        missed = [not any(graph.ends_in(leaf) for graph in graphs) for leaf in leaves(x)]
         if not any(missed):
             continue
         moved = list(plain)

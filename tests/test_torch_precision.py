@@ -41,6 +41,21 @@ def test_fault_63_singular(name: str, solver: str) -> None:
             implicit_vjp(condition, y, theta, FIRST, solver=solver)
 
 
+@pytest.mark.parametrize("name", SINGULAR)
+def test_fault_60_single_precision_inside_of_double(name: str) -> None:
+    """What is computed in float32 has the accuracy of float32, whatever the solver gets it in."""
+    objective, y, theta = SINGULAR[name]
+    inside = lambda y, t: objective(y.float(), t.float()).double()
+    with pytest.raises(SingularError):
+        implicit_vjp(inside, y.double(), theta.double(), FIRST.double())
+    pulled, report = implicit_vjp(
+        lambda y, t: ((y.float() - t.float()) ** 2).sum().double(), y.double(), y.double(), FIRST.double(),
+        return_report=True,
+    )  # fmt: skip
+    np.testing.assert_allclose(pulled.numpy(), FIRST.numpy(), atol=1e-6)
+    assert report.converged
+
+
 def spectrum(condition: float, seed: int) -> Any:
     """A symmetric positive definite matrix of this condition, n = 6, in double precision."""
     q = np.linalg.qr(np.random.default_rng(seed).normal(size=(6, 6)))[0]
