@@ -38,6 +38,8 @@ ALIKE = 3
 """Powers of two between rows that count as the same unit: such a system is left as it is."""
 SMALL = 256
 """Up to this order a matrix may be assembled to see its scales: no more products than an iterative method may need."""
+TINY = 32
+"""Up to this order it is, where values are not seen."""
 LEAVES = 8
 """Up to so many leaves are seen one by one; more of them by sweeps over all at once."""
 
@@ -221,8 +223,10 @@ def _found(op: Operator, symmetric: bool) -> Scaling | None:
 
 def _mixed(op: Operator) -> bool:
     """Whether y or F seem to hold entries in different units, in a system so small that it may be assembled."""
-    if op.n > SMALL or op.n < 2 or op.like is None or is_tree_vector(op.like) or op.backend.traced:
+    if op.n > SMALL or op.n < 2 or op.like is None or is_tree_vector(op.like):
         return False
+    if op.backend.traced:  # nothing is seen there: a matter of order alone
+        return op.n <= TINY
     xp, eps = op.backend.xp, float(op.backend.xp.finfo(op.dtype).eps)
     ratio = 1e4 if eps < 1e-10 else 1e2  # what squared, times the tolerance of the iterative methods, is one percent
     size = xp.abs(op.like)
@@ -255,7 +259,9 @@ def equilibrated(op: Operator, *, symmetric: bool = False) -> tuple[Operator, Sc
         left, right = (columns, rows) if transposed else (rows, columns)
         return found[0], between(left, found[1], right)
 
-    matrix, sparse = op.matrix if op.matrix is not None else op._cache.get("matrix"), op.sparse
+    matrix, sparse = op.matrix, op.sparse
+    if matrix is None and not op.backend.traced:
+        matrix = op._cache.get("matrix")
     if matrix is not None:
         matrix = rows[..., :, None] * matrix * columns[..., None, :]
     if sparse is not None:
