@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jax import lax
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
+from implicitdiff.backends.jax_derivatives import Derivatives
 from implicitdiff.backends.jax_function import differentiable_call
 from implicitdiff.backends.jax_programs import Runner, solved
 from implicitdiff.backends.jax_varying import alike, anywhere, is_mapped, varying
@@ -81,67 +81,6 @@ class JaxTreeSpace(TreeSpace):
 
     def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
         return matrix.at[..., j, :].set(row)
-
-
-class Derivatives:
-    """Derivatives of a vector function at one point, by JAX's own transformations.
-
-    A product is derived where it is asked for, not where it is first applied: that may be inside of a loop.
-    """
-
-    kind = "autodiff"
-    accuracy = 0.0
-
-    def __init__(
-        self, backend: JaxBackend, function: Callable[..., Any], y: Any, theta: Any, *, whole: bool = True
-    ) -> None:
-        self._backend, self._function, self._y, self._theta, self._whole = backend, function, y, theta, whole
-        self._items = () if is_tree_vector(y) else tuple(y.shape[:-1])
-
-    @cached_property
-    def _by_y(self) -> tuple[Any, Callable[..., Any]]:
-        return jax.linearize(lambda y: self._function(y, self._theta), self._y)
-
-    def value(self) -> Any:
-        """G(y, θ)."""
-        return self._by_y[0]
-
-    @property
-    def jvp_y(self) -> Callable[[Any], Any]:
-        """(∂G/∂y) v."""
-        return self._product(self._by_y[1], self._y)
-
-    hvp = jvp_y  # a Hessian is linearised once, forward over reverse
-
-    @cached_property
-    def vjp_y(self) -> Callable[[Any], Any]:
-        """(∂G/∂y)ᵀ u."""
-        return self._pullback(lambda y: self._function(y, self._theta), self._y)
-
-    @cached_property
-    def jvp_theta(self) -> Callable[[Any], Any]:
-        """(∂G/∂θ) t."""
-        self._check_dependence()
-        forward = jax.linearize(lambda theta: self._function(self._y, theta), self._theta)[1]
-        return self._product(forward, self._theta)
-
-    @cached_property
-    def vjp_theta(self) -> Callable[[Any], Any]:
-        """(∂G/∂θ)ᵀ u."""
-        self._check_dependence()
-        return self._pullback(lambda theta: self._function(self._y, theta), self._theta)
-
-    def _check_dependence(self) -> None:
-        if self._whole:
-            self._backend.check_dependence(lambda theta: self._function(self._y, theta), self._theta)
-
-    def _pullback(self, function: Callable[[Any], Any], x: Any) -> Callable[[Any], Any]:
-        value, pull = jax.vjp(function, x)
-        return self._product(lambda u: pull(u)[0], value)
-
-    def _product(self, linear: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:
-        """Return a linear map of one vector as one of many, of vectors that vary over devices as ``like`` does."""
-        return self._backend.batched(lambda v: linear(varying(v, like)), self._items)
 
 
 class JaxBackend(ArrayAPIBackend):
