@@ -18,6 +18,7 @@ import torch
 from implicitdiff.arrays import Array
 from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
 from implicitdiff.backends.torch_captured import Graph
+from implicitdiff.errors import NoiseError
 
 __all__ = [
     "Recording",
@@ -199,6 +200,23 @@ def _leaf(x: Array) -> Array:
     return x.detach().requires_grad_()
 
 
+def _record_condition(function: Function, *xs: Array) -> Array | None:
+    """Record a function that a solution is one of: random numbers must not matter to it."""
+    generator = torch.cuda.default_generators[xs[0].device.index] if xs[0].is_cuda else torch.default_generator
+    before = generator.get_state()
+    value = _record(function, *xs)
+    if value is None or torch.equal(before, generator.get_state()):
+        return value
+    again = function(*(x.detach() for x in xs))
+    if bool(((again != value) & ~(again.isnan() & value.isnan())).any()):
+        raise NoiseError(
+            "the condition is not deterministic: called twice at one point, its values differ.\n"
+            "Likely cause: it draws random numbers (dropout in training mode, a sample), and so it has no solution.\n"
+            "Next: module.eval(), or draw beforehand and pass what was drawn in args."
+        )
+    return value
+
+
 def _record(function: Function, *xs: Array) -> Array | None:
     """Record a function at leaves; None where it runs on plain tensors only (it goes through NumPy)."""
     try:
@@ -245,7 +263,7 @@ def _unwidened(backend: Any) -> Any:
 def differentiate(backend: Any, function: Function, y: Array, theta: Array) -> Any:
     """Record a vector function; differences where it cannot be."""
     leaves = _leaf(y), _leaf(theta)
-    value = _record(function, *leaves)
+    value = _record_condition(function, *leaves)
     if value is None:
         return Differences(_unwidened(backend), function, y, theta)
     graph = _look(backend, value, *leaves)
@@ -257,7 +275,7 @@ def differentiate(backend: Any, function: Function, y: Array, theta: Array) -> A
 def differentiate_gradient(backend: Any, function: Function, y: Array, theta: Array) -> Any:
     """Record ∇_y f of a scalar function (one scalar per item)."""
     leaves = _leaf(y), _leaf(theta)
-    value = _record(function, *leaves)
+    value = _record_condition(function, *leaves)
     if value is None:
         return GradientDifferences(_unwidened(backend), function, y, theta)
     graph = _look(backend, value, *leaves)

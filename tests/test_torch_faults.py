@@ -14,6 +14,7 @@ from torch.func import functional_call  # noqa: E402
 from implicitdiff import (  # noqa: E402
     DerivativeError,
     FixedPoint,
+    NoiseError,
     Root,
     Stationary,
     implicit_function,
@@ -252,3 +253,23 @@ def test_fault_69_aux_as_a_function() -> None:
     torch.testing.assert_close(theta.grad, 21 * ONE)
     torch.testing.assert_close(torch.func.hessian(loss)(2 * ONE), torch.diag(26 * ONE))
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(ONE[None]), 5 * ONE[None])
+
+
+# -- 61: dropout -------------------------------------------------------------------------------------------
+def test_fault_61_dropout() -> None:
+    """A condition that draws random numbers has no solution; one that draws them to no effect has one."""
+    drop, one = torch.nn.Dropout(0.5), torch.ones(50, dtype=F64)
+    cases: dict[str, Any] = {
+        "root": Root(lambda y, th: drop(2 * y - th)),
+        "objective": lambda y, th: (drop((y - th / 2) ** 2 + 1)).sum(),
+    }
+    for condition in cases.values():
+        with pytest.raises(NoiseError, match="not deterministic"):
+            implicit_vjp(condition, 2 * one, 2 * one, one)
+    outer = lambda y, th: (y * torch.rand(50)).sum() * 0 + y.sum()
+    torch.testing.assert_close(implicit_grad(Root(lambda y, th: 2 * y - th), outer, one, 2 * one), one / 2)
+    drop.eval()
+    for condition in cases.values():
+        torch.testing.assert_close(implicit_vjp(condition, one, 2 * one, one), one / 2)
+    drop.train().p = 0.0
+    torch.testing.assert_close(implicit_vjp(cases["root"], one, 2 * one, one), one / 2)
