@@ -152,8 +152,11 @@ def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Cou
     failed = needed(backend, failing)
     if not (op.symmetric or (failed and getattr(solver, "symmetric_only", False))):
         return status, 0
-    # after a success A x = b up to the residual
-    image = backend.rescue(failing, lambda _: op.matvec(x), b) if failed else b
+    image = b  # after a success A x = b up to the residual
+    if failed:  # x may be zero, or NaN: A b in place of A x
+        space = backend.space(x)
+        x = space.select(backend.xp.broadcast_to(failing, space.items), b, x)
+        image = backend.rescue(failing, lambda _: op.matvec(x), b)
 
     def compare(status: Array) -> Array:
         return _compare(op, b, x, image, status, counts, failing)
@@ -180,6 +183,7 @@ def _compare(
     relative = (1e-6 if eps < 1e-10 else 1e-3) + xp.where(failing, 0 * residual, residual)
     allowed = one.size(z) * space.size(image) * relative + 1e3 * eps * one.size(az) * space.size(x)
     asymmetric = xp.isfinite(gap) & (gap > allowed) & (space.size(b) > 0)
+    asymmetric = asymmetric & (status != int(Status.BAD_PRECONDITIONER))
     return xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
 
 

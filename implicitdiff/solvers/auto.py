@@ -103,7 +103,7 @@ class Auto(Solver):
     def _direct(self, state: _State, b: Array, why: str) -> tuple[Array, Any, Counts]:
         op = state.operator
         if not op.symmetric:
-            state.methods = [("lu", f"{why}; A is not symmetric")]
+            state.methods = [("lu", f"{why}; {_symmetry(op)}")]
             return self._run(state, LU(), b, None)
         if op.positive_definite is False:
             result = self._run(state, LDLT(), b, None)
@@ -123,7 +123,7 @@ class Auto(Solver):
         xp = op.backend.xp
         options = {"rtol": self.rtol, "maxiter": self.maxiter, "preconditioner": self.preconditioner}
         first: Solver = CG(**options) if op.symmetric else GMRES(**options)
-        why = f"n = {op.n} > {SMALL}; A is {'' if op.symmetric else 'not '}symmetric"
+        why = f"n = {op.n} > {SMALL}; {_symmetry(op)}"
         if op.symmetric and op.positive_definite is False:
             first, why = MINRES(**options), f"{why} and indefinite"
         state.methods = methods = [(first.name, why)]
@@ -160,6 +160,13 @@ class Auto(Solver):
             state.prepared[solver.name] = solver.init(state.operator)
         inner = state.prepared[solver.name]
         return solver.solve(solver.transpose(inner) if state.transposed else inner, b, x0)
+
+
+def _symmetry(op: Operator) -> str:
+    """Say what is known of the symmetry of A."""
+    if op.symmetric:
+        return "A is symmetric"
+    return "A is not symmetric" if op.symmetric is False else "A is not known to be symmetric"
 
 
 def _fallible(xp: Any, status: Any) -> Array:

@@ -95,7 +95,9 @@ class GMRES(Krylov):
         d = space.combine(end.basis, k - 1, y)
         step = d if left else precondition(d)
         norm = end.operator_norm
-        flat = end.least <= 4 * accuracy(state, space) ** 0.5 * norm
+        noise = accuracy(state, space)
+        long = space.xp.sqrt(space.xp.sum(y * y, axis=-1))  # ‖A V y‖ / ‖y‖ is another bound; ‖A V y‖ <= 2 β
+        flat = (end.least <= 4 * noise**0.5 * norm) | (100 * noise * norm * long > 2 * beta)
         if not precondition.identity:
             sizes = (space.norm(start.r), beta) if left else (space.norm(d), space.norm(step))
             norm = without_preconditioner(space, norm, *sizes)
@@ -134,7 +136,7 @@ def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Arra
     upper = _set_column(space, s, column, diagonal, go, m)
     phi = space.where(go, xp.abs(rotation[..., 0] @ _one_hot(space, s.j + 1, m + 1)), s.phi)
     status = space.where(s.active & ~finite, int(Status.NON_FINITE), s.status)
-    singular = go & broke & (diagonal <= space.eps * norm)
+    singular = go & (diagonal <= space.eps * space.maximum(s.operator_norm, norm))
     status = space.where(singular, int(Status.SINGULAR), status)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & ~broke & (phi > target) & (s.j + 1 < m) & (iterations < budget)
