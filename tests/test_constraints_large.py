@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from implicitdiff import KKT, implicit_vjp
+from implicitdiff.backends.numpy import NumpyBackend
 
 N, P = 400, 15
 RNG = np.random.default_rng(7)
@@ -64,3 +65,26 @@ def test_what_is_assembled_is_counted(route: str) -> None:
     condition = KKT(objective, eq=equalities, route=route)
     report = implicit_vjp(condition, y, THETA, V, solver="cholesky", return_report=True)[1]
     assert N <= report.matvecs <= N + 5
+
+
+@pytest.mark.parametrize("mode", ["auto", "finite_differences"])
+def test_constraints_are_differenced_once(mode: str) -> None:
+    """J is known, so that the coordinates of the multipliers cost nothing, however many there are."""
+    n, counts, backend = 12, {}, NumpyBackend(mode)
+    matrix = np.eye(n) + 0.1 * RNG.normal(size=(n, n))
+    y, diagonal = np.linspace(-1, 1, n), np.arange(1.0, n + 1)
+    for k in (1, n - 1):
+        rows, calls = matrix[:k], [0]
+
+        def f(y: Any, theta: Any, calls: list[int] = calls) -> Any:
+            calls[0] += 1
+            return np.sum(diagonal * y * y) / 2 - theta @ y
+
+        condition = KKT(f, eq=lambda y, theta, rows=rows: rows @ (y - np.linspace(-1, 1, n)))
+        theta = diagonal * y + rows.T @ np.ones(k)
+        got = implicit_vjp(condition, y, theta, np.ones(n), backend=backend)
+        saddle = np.block([[np.diag(diagonal), rows.T], [rows, np.zeros((k, k))]])
+        expected = np.linalg.solve(saddle, np.append(np.ones(n), np.zeros(k)))[:n]
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+        counts[k] = calls[0]
+    assert counts[n - 1] <= 1.1 * counts[1]

@@ -26,6 +26,7 @@ from implicitdiff.arrays import Array, listed, named_items
 from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
 from implicitdiff.conditions.base import Condition, Findings, Frame, Maps, finite_part
+from implicitdiff.conditions.differenced import system_by_blocks
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.conditions.units import Units, center, units_at
@@ -62,6 +63,8 @@ class FirstOrder(NamedTuple):
     """∇f, shape (*items, n)."""
     curve: Callable[[Array], Array]
     """The product with the Hessian of f, for vectors (*rhs, *items, n)."""
+    derivatives: Any = None
+    """Of c, where those of f come from differences."""
 
 
 class Constrained(Condition):
@@ -124,18 +127,22 @@ class Constrained(Condition):
         whole = values[0] if len(values) == 1 else backend.concat(values)
         whole, rows, gradient = (backend.astype(x, point.y.dtype) for x in (whole, rows, smooth.value()))  # widened
         return FirstOrder(
-            sizes.get("eq", 0), whole, rows, gradient, lambda v: backend.astype(smooth.hvp(v), point.y.dtype)
-        )
+            sizes.get("eq", 0), whole, rows, gradient, lambda v: backend.astype(smooth.hvp(v), point.y.dtype),
+            None if smooth.kind == "autodiff" or backend.vmap is not None else found,
+        )  # fmt: skip
 
     def hessian(self, point: Point) -> Array | None:
         """H as a matrix, shape (*items, n, n), where it is at hand."""
         return None
 
-    def system(self, point: Point, z: Array) -> Maps:
+    def system(self, point: Point, first: FirstOrder, z: Array) -> Maps:
         """F, A and B of the Lagrangian's stationary point over (y, z), all constraints in it."""
+        lagrangian = _lagrangian(self.objective(point.lead), self._all, point.lead)
+        if first.derivatives is not None:
+            return system_by_blocks(point, first, z, lagrangian, self._all)
         border = Ravel(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
         both = Point(point.backend, border, point.theta, point.args)
-        return Stationary(_lagrangian(self.objective(point.lead), self._all, point.lead)).maps(both)
+        return Stationary(lagrangian).maps(both)
 
     def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:
         return tuple(_without_infinite(c(y, theta, *args)) for c in self.constraints.values())
@@ -154,10 +161,10 @@ class Constrained(Condition):
         if given is not None and not backend.composable:
             candidate = candidate | _pressed(first, given, units, limits)
             z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
-            whole = self.system(point, given)
+            whole = self.system(point, first, given)
         else:  # also where the derivative is differentiated again: there z has to follow y and theta
             z, dependent = active_set.recovered(backend, first, units, candidate)
-            whole = self.system(point, xp.where(candidate, z, xp.zeros_like(z)))
+            whole = self.system(point, first, xp.where(candidate, z, xp.zeros_like(z)))
         judged = active_set.classified(
             xp, equality, first.values, units, limits, candidate, dependent, z if given is None else given
         )

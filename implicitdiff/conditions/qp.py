@@ -194,7 +194,7 @@ class _Bound(Constrained):
     def hessian(self, point: Point) -> Array | None:
         return self._here.H
 
-    def system(self, point: Point, z: Array) -> Maps:
+    def system(self, point: Point, first: FirstOrder, z: Array) -> Maps:
         xp, backend, n = point.backend.xp, point.backend, point.y.n
         (H, _, rows, _, p, _), y = self._here, point.y.vector
         k = rows.shape[-2]
