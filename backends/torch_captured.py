@@ -71,8 +71,8 @@ class Graph:
 
 
 def _innermost(x: Any) -> Any:
-    """Take a tensor out of the maps that it is under, which hide its graph."""
-    while isinstance(x, torch.Tensor) and torch._C._functorch.is_batchedtensor(x):
+    """Take a tensor out of the transforms that it is under, which hide its graph."""
+    while isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
 
@@ -107,10 +107,20 @@ class Captures:
 
 
 class RefusedCaptures(Captures):
-    """Raises at the first one, unless all that is asked for are derivatives by the arguments."""
+    """Raises at the first one, unless all that is asked for are derivatives by the arguments.
+
+    Parameters
+    ----------
+    told : list of tensor
+        Those that results have been made to refuse, to be filled later.
+    """
+
+    def __init__(self, told: list[Array]) -> None:
+        super().__init__()
+        self._told = told
 
     def meet(self, leaf: Array) -> None:
-        if not _by_arguments.get():
+        if not _by_arguments.get() and not any(leaf is known for known in self._told):
             raise captured()
 
 

@@ -21,7 +21,6 @@ from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Ravel
-from implicitdiff.rules import Rules, Task
 
 __all__ = ["Problem", "Slots", "collecting", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform"]
 
@@ -158,16 +157,16 @@ class Problem:
         args: tuple[Any, ...], kwargs: dict[str, Any], function: Any = None,
     ) -> None:  # fmt: skip
         self.engine, self.composable, self.function = engine, composable, function
+        self.captures: list[Array] = []
         if torch.is_grad_enabled():
             self.engine = copy.copy(engine)
-            self.engine.captures = RefusedCaptures()
+            self.engine.captures = RefusedCaptures(self.captures)
         self.condition, self.options = as_condition(condition), {**options, "backend": self.engine}
         self.theta, self.data = Slots(theta), Slots((args, kwargs))
         self.tensors = (*self.theta.tensors, *self.data.tensors)
         self.y: Any = None  # a Ravel: the structure of y, once it is known
         self.aux: Any = None
         self.report: Any = None
-        self.captures: list[Array] = []
         self._recording = torch.is_grad_enabled()
         self._latest: tuple[list[Any], Linearization] | None = None
         self._collected: list[Any] | None = None
@@ -247,19 +246,29 @@ class Problem:
         """Return the recorded tensors that the condition uses beside its arguments, where it sees some.
 
         To see one tells nothing: it may be detached, or a module be called with what theta holds (``functional_call``).
-        So its functions are asked, once each.
+        So the functions that the user wrote are asked, once each.
         """
-        if not self._recording or under_transform() or not _in_sight(self.condition):
+        if not self._recording or not _in_sight(self.condition):
             return []
-        engine, (theta, args, _) = collecting(self.engine), self._trees([plain(x) for x in self.tensors])
-        point = self.y.unravel(y.detach())
-        with engine.computing():
-            rules = Rules(Task(engine, self.condition, point, theta, args, batched=self.options["batched"]), flat=True)
-            u = torch.ones_like(rules.look(None)[0])[..., None].expand(*rules.point.items, rules.B.rows)
-            rules.prepared.operator.matvec(u.clone())
-            rules.B.rmatvec(u.clone())
-        self.captures = engine.captures.tensors
+        captures = Captures()
+        try:
+            for value in self._values(plain(y), [plain(x) for x in self.tensors]):
+                captures.see(value)
+        except Exception:  # what is wrong with a function is told where its derivative is asked for
+            return []
+        self.captures.extend(captures.tensors)
         return self.captures
+
+    def _values(self, y: Array, tensors: Sequence[Array]) -> Iterator[Array]:
+        """F at a point, and the products that the user gave."""
+        point, maps = self.composed(y, tensors)
+        if maps.at is not None:
+            yield maps.at(point.y.vector, point.theta.vector)
+        u = y.new_ones((*point.items, maps.B.rows))
+        if maps.A.kind != "autodiff":
+            yield maps.A.matvec(u)
+        if maps.B.kind != "autodiff":
+            yield maps.B.rmatvec(u)
 
     # -- products that are differentiated again ------------------------------------------------------
     def composed(self, y: Array, tensors: Sequence[Array]) -> tuple[Point, Maps]:

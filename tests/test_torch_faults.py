@@ -58,6 +58,33 @@ def test_captured_tensor(name: str, graph: bool) -> None:
         torch.testing.assert_close(wrapped(theta), ONE / 2)
 
 
+def test_fault_69_captured_module_around() -> None:
+    """The gradient by θ alone is there; that by a module is refused, under a map, in a batch, or a broken condition."""
+    model = torch.nn.Linear(3, 3, dtype=F64)
+    system = torch.linalg.inv(10 * torch.eye(3, dtype=F64) + model.weight.detach())
+    condition = Root(lambda y, th: model(y) + 10 * y - th)
+
+    def solution(th: Any) -> Any:
+        return (th - model.bias.detach()) @ system.T
+
+    both = torch.stack([ONE, TWO]).requires_grad_()
+    for solve in (
+        torch.func.vmap(implicit_function(condition)(solution)),
+        implicit_function(condition, batched=True)(solution),
+    ):
+        y = solve(both)
+        torch.testing.assert_close(
+            torch.autograd.grad(y.sum(), both, retain_graph=True)[0], (ONE @ system).expand(2, 3)
+        )
+        for inputs in (both, both.detach()):
+            with pytest.raises(DerivativeError, match=TOLD):
+                solve(inputs).sum().backward()
+    with pytest.raises(DerivativeError, match=TOLD):
+        torch.autograd.grad(y.sum(), both, create_graph=True)
+    broken = implicit_function(Root(lambda y, th: model(y)[:2] - th))(solution)
+    assert broken(ONE).shape == (3,)
+
+
 def test_captured_under_a_transform() -> None:
     def loss(x: Any) -> Any:
         return implicit_function(Root(lambda y, th: x * y - th))(lambda theta: theta / 2)(ONE).sum()
