@@ -15,7 +15,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.jax_derivatives import Derivatives
 from implicitdiff.backends.jax_function import differentiable_call
-from implicitdiff.backends.jax_programs import Runner, solved
+from implicitdiff.backends.jax_programs import Runner, is_traced, solved
 from implicitdiff.backends.jax_varying import alike, anywhere, is_mapped, varying
 from implicitdiff.errors import BackendError
 from implicitdiff.judgement import independent
@@ -140,6 +140,16 @@ class JaxBackend(ArrayAPIBackend):
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
+
+    def local(self, y: Any, theta: Any) -> bool:
+        leaves = jax.tree.leaves((y, theta))
+        return not is_traced(leaves) and all(len(getattr(leaf, "devices", set)()) <= 1 for leaf in leaves)
+
+    def look_at(self, x: Array) -> Array:
+        return np.asarray(x)  # of JAX, every operation is compiled for every shape
+
+    def put_back(self, x: Array) -> Array:
+        return jnp.asarray(x)
 
     def trees(self, y: Any, theta: Any) -> bool:
         leaves = [flatten(tree).leaves for tree in (y, theta)]

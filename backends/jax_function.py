@@ -20,6 +20,7 @@ from implicitdiff.backends.jax_rules import arrays_of, functions_of
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.judgement import warn_not_solution
 from implicitdiff.rules import Rules, Task
+from implicitdiff.verification import verify
 
 __all__ = ["differentiable_call"]
 
@@ -213,11 +214,12 @@ def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, ta
 
 
 def _look_at_point(task: Task) -> None:
-    """Warn where y is not a solution."""
+    """Warn where y is not a solution, and raise where what the user gave of derivatives is wrong."""
     call = call_for(task, "look", (task.y, task.theta))
     size, unsolved = program_for(call, _build_look)(call)
     if is_traced(unsolved):
         return
+    verify(task, lambda: Rules(task, flat=True))
     if bool(jnp.any(unsolved)):
         warn_not_solution(np, np.asarray(size), np.asarray(unsolved), batched=task.batched)
 

@@ -50,6 +50,9 @@ class TorchBackend(TorchArrays):
         self.group.check_same("theta", theta)
         return self.group.summed(maps)
 
+    def local(self, y: Any, theta: Any) -> bool:
+        return self.group is None and super().local(y, theta)
+
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         by_y, by_theta, kind = super().gradients(function, y, theta)
         return (by_y, by_theta, kind) if self.group is None else (self.group.sum(by_y), self.group.sum(by_theta), kind)

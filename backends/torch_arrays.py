@@ -84,6 +84,9 @@ class TorchArrays(ArrayAPIBackend):
             return False
         return all(len({getattr(leaf, "dtype", None) for leaf in group}) == 1 for group in groups)
 
+    def local(self, y: Any, theta: Any) -> bool:
+        return not any(torch_dtensor.is_spread(leaf) for tree in (y, theta) for leaf in flatten(tree).leaves)
+
     def is_vector(self, tree: Any) -> bool:
         return super().is_vector(tree) and not torch_dtensor.is_spread(tree)
 

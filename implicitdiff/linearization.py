@@ -14,6 +14,7 @@ from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.solve import make_report, method_of
+from implicitdiff.verification import verify
 
 __all__ = ["Linearization", "linearized"]
 
@@ -32,6 +33,7 @@ class Linearization:
     """
 
     _shown: Report | None = None
+    _verified: bool = False
 
     def __init__(
         self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
@@ -163,6 +165,9 @@ class Linearization:
             if not run.visible:
                 return run.value
             error = self._judge(run, mode, direction)
+            if error is None and not self._verified:
+                verify(self._task, lambda: run.rules or self._rules, mode, run.evidence.solution.x)
+                self._verified = True
         if error is not None:  # with the value attached: nothing is lost
             error.value, error.report = run.value, self.report
             settle(error, self._task.on_failure)

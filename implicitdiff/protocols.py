@@ -137,6 +137,15 @@ class Backend(Protocol):
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         """``prepared.solve``, differentiable where the framework is tracing."""
 
+    def local(self, y: Any, theta: Any) -> bool:
+        """Whether y and theta are here as a whole, with numbers to look at."""
+
+    def look_at(self, x: Array) -> Array:
+        """Return an array in whose library a few operations, each done once, cost little."""
+
+    def put_back(self, x: Array) -> Array:
+        """Return such an array as one of the framework."""
+
     def trees(self, y: Any, theta: Any) -> bool:
         """Whether products alone may work on the leaves of the trees, so that nothing is concatenated."""
 

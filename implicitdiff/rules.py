@@ -107,7 +107,7 @@ class Rules:
         self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.condition, self.B, self.value, self.at = condition, maps.B, maps.residual, maps.at
-        self.frame, self.findings = maps.frame, maps.findings
+        self.frame, self.findings, self.checked = maps.frame, maps.findings, maps.checked
         self.prepared = prepare(maps.A, condition.routed(solver), mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
         self.told = self.warned = False

@@ -15,10 +15,21 @@ from typing import Any, ClassVar, NamedTuple
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
-from implicitdiff.operator import LinearMap, Operator, matrix_map
+from implicitdiff.operator import LinearMap, Operator, Product, matrix_map
 from implicitdiff.vectors import is_tree_vector
 
-__all__ = ["Condition", "Findings", "Frame", "Given", "Maps", "check_callables", "finite_part", "maps_from"]
+__all__ = [
+    "Checked",
+    "Condition",
+    "Findings",
+    "Frame",
+    "Given",
+    "Maps",
+    "check_callables",
+    "check_verify",
+    "finite_part",
+    "maps_from",
+]
 
 ASSEMBLY_LIMIT = 1024
 """Up to this order a missing product is assembled from its exact transpose rather than differenced."""
@@ -47,6 +58,28 @@ class Findings(NamedTuple):
     """For `Condition.tell`."""
 
 
+class Checked(NamedTuple):
+    """A function G(y, θ) with what was given of its derivatives, so that these can be held against it."""
+
+    point: Point
+    what: str
+    """What the user knows G under."""
+    function: Callable[[Array, Array], Array] | None
+    """G on vectors; None where it is not known."""
+    values: Callable[[Array, Array], Array] | None
+    """f on vectors, where G = ∇f and f was given."""
+    derive: Callable[[], Any] | None
+    """Returns the backend's derivatives of G."""
+    forward: tuple[str, Product | None]
+    adjoint: tuple[str, Product | None]
+    matrix: tuple[str, Operator | None]
+    mixed_jvp: Product | None
+    mixed_vjp: Product | None
+    symmetric: bool
+    solved: int | None = None
+    """What is solved with: ∂G/∂y (0), I − ∂G/∂y (1), or a matrix that is made of more than G (None)."""
+
+
 class Maps(NamedTuple):
     """F and its derivatives at a point.
 
@@ -59,10 +92,21 @@ class Maps(NamedTuple):
     B: LinearMap
     frame: Frame | None = None
     findings: Findings | None = None
+    checked: Checked | None = None
 
 
 class Condition:
     """A condition F(y, θ) = 0; subclasses say how F and its derivatives come from the user's functions."""
+
+    @property
+    def to_verify(self) -> tuple[Callable[..., Any], ...]:
+        """The user's functions, where derivatives are among them that are to be held against the others."""
+        return ()
+
+    @property
+    def point_kind(self) -> str | None:
+        """What kind of stationary point y is said to be; None where nothing was said, and a saddle is told."""
+        return "saddle"
 
     @property
     def has_matrix(self) -> bool:
@@ -123,6 +167,12 @@ def check_callables(**functions: Any) -> None:
             raise InputError(f"{name} is {type(function).__name__}; expected a callable.")
 
 
+def check_verify(verify: Any) -> None:
+    """Raise where ``verify`` is neither True nor False."""
+    if not isinstance(verify, bool):
+        raise InputError(f"verify = {verify!r}: expected True or False.")
+
+
 class _Builder:
     """Chooses each product: given, or derived where it is missing."""
 
@@ -142,15 +192,40 @@ class _Builder:
             )
         return self._derive()
 
+    @cached_property
+    def forward(self) -> Product | None:
+        """The given product with ∂G/∂y."""
+        name, function = self.given.forward
+        return None if function is None else self.point.product(function, name, self.point.y, self.point.y)
+
+    @cached_property
+    def adjoint(self) -> Product | None:
+        """The given product with its transpose."""
+        name, function = self.given.adjoint
+        return None if function is None else self.point.product(function, name, self.point.y, self.point.y)
+
+    @cached_property
+    def matrix(self) -> Operator | None:
+        """The given matrix."""
+        name, function = self.given.matrix
+        return None if function is None else self._matrix(name, self.point.call(function, name))
+
+    def checked(self, function: Any, values: Any, known_as: str) -> Checked:
+        """G with what was given of it."""
+        given, mixed = self.given, self.mixed
+        return Checked(
+            self.point, known_as, function, values, None if self._derive is None else (lambda: self.derived),
+            (given.forward[0], self.forward), (given.adjoint[0], self.adjoint), (given.matrix[0], self.matrix),
+            None if given.mixed_jvp is None else mixed.forward, None if given.mixed_vjp is None else mixed.adjoint,
+            self.symmetric, 0,
+        )  # fmt: skip
+
     def operator(self) -> Operator:
         """∂G/∂y."""
         p = self.point
-        name, function = self.given.matrix
-        (fname, fwd), (aname, adj) = self.given.forward, self.given.adjoint
-        forward = None if fwd is None else p.product(fwd, fname, p.y, p.y)
-        adjoint = None if adj is None else p.product(adj, aname, p.y, p.y)
-        if function is not None:  # products that are given beside a matrix stay the user's
-            op = self._matrix(name, p.call(function, name))
+        forward, adjoint = self.forward, self.adjoint
+        if self.matrix is not None:  # products that are given beside a matrix stay the user's
+            op = self.matrix
             forward = forward or op.forward
             adjoint = forward if self.symmetric else adjoint or op.adjoint
             return replace(op, forward=forward, adjoint=adjoint, derive=self._missing("jvp_y", "vjp_y"))
@@ -208,6 +283,7 @@ class _Builder:
         op: Operator = matrix_map(Operator, p.backend, matrix, items, p.y.dtype, p.y.device, **tags)
         return replace(op, adjoint=op.forward) if self.symmetric else op
 
+    @cached_property
     def mixed(self) -> LinearMap:
         """∂G/∂θ."""
         p, given = self.point, self.given
@@ -231,7 +307,8 @@ def _lengths(point: Point) -> tuple[int, ...]:
 def maps_from(
     point: Point, given: Given, function: Callable[[Array, Array], Array] | None,
     derive: Callable[[], Any] | None, *, symmetric: bool = False, what: str = "F",
-    value: Callable[[], Array] | None = None,
+    value: Callable[[], Array] | None = None, values: Callable[[Array, Array], Array] | None = None,
+    known_as: str = "fun",
 ) -> Maps:  # fmt: skip
     """Build the maps of F = G.
 
@@ -250,9 +327,14 @@ def maps_from(
         Name of G, for messages.
     value : callable, optional
         Evaluates G at the point, where that is cheaper than ``function``.
+    values : callable, optional
+        f on vectors, where G = ∇f and f was given.
+    known_as : str
+        What the user knows G under.
     """
     builder = _Builder(point, given, derive, symmetric, what)
     y, theta = point.y.vector, point.theta.vector
     if value is None and function is not None:
         value = lambda: function(y, theta)  # noqa: E731
-    return Maps(value, function, builder.operator(), builder.mixed())
+    checked = builder.checked(function, values, known_as)
+    return Maps(value, function, builder.operator(), builder.mixed, checked=checked)

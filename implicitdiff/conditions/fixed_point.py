@@ -31,6 +31,8 @@ class FixedPoint(Root):
         ``∂T/∂y`` as ``jacobian(y, theta, *args)``: dense (n, n) in raveled order, SciPy sparse or LinearOperator.
     mixed_vjp, mixed_jvp : callable, optional
         ``(∂T/∂θ)ᵀ u -> like theta`` and ``(∂T/∂θ) t -> like y``.
+    verify : bool, default True
+        Whether what is given is held against ``fun`` at its first use (see `check_derivatives`).
 
     References
     ----------
@@ -46,6 +48,7 @@ class FixedPoint(Root):
             None if at is None else (lambda z, theta: z - at(z, theta)),
             identity_minus(t.A),
             _negated(t.B),
+            checked=None if t.checked is None else t.checked._replace(solved=1),
         )
 
 

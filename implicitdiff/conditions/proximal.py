@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from implicitdiff.arrays import Array, item_numbers, listed, named_items
-from implicitdiff.conditions.base import Condition, Findings, Given, Maps, check_callables, finite_part, maps_from
+from implicitdiff.conditions.base import (
+    Condition,
+    Findings,
+    Given,
+    Maps,
+    check_callables,
+    check_verify,
+    finite_part,
+    maps_from,
+)
 from implicitdiff.conditions.fixed_point import identity_minus
 from implicitdiff.conditions.metric import Metric, metric_at
 from implicitdiff.conditions.point import Point
@@ -44,10 +53,11 @@ class _Composite(Condition):
     mixed_vjp: Callable[..., Any] | None = None
     mixed_jvp: Callable[..., Any] | None = None
     restrict: bool | None = None
+    verify: bool = True
 
     _name = "after"
 
-    def _set(self, fun: Any, after: Any, step: Any, restrict: Any, **given: Any) -> None:
+    def _set(self, fun: Any, after: Any, step: Any, restrict: Any, verify: Any, **given: Any) -> None:
         if not callable(after):
             raise InputError(f"{self._name} is {type(after).__name__}; expected a callable.")
         if fun is None and given["grad"] is None:
@@ -58,7 +68,9 @@ class _Composite(Condition):
         if restrict not in (None, True, False):
             raise InputError(f"restrict is {restrict!r}; expected None, True or False.")
         check_callables(fun=fun, **given)
-        for name, value in {"fun": fun, "after": after, "step": step, "restrict": restrict, **given}.items():
+        check_verify(verify)
+        fields = {"fun": fun, "after": after, "step": step, "restrict": restrict, "verify": verify, **given}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -67,6 +79,18 @@ class _Composite(Condition):
 
     def without_bounds(self, theta: Any) -> Any:
         return finite_part(theta.backend.xp, theta.vector)
+
+    @property
+    def _smooth(self) -> Stationary:
+        """The condition of f alone, which y need not fulfil."""
+        return Stationary(
+            self.fun, grad=self.grad, hvp=self.hvp, hessian=self.hessian, mixed_vjp=self.mixed_vjp,
+            mixed_jvp=self.mixed_jvp, verify=self.verify,
+        )  # fmt: skip
+
+    @property
+    def to_verify(self) -> tuple[Callable[..., Any], ...]:
+        return self._smooth.to_verify
 
     def routed(self, solver: Any) -> Any:
         return OnSupport(get_solver(solver), self.restrict)
@@ -77,10 +101,7 @@ class _Composite(Condition):
 
     def maps(self, point: Point) -> Maps:
         part, backend, y, theta = point.part(), point.backend, point.y.vector, point.theta.vector
-        smooth = Stationary(
-            self.fun, grad=self.grad, hvp=self.hvp, hessian=self.hessian, mixed_vjp=self.mixed_vjp,
-            mixed_jvp=self.mixed_jvp,
-        ).maps(part)  # fmt: skip
+        smooth = self._smooth.maps(part)
         slope = cast("Callable[[], Array]", smooth.residual)()  # there is fun or grad
 
         def outer_at(metric: Metric) -> tuple[Callable[[Array, Array], Array], Array, Maps]:
@@ -100,7 +121,8 @@ class _Composite(Condition):
         backend.check_dependence(lambda t: at(y, t), theta)
         findings = None if backend.composable or is_tree_vector(x) else _kinks(point, P.A.kind, outer, x, metric)
         A, B = _system(P.A, metric.scaled(smooth.A), metric), _mixed(P, smooth, metric)
-        return Maps(lambda: metric.down(y - outer(x, theta)), at, A, B, metric.frame(), findings)
+        checked = None if smooth.checked is None else smooth.checked._replace(solved=None)
+        return Maps(lambda: metric.down(y - outer(x, theta)), at, A, B, metric.frame(), findings, checked)
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
         raise NotImplementedError
@@ -204,6 +226,8 @@ class ProjectedGradient(_Composite):
         positive definite at a strict minimum, for `CG` and `Cholesky`. None: where D is found to be diagonal, or an
         orthogonal projector; under JAX nothing is found, and None means no. True also serves other D that are
         symmetric, and regular on their support (the group lasso). A solution of the whole system is checked for.
+    verify : bool, default True
+        Whether the derivatives of f that are given are held against f at their first use (see `check_derivatives`).
 
     Notes
     -----
@@ -237,13 +261,14 @@ class ProjectedGradient(_Composite):
     def __init__(
         self, fun: Any = None, projection: Any = None, *, step: float | None = None, grad: Any = None, hvp: Any = None,
         hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
-        restrict: bool | None = None,
+        restrict: bool | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
         self._set(
             fun,
             projection,
             step,
             restrict,
+            verify,
             grad=grad,
             hvp=hvp,
             hessian=hessian,
@@ -289,6 +314,8 @@ class ProximalGradient(_Composite):
         positive definite at a strict minimum, for `CG` and `Cholesky`. None: where D is found to be diagonal, or an
         orthogonal projector; under JAX nothing is found, and None means no. True also serves other D that are
         symmetric, and regular on their support (the group lasso). A solution of the whole system is checked for.
+    verify : bool, default True
+        Whether the derivatives of f that are given are held against f at their first use (see `check_derivatives`).
 
     Notes
     -----
@@ -320,10 +347,19 @@ class ProximalGradient(_Composite):
     def __init__(
         self, fun: Any = None, prox: Any = None, *, step: float | None = None, grad: Any = None, hvp: Any = None,
         hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
-        restrict: bool | None = None,
+        restrict: bool | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
         self._set(
-            fun, prox, step, restrict, grad=grad, hvp=hvp, hessian=hessian, mixed_vjp=mixed_vjp, mixed_jvp=mixed_jvp
+            fun,
+            prox,
+            step,
+            restrict,
+            verify,
+            grad=grad,
+            hvp=hvp,
+            hessian=hessian,
+            mixed_vjp=mixed_vjp,
+            mixed_jvp=mixed_jvp,
         )
 
     @property

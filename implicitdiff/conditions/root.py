@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, maps_from
+from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError
 
@@ -31,6 +31,9 @@ class Root(Condition):
         LinearOperator.
     mixed_vjp, mixed_jvp : callable, optional
         ``(∂F/∂θ)ᵀ u -> like theta`` and ``(∂F/∂θ) t -> like y``.
+    verify : bool, default True
+        Whether what is given is held against ``fun`` at its first use (see `check_derivatives`). Say False for
+        approximations that are meant.
 
     References
     ----------
@@ -43,10 +46,11 @@ class Root(Condition):
     jacobian: Callable[..., Any] | None = None
     mixed_vjp: Callable[..., Any] | None = None
     mixed_jvp: Callable[..., Any] | None = None
+    verify: bool = True
 
     def __init__(
         self, fun: Any, *, jvp: Any = None, vjp: Any = None, jacobian: Any = None,
-        mixed_vjp: Any = None, mixed_jvp: Any = None,
+        mixed_vjp: Any = None, mixed_jvp: Any = None, verify: bool = True,
     ) -> None:  # fmt: skip
         if not callable(fun):
             raise InputError(f"fun is {type(fun).__name__}; expected a callable F(y, theta, *args) -> like y.")
@@ -59,12 +63,19 @@ class Root(Condition):
             "mixed_jvp": mixed_jvp,
         }
         check_callables(**fields)
-        for name, value in fields.items():
+        check_verify(verify)
+        for name, value in {**fields, "verify": verify}.items():
             object.__setattr__(self, name, value)
 
     @property
     def has_matrix(self) -> bool:
         return self.jacobian is not None
+
+    @property
+    def to_verify(self) -> tuple[Callable[..., Any], ...]:
+        given = (self.jvp, self.vjp, self.jacobian, self.mixed_vjp, self.mixed_jvp)
+        products = [f for f in given if f is not None]
+        return (self.fun, *products) if self.verify and products else ()
 
     def maps(self, point: Point) -> Maps:
         function = point.vector_function(self.fun, "fun")

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, maps_from
+from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
+from implicitdiff.errors import InputError
 
 __all__ = ["Stationary"]
+
+KINDS = (None, "minimum", "maximum", "saddle")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,18 @@ class Stationary(Condition):
         ``Bᵀu`` with B = ∂²f/∂θ∂y as ``mixed_vjp(y, theta, u, *args) -> like theta``.
     mixed_jvp : callable, optional
         ``B t`` as ``mixed_jvp(y, theta, t, *args) -> like y``.
+    kind : {None, "minimum", "maximum", "saddle"}, optional
+        What y is, and is checked to be: a `RegularityWarning` says where the curvature that the solve met contradicts
+        it. None: a minimum or a maximum; negative curvature is told where ``solver="auto"`` meets it, unless all of it
+        is negative. ``"saddle"``: any stationary point, and nothing is told.
+    verify : bool, default True
+        Whether what is given is held against the other functions at its first use (see `check_derivatives`). Say False
+        for approximations that are meant, such as a Gauss-Newton matrix.
+
+    Raises
+    ------
+    InputError
+        Where an argument is none of these.
 
     Notes
     -----
@@ -52,10 +67,12 @@ class Stationary(Condition):
     hessian: Callable[..., Any] | None = None
     mixed_vjp: Callable[..., Any] | None = None
     mixed_jvp: Callable[..., Any] | None = None
+    kind: str | None = None
+    verify: bool = True
 
     def __init__(
         self, fun: Any = None, *, grad: Any = None, hvp: Any = None, hessian: Any = None,
-        mixed_vjp: Any = None, mixed_jvp: Any = None,
+        mixed_vjp: Any = None, mixed_jvp: Any = None, kind: str | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
         fields = {
             "fun": fun,
@@ -66,12 +83,25 @@ class Stationary(Condition):
             "mixed_jvp": mixed_jvp,
         }
         check_callables(**fields)
-        for name, value in fields.items():
+        check_verify(verify)
+        if kind not in KINDS:
+            raise InputError(f"kind = {kind!r}: expected one of {', '.join(map(repr, KINDS))}.")
+        for name, value in {**fields, "kind": kind, "verify": verify}.items():
             object.__setattr__(self, name, value)
 
     @property
     def has_matrix(self) -> bool:
         return self.hessian is not None
+
+    @property
+    def to_verify(self) -> tuple[Callable[..., Any], ...]:
+        products = [f for f in (self.hvp, self.hessian, self.mixed_vjp, self.mixed_jvp) if f is not None]
+        known = [f for f in (self.grad, self.fun) if f is not None]
+        return (*known, *products) if self.verify and known and len(known) + len(products) > 1 else ()
+
+    @property
+    def point_kind(self) -> str | None:
+        return self.kind
 
     def maps(self, point: Point) -> Maps:
         given = Given(("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp)
@@ -105,4 +135,7 @@ class Stationary(Condition):
         elif scalar is not None:
             function = lambda a, t: backend.differentiate_gradient(scalar, a, t).value()  # noqa: E731
         known = gradient is not None or scalar is not None
-        return maps_from(point, given, function, once if known else None, symmetric=True, what="∇f", value=value)
+        return maps_from(
+            point, given, function, once if known else None, symmetric=True, what="∇f", value=value, values=scalar,
+            known_as="fun" if gradient is None else "grad",
+        )  # fmt: skip
