@@ -282,6 +282,8 @@ def _sound(evidence: Any) -> Any:
     good = e.inputs & e.right & e.image & e.residual & ~e.unsolved & ~e.solution.failed
     if e.findings is not None:
         good = good & e.findings.quiet
+    if e.suspect is not None:
+        good = good & ~e.suspect
     return jnp.all(good) & ~jnp.any(e.vanished)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true, named_items, to_python
+from implicitdiff.curvature import tell_kind
 from implicitdiff.errors import (
     DerivativeError,
     NonFiniteError,
@@ -66,7 +67,16 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
         if evidence.findings is not None:
             return rules.condition.diagnose(evidence.findings, error, rules.prepared.operator)
         return error
+    _look_at_curvature(evidence, rules)
     return _product_error(rules.point, evidence.image | ~good, "mixed_vjp (Bᵀ u)")
+
+
+def _look_at_curvature(evidence: Any, rules: Any) -> None:
+    """Warn, once for a point, where y is not the kind of stationary point that it is said to be."""
+    suspect = evidence.suspect
+    if suspect is not None and not rules.curved and any_true(rules.point.backend.xp, suspect & evidence.inputs):
+        rules.curved = True
+        tell_kind(rules.condition.point_kind, rules.prepared.operator, evidence.inputs)
 
 
 def _findings_error(evidence: Any, rules: Any) -> SolveError | None:

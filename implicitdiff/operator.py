@@ -201,6 +201,11 @@ class Operator(LinearMap):
         """Products that were spent to see how large A is between the leaves of y."""
         return self._cache.get("probes", 0)
 
+    @property
+    def at_hand(self) -> Array | None:
+        """The matrix that was assembled from products, if one was."""
+        return self._cache.get("matrix")
+
     def transpose(self) -> Operator:
         """Return Aᵀ: itself where A is symmetric."""
         if self.symmetric:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
+from implicitdiff.curvature import suspicion
 from implicitdiff.errors import ShapeError
 from implicitdiff.judgement import reject_non_finite
 from implicitdiff.ravel import LeafRavel, Ravel
@@ -82,6 +83,8 @@ class Evidence(NamedTuple):
     """Whether F(y, θ) is far from zero."""
     findings: Any = None
     """What the condition saw beside F."""
+    suspect: Any = None
+    """Items in which the solve saw curvature that contradicts what y is said to be."""
 
 
 class Rules:
@@ -110,7 +113,7 @@ class Rules:
         self.frame, self.findings, self.checked = maps.frame, maps.findings, maps.checked
         self.prepared = prepare(maps.A, condition.routed(solver), mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
-        self.told = self.warned = False
+        self.told = self.warned = self.curved = False
         self._seen: tuple[Array, Array, Array] | None = None
 
     @property
@@ -191,7 +194,7 @@ class Rules:
         inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))
         solution = self._solve(b, None, inputs, transposed=transposed)
         no = ~self.point.backend.xp.any(inputs | ~inputs)
-        return self._poisoned(solution.x, solution), self._evidence(solution, inputs, None, None, no)
+        return self._poisoned(solution.x, solution), self._evidence(solution, b, inputs, None, None, no)
 
     # -- vectors -------------------------------------------------------------------------------------
     def _push(self, b: Any, x0: Any, inputs: Array, t: Any) -> tuple[Any, Evidence]:
@@ -199,9 +202,10 @@ class Rules:
         p = self.point
         space = p.backend.space(b)
         vanished = space.vanishes(b) & ~p.theta.space.vanishes(t)
-        solution = self._solve(-b, x0, inputs, transposed=False)
-        right, w = self._per_item(space.finite(b)), self._back(solution.x)
-        return self._poisoned(w, solution), self._evidence(solution, inputs, right, None, vanished)
+        right, b = self._per_item(space.finite(b)), -b
+        solution = self._solve(b, x0, inputs, transposed=False)
+        w = self._back(solution.x)
+        return self._poisoned(w, solution), self._evidence(solution, b, inputs, right, None, vanished)
 
     def _back(self, x: Any) -> Any:
         """The part of the system's unknowns that is y."""
@@ -216,7 +220,7 @@ class Rules:
         g = -self.B.rmatvec(u)
         theta = self.point.theta
         vanished = theta.vanishes(g) & ~space(u).vanishes(u)
-        evidence = self._evidence(solution, inputs, right, self._per_item(theta.finite(g)), vanished)
+        evidence = self._evidence(solution, b, inputs, right, self._per_item(theta.finite(g)), vanished)
         return self._poisoned(g, solution), evidence
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:
@@ -260,7 +264,7 @@ class Rules:
 
     # -- what was seen -------------------------------------------------------------------------------
     def _evidence(
-        self, solution: Solution, inputs: Array, right: Array | None, image: Array | None, vanished: Array
+        self, solution: Solution, b: Any, inputs: Array, right: Array | None, image: Array | None, vanished: Array
     ) -> Evidence:  # fmt: skip
         seen = self._seen or self.look(solution.operator_norm)
         if not self.point.backend.traced:  # what is traced belongs to its own trace
@@ -270,6 +274,7 @@ class Rules:
         return Evidence(
             solution, inputs, yes if right is None else right, yes if image is None else image, vanished,
             size, finite, unsolved, self.findings,
+            None if self.mute else suspicion(self.condition.point_kind, self.prepared, solution, b),
         )  # fmt: skip
 
     def look(self, known: Array | None, *, sure: bool = False) -> tuple[Array, Array, Array]:

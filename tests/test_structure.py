@@ -28,7 +28,7 @@ LAYERS = (
     ("preconditioner", "failure"),
     ("solvers",),
     ("solve",),
-    ("conditions", "probes", "verification", "rules", "judgement", "linearization", "system"),
+    ("conditions", "probes", "verification", "curvature", "rules", "judgement", "linearization", "system"),
     ("decorator", "api", "regularity", "comparison"),
     ("__init__",),
     ("demo", "demo_plot", "__main__"),

@@ -98,6 +98,10 @@ class LogBarrier(Constrained):
     def has_matrix(self) -> bool:
         return self.eq is not None
 
+    @property
+    def point_kind(self) -> str | None:
+        return None if self.eq is None else "saddle"
+
     def routed(self, solver: Any) -> Any:
         return solver if self.eq is None else super().routed(solver)
 
