@@ -248,9 +248,9 @@ def condition_of(lib: Library, form: str, A: np.ndarray, C: np.ndarray) -> Any:
         return FixedPoint(lambda y, t: y - fun(y, t), jvp=lambda y, t, v: v - M @ v, vjp=lambda y, t, u: u - Mt @ u,
                           **mixed)  # fmt: skip
     return {
-        "hvp": lambda: Stationary(grad=fun, hvp=forward, **mixed),
-        "hessian": lambda: Stationary(grad=fun, hessian=lambda y, t: M, **mixed),
-        "sparse-hessian": lambda: Stationary(grad=fun, hessian=lambda y, t: sparse, **mixed),
+        "hvp": lambda: Stationary(grad=fun, hvp=forward, kind="saddle", **mixed),
+        "hessian": lambda: Stationary(grad=fun, hessian=lambda y, t: M, kind="saddle", **mixed),
+        "sparse-hessian": lambda: Stationary(grad=fun, hessian=lambda y, t: sparse, kind="saddle", **mixed),
         "root": lambda: Root(fun, jvp=forward, vjp=adjoint, **mixed),
         "adjoint": lambda: Root(fun, vjp=adjoint, **mixed),
         "jacobian": lambda: Root(fun, jacobian=lambda y, t: M, **mixed),

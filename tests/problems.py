@@ -30,6 +30,7 @@ from implicitdiff import (
 )
 
 Functions = dict[str, Callable[..., Any]]
+POINTS = {"positive definite": "minimum", "negative definite": "maximum", "indefinite": "saddle"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Problem:
 
     def condition(self, *names: str, **replaced: Callable[..., Any]) -> Any:
         """Build the condition from the functions of these names, some of them replaced."""
-        return self.kind(**{**{name: self.functions[name] for name in names}, **replaced})
+        stated = {"kind": POINTS[self.structure]} if self.kind is Stationary else {}
+        return self.kind(**{**{name: self.functions[name] for name in names}, **stated, **replaced})
 
 
 def matvec(matrix: Any, v: Any) -> Any:
