@@ -20,6 +20,7 @@ from implicitdiff.conditions import (
     Stationary,
 )
 from implicitdiff.decorator import implicit_function
+from implicitdiff.derivative_check import CheckRow, DerivativeCheck, check_derivatives
 from implicitdiff.errors import (
     BackendError,
     CallbackError,
@@ -77,11 +78,13 @@ __all__ = [
     "Auto",
     "BackendError",
     "CallbackError",
+    "CheckRow",
     "Cholesky",
     "Comparison",
     "Condition",
     "Counts",
     "DTypeError",
+    "DerivativeCheck",
     "DerivativeError",
     "FixedPoint",
     "ImplicitDiffError",
@@ -116,6 +119,7 @@ __all__ = [
     "Stationary",
     "Status",
     "UnknownNameError",
+    "check_derivatives",
     "check_regularity",
     "compare_solvers",
     "implicit_function",

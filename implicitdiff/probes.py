@@ -116,12 +116,16 @@ class Along:
         above, below = (self._at(s, v, h) - self._at(s, v, -h) for s in (h, -h))
         return ratio * (above - below) / (4 * h * h)
 
-    def bend(self, u: Array, i: int) -> Array:
-        """How far the derivatives to both sides are apart: nothing where G is smooth, the jump at a kink."""
+    def jump(self, u: Array, i: int, j: int) -> Array:
+        """How far the derivatives to both sides are apart: the jump at a kink, and nothing where G is smooth.
+
+        There the sides differ in proportion to the step, which two steps i and j tell.
+        """
         if self.scalar is not None:
             return 0 * self.xp.vecdot(u, u)
-        h = self.steps[i]
-        return self.xp.abs(self.xp.vecdot(u, (self._at(h) - 2 * self._at(0.0) + self._at(-h)) / h))
+        middle, h, k = self._at(0.0), self.steps[i], self.steps[j]
+        bends = [self.xp.vecdot(u, (self._at(s) - 2 * middle + self._at(-s)) / s) for s in (h, k)]
+        return self.xp.abs(h * bends[1] - k * bends[0]) / (h - k)
 
     def floor(self, u: Array) -> Array:
         """What rounding of a product may come to."""
@@ -184,12 +188,12 @@ def measured(found: Array, along: Along, u: Array, shift: Array | None = None) -
         better = error < best  # False for NaN
         best, value = xp.where(better, error, best), xp.where(better, seen[k], value)
         at = xp.where(better, xp.full_like(at, float(k)), at)
-    bend = xp.zeros_like(found)
+    jump = xp.zeros_like(found)
     for k in range(1, len(order) - 1):
         here = at == k
         if bool(xp.any(here)):
-            bend = xp.where(here, along.bend(u, order[k]), bend)
+            jump = xp.where(here, along.jump(u, order[k], order[k - 1]), jump)
     size = _size(xp, found, value, shift)
     safe = xp.where(size > 0, size, xp.ones_like(size))
-    unknown = 10 * best + bend + along.floor(u)
+    unknown = 10 * best + jump + along.floor(u)
     return Gap(found, value, xp.abs(found - value) / safe, TOLERANCE + unknown / safe)

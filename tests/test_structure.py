@@ -29,7 +29,7 @@ LAYERS = (
     ("solvers",),
     ("solve",),
     ("conditions", "probes", "verification", "curvature", "rules", "judgement", "linearization", "system"),
-    ("decorator", "api", "regularity", "comparison"),
+    ("decorator", "api", "regularity", "comparison", "derivative_check"),
     ("__init__",),
     ("demo", "demo_plot", "__main__"),
 )

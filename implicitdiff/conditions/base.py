@@ -103,6 +103,10 @@ class Condition:
         """The user's functions, where derivatives are among them that are to be held against the others."""
         return ()
 
+    def parts(self, point: Point) -> dict[str, tuple[Callable[[Array, Array], Array], bool]]:
+        """Functions that it is made of, where there are several; and whether each is a scalar."""
+        return {}
+
     @property
     def point_kind(self) -> str | None:
         """What kind of stationary point y is said to be; None where nothing was said, and a saddle is told."""

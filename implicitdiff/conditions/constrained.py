@@ -105,6 +105,11 @@ class Constrained(Condition):
         """The constraints by the name of their argument, equalities first."""
         return {name: f for name, f in (("eq", self.eq), ("ineq", self.ineq)) if f is not None}
 
+    def parts(self, point: Point) -> dict[str, tuple[Callable[[Array, Array], Array], bool]]:
+        part = point.part()
+        found = {name: (part.raveled_function(f, name), False) for name, f in self.constraints.items()}
+        return {"f": (part.scalar_function(self.objective(point.lead), "f"), True), **found} if found else {}
+
     def objective(self, lead: int) -> Callable[..., Any]:
         """f as a function of trees; ``lead`` is the number of leading axes of items."""
         raise NotImplementedError
