@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, item_numbers
+from implicitdiff.arrays import Array, any_true, named_items
 from implicitdiff.errors import RegularityWarning
 from implicitdiff.failure import warn
 from implicitdiff.operator import Operator
@@ -79,7 +79,7 @@ def tell_kind(kind: str | None, operator: Operator, mask: Array) -> None:
             wrong = wrong & _has_curvature(operator, sign)
     if not any_true(xp, wrong):
         return
-    where = f"items {item_numbers(xp, wrong)}: " if operator.items else ""
+    where = f"{named_items(xp, wrong)}: " if operator.items else ""
     what = f"no {kind}" if kind else "neither a minimum nor a maximum"
     signs = {"minimum": "negative", "maximum": "positive"}.get(str(kind), "negative and of positive")
     warn(
