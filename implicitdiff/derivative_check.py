@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat
-
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Checked
+from implicitdiff.namespaces import namespace
 from implicitdiff.probes import TOLERANCE, Along, Gap, draw, measured, units
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
@@ -238,7 +237,7 @@ def _of_parts(rules: Rules) -> Iterator[CheckRow]:
         if derived.kind != "autodiff":
             continue
         y, theta = p.backend.look_at(p.y.vector), p.backend.look_at(p.theta.vector)
-        xp = array_api_compat.array_namespace(y)
+        xp = namespace(y)
         for which, border, x, product in (("y", p.y, y, derived.jvp_y), ("theta", p.theta, theta, derived.jvp_theta)):
             if not border.n:
                 continue
@@ -270,7 +269,7 @@ def _any(mask: Any) -> bool:
 def _largest(x: Any) -> float:
     flat = x.reshape(-1) if hasattr(x, "reshape") else None
     if flat is None:
-        flat = array_api_compat.array_namespace(x).reshape(x, (-1,))
+        flat = namespace(x).reshape(x, (-1,))
     return max((float(flat[i]) for i in range(flat.shape[0])), default=0.0)
 
 

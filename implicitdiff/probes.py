@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import array_api_compat
-
 from implicitdiff.arrays import Array, probe_vector
 from implicitdiff.ravel import Ravel
 
@@ -33,6 +31,8 @@ _STEPS_WITHOUT_UNIT = (1e-9, 1e-12, 1e2, 1e5)
 
 def draw(xp: Any, like: Array, number: int) -> Array:
     """Return a vector without structure, the same in every item: entries of either sign, between 1/2 and 1."""
+    import array_api_compat
+
     z = probe_vector(xp, like.shape[-1], like.dtype, array_api_compat.device(like))
     z = xp.sin((2 * number + 3) * (1 + 5 * z))
     return xp.where(z < 0, z / 2 - 0.5, z / 2 + 0.5) + xp.zeros_like(like)

@@ -20,13 +20,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import array_api_compat
 import numpy as np
 
 from implicitdiff.arrays import Array
 from implicitdiff.closures import PLAIN
 from implicitdiff.conditions.base import Checked
 from implicitdiff.errors import InconsistentDerivativesError
+from implicitdiff.namespaces import namespace
 from implicitdiff.probes import Along, Gap, draw, measured, settled, units
 from implicitdiff.pytree import flatten
 from implicitdiff.vectors import is_tree_vector
@@ -71,7 +71,7 @@ class Trial:
         self.checked, self.number, self.point = checked, number, checked.point
         look, y, theta = self.point.backend.look_at, self.point.y, self.point.theta
         self.y, self.theta = look(y.vector), look(theta.vector)
-        self.xp = xp = array_api_compat.array_namespace(self.y)
+        self.xp = xp = namespace(self.y)
         (self.size, self.known), (size, known) = units(xp, y, self.y), units(xp, theta, self.theta)
         self.both = self.known and known
         self.z = draw(xp, self.y, 4 * number) * self.size
@@ -275,7 +275,7 @@ def _agrees(product: Callable[[], Array], along: Along | None, u: Array) -> bool
 
 def error_for(checked: Checked, wrongs: list[Wrong]) -> InconsistentDerivativesError:
     """Build the error that names the callables."""
-    xp = array_api_compat.array_namespace(wrongs[0].gap.found)
+    xp = namespace(wrongs[0].gap.found)
     names = " and ".join(wrong.name for wrong in wrongs)
     first = wrongs[0]
     off = float(xp.max(xp.where(first.gap.bad, first.gap.difference, 0 * first.gap.allowed)))
