@@ -8,11 +8,12 @@ from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Checked
+from implicitdiff.mistakes import Wrong, cause_of
 from implicitdiff.namespaces import namespace
 from implicitdiff.probes import TOLERANCE, Along, Gap, draw, measured, units
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
-from implicitdiff.verification import Trial, Wrong, cause_of
+from implicitdiff.trials import Trial
 
 __all__ = ["CheckRow", "DerivativeCheck", "check_derivatives"]
 

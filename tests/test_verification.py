@@ -14,6 +14,7 @@ from conftest import JAX, NUMPY, STRICT, TORCH, outcome
 
 import implicitdiff as idf
 from implicitdiff import FixedPoint, InconsistentDerivativesError, ProximalGradient, Root, Stationary, verification
+from implicitdiff.mistakes import wrong_in
 from implicitdiff.registry import get_backend
 from implicitdiff.rules import Rules, Task
 
@@ -331,7 +332,7 @@ def verdict(condition, y, theta, mode, direction):
         rules = Rules(task)
         solution = getattr(rules, mode)(direction)[1].solution.x
         given = (solution, None) if mode == "vjp" else (None, solution)
-        return [wrong.name for wrong in verification.wrong_in(rules.checked, *given)]
+        return [wrong.name for wrong in wrong_in(rules.checked, *given)]
 
 
 @pytest.mark.parametrize("block", range(3))
