@@ -11,7 +11,7 @@ reproduced. That is looked at, and the step of each coordinate taken from the di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true
@@ -68,16 +68,22 @@ class Metric:
             return cls(point, least, least, better=better)
         return cls(point, number if backend.vmap is not None else step, step, better=better)
 
-    def near(self, step: float | None) -> Metric:
-        """Return the metric of a step that is given, where that is not far off."""
+    def near(self, step: float | None, *, binding: bool) -> Metric:
+        """Return the metric of a step that is given; where that is far off, this one, or, if it binds, to be tried."""
         if step is None:
             return self
-        if isinstance(self.step, float):
-            usable = self.better is None and 1 / FAR <= step / self.step <= FAR
-            return Metric.of(self.point, step) if usable else self
-        xp = self.point.backend.xp
-        usable = (self.step <= FAR * step) & (step <= FAR * self.step)
-        return Metric(self.point, None, xp.where(usable, xp.full_like(self.step, step), self.step), better=self.better)
+        if not isinstance(self.step, float):
+            xp = self.point.backend.xp
+            usable = (self.step <= FAR * step) & (step <= FAR * self.step)
+            found = xp.where(usable, xp.full_like(self.step, step), self.step)
+            return Metric.of(self.point, step) if binding else replace(self, number=None, step=found)
+        far = not 1 / FAR <= step / self.step <= FAR
+        if not binding:
+            return self if far or self.better is not None else Metric.of(self.point, step)
+        better, y = self.better, self.point.y.vector
+        if better is None and far and not is_tree_vector(y):
+            better = self.point.backend.xp.full_like(y, self.step**0.5)
+        return replace(Metric.of(self.point, step), better=better)
 
     def finer(self) -> Metric | None:
         """Return the metric with a step for each coordinate, if that is to be tried."""

@@ -282,7 +282,7 @@ class ProjectedGradient(_Composite):
         return self.after  # type: ignore[return-value]
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
-        return metric_at(point, H, slope).near(self.step)
+        return metric_at(point, H, slope).near(self.step, binding=False)
 
     def _outer(self, point: Point, step: Any) -> Callable[[Array, Array], Array]:
         projection = self.projection
@@ -304,7 +304,8 @@ class ProximalGradient(_Composite):
         The functions of `implicitdiff.proxes` are wrapped: ``lambda x, theta, step: lasso(x, theta["penalty"], step)``.
     step : float, optional
         Positive, about 1 / ‖H‖: neither the solution nor its derivative depends on it, the condition of the linear
-        system does. By default it follows the curvature of f, so that prox has to use the one that it is handed.
+        system does. By default it follows the curvature of f, and has one value for each coordinate where their units
+        differ: prox has to use the one that it is handed, ``step * penalty``.
     grad : callable, optional
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional
@@ -368,7 +369,10 @@ class ProximalGradient(_Composite):
         return self.after  # type: ignore[return-value]
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
-        return metric_at(point, H, slope) if self.step is None else Metric.of(point, self.step)
+        backend = point.backend
+        if self.step is not None and (backend.traced or backend.composable or is_tree_vector(slope)):
+            return Metric.of(point, self.step)  # nothing is seen that could be tried
+        return metric_at(point, H, slope).near(self.step, binding=True)
 
     def _outer(self, point: Point, step: Any) -> Callable[[Array, Array], Array]:
         prox = self.prox
