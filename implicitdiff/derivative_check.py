@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from implicitdiff.arrays import Array
+from implicitdiff.compilers import untraced
 from implicitdiff.conditions.base import Checked
 from implicitdiff.mistakes import Wrong, cause_of
 from implicitdiff.namespaces import namespace
@@ -123,9 +124,16 @@ def check_derivatives(
     >>> found.ok, found[0].callable, found[0].against, found[0].cause
     (False, 'hvp', 'differences of grad', 'a factor of 2 too much')
     """
+    return _checked(condition, y, theta, tuple(args), batched, backend)
+
+
+@untraced
+def _checked(
+    condition: Any, y: Any, theta: Any, args: tuple[Any, ...], batched: bool, backend: Any
+) -> DerivativeCheck:  # fmt: skip
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
     with engine.computing():
-        rules = Rules(Task(engine, condition, y, theta, tuple(args), batched=batched), flat=True)
+        rules = Rules(Task(engine, condition, y, theta, args, batched=batched), flat=True)
         if not rules.point.y.n:
             return DerivativeCheck([])
         rows = [] if rules.checked is None else list(_of_given(rules, rules.checked))

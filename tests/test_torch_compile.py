@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+import implicitdiff
 from implicitdiff import (
     DerivativeError,
     Root,
+    check_derivatives,
     check_regularity,
     compare_solvers,
     implicit_function,
@@ -43,6 +46,7 @@ DOORS: dict[str, Callable[[], Any]] = {
     "gradient": lambda: LIN.gradient(lambda y, t: y.sum()),
     "report": lambda: LIN.report,
     "linear_solve": lambda: linear_solve(torch.eye(2, dtype=F64), V),
+    "check_derivatives": lambda: check_derivatives(CONDITION, Y, THETA),
     "check_regularity": lambda: check_regularity(CONDITION, Y, THETA),
     "compare_solvers": lambda: compare_solvers(CONDITION, V, Y, THETA, solvers=("lu",), repeats=1, memory=False),
     "call": lambda: SOLVE(THETA),
@@ -51,6 +55,11 @@ DOORS: dict[str, Callable[[], Any]] = {
     "call.jacobian": lambda: SOLVE.jacobian(THETA),
     "call.linearize": lambda: SOLVE.linearize(THETA),
 }
+
+
+def test_fault_75_every_function_is_among_them() -> None:
+    public = {name for name in implicitdiff.__all__ if inspect.isfunction(getattr(implicitdiff, name))}
+    assert public - {"implicit_function", "register_solver", "solver_names"} <= set(DOORS)
 
 
 @pytest.mark.parametrize("door", DOORS)
