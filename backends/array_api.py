@@ -121,6 +121,8 @@ class ArrayAPIBackend:
         def many(x: Array) -> Array:
             if len(x.shape) == len(items) + 1:
                 return product(x)
+            if not x.shape[0]:
+                return product(self.xp.zeros(x.shape[1:], dtype=x.dtype, device=self.device(x)))[None, ...][:0, ...]
             # a callback may return the same buffer each time
             return self.xp.stack([self.xp.asarray(product(x[i, ...]), copy=True) for i in range(x.shape[0])])
 

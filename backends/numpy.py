@@ -161,6 +161,8 @@ class NumpyBackend(ArrayAPIBackend):
                 return product(x)
             if self.slices is not None:
                 self.slices.refuse_many()
+            if not x.shape[0]:
+                return np.asarray(product(np.zeros_like(x, shape=x.shape[1:])))[None][:0]
             first = product(x[0])
             out = np.empty((x.shape[0], *first.shape), dtype=first.dtype)
             out[0] = first

@@ -151,7 +151,7 @@ def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend:
 
 def _found(rules: Rules, op: Any, stationarity: float) -> Regularity:
     """Look at the matrix in units, where entries of another size are no defect; the eigenvalue is that of A itself."""
-    if op.n == 0:
+    if rules.point.y.n == 0:
         return Regularity(0, 0, None, 1.0, None, "unknown", stationarity)
     if isinstance(op, SaddleOperator):
         return _of_saddle(rules, op, stationarity)

@@ -16,6 +16,7 @@ from helpers_constraints import ROUTES, functions
 from implicitdiff import (
     KKT,
     QP,
+    LogBarrier,
     ProjectedGradient,
     ProximalGradient,
     RegularityWarning,
@@ -25,6 +26,7 @@ from implicitdiff import (
     projections,
     proxes,
 )
+from implicitdiff.backends.numpy import NumpyBackend
 
 EXACT = pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
 ALL = pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
@@ -289,3 +291,34 @@ def test_infinite_bounds_of_a_projection() -> None:
     g = implicit_vjp(onto, np.maximum(A, theta["low"]), theta, np.ones(4))
     np.testing.assert_allclose(g["a"], [0.0, 1, 1, 1], atol=1e-9)
     np.testing.assert_allclose(g["low"], [1.0, 0, 0, 0], atol=1e-9)
+
+
+# -- nothing there ---------------------------------------------------------------------------------------------------
+SQUARE: Callable[..., Any] = lambda y, t: (y * y).sum() + 0 * t.sum()
+BELOW: Callable[..., Any] = lambda y, t: y - 9.0
+EMPTY: dict[str, Any] = {
+    "KKT": KKT(SQUARE, eq=lambda y, t: y.sum() + 0 * t.sum(), ineq=BELOW),
+    "LogBarrier": LogBarrier(lambda y, t: SQUARE(y, t) - y.sum() / 9, ineq=BELOW, t=1.0),
+    "ProjectedGradient": ProjectedGradient(SQUARE, lambda x, t: projections.box(x, -1.0, 1.0)),
+    "ProximalGradient": ProximalGradient(SQUARE, lambda x, t, step: proxes.lasso(x, 1.0, step)),
+}
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
+@pytest.mark.parametrize("which", EMPTY)
+@pytest.mark.parametrize(("n", "m"), [(0, 2), (2, 0), (0, 0)])
+@pytest.mark.parametrize("mode", ["auto", "finite_differences"])
+def test_empty_y_or_theta(lib: Library, which: str, n: int, m: int, mode: str) -> None:
+    y, theta = lib.array(np.zeros(n)), lib.array(np.zeros(m))
+    options: dict[str, Any] = {"backend": NumpyBackend(mode)} if lib is NUMPY else {}
+    if which == "ProximalGradient" and n and mode != "auto":
+        pytest.skip("y = 0 lies at a kink of nothing")
+    assert lib.numpy(implicit_vjp(EMPTY[which], y, theta, y, **options)).shape == (m,)
+    assert lib.numpy(implicit_jacobian(EMPTY[which], y, theta, **options)).shape == (n, m)
+
+
+def test_empty_data_of_a_quadratic_program() -> None:
+    assert implicit_vjp(QP(Q=np.eye(2), G=np.eye(2), h=np.ones(2)), np.zeros(2), {}, np.ones(2)) == {}
+    none = QP(Q=np.zeros((0, 0)), G=np.zeros((1, 0)), h=np.ones(1))
+    assert implicit_vjp(none, np.zeros(0), {"q": np.zeros(0)}, np.zeros(0))["q"].shape == (0,)
+    assert check_regularity(none, np.zeros(0), {"q": np.zeros(0)}).regular

@@ -154,6 +154,8 @@ class Constrained(Condition):
 
     # -- maps ----------------------------------------------------------------------------------------
     def maps(self, point: Point) -> Maps:
+        if point.y.n == 0 and self.constraints:  # there is nothing to constrain
+            return Stationary(self.objective(point.lead)).maps(point)
         first = self.first_order(point)
         if not first.values.shape[-1]:
             raise _unconstrained()

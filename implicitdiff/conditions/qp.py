@@ -237,6 +237,7 @@ class _Bound(Constrained):
             lead = tuple(u.shape[:-1])
             leaves = zip(names, point.theta.leaves, strict=True)
             parts = [point.backend.reshape(made[name](), (*lead, leaf.size)) for name, leaf in leaves]
+            parts = parts or [point.backend.xp.zeros((*lead, 0), dtype=u.dtype, device=point.y.device)]
             g = parts[0] if len(parts) == 1 else point.backend.concat(parts)
             return point.backend.astype(g, point.theta.dtype)
 
