@@ -33,7 +33,7 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambda _, leaves: TreeVector(leaves))
 
-_TOLD = ("status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solution")
+_TOLD = ("status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solved", "solution")
 _NAMED = ("solver", "reason", "seconds", "damping")
 
 
@@ -207,6 +207,9 @@ class JaxBackend(ArrayAPIBackend):
             return _like(carry, (jnp.zeros_like(carry[0]), function(carry[1])))
 
         return lax.while_loop(lambda carry: carry[0], once, alike((jnp.any(wanted), value)))[1]
+
+    def detached(self, x: Array) -> Array:
+        return lax.stop_gradient(x)
 
     def space(self, x: Any) -> Any:
         return JaxTreeSpace(jnp, x) if is_tree_vector(x) else JaxSpace(jnp, x.shape, x.dtype, None)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.backends.jax_contents import captures_differentiated
-from implicitdiff.backends.jax_programs import call_for, is_traced, program_for
+from implicitdiff.backends.jax_programs import call_for, is_traced, looked_at, program_for
 from implicitdiff.backends.jax_rules import arrays_of, functions_of
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.judgement import warn_not_solution
+from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Rules, Task
+from implicitdiff.solution_check import Step
 from implicitdiff.verification import verify
 
 __all__ = ["differentiable_call"]
@@ -204,26 +206,22 @@ def _tangent(task: Task, tangent: Any) -> Any:
     known = not is_traced(task.y, task.theta, task.args, arrays_of(task.condition))
     if known:  # numbers: what jit could not tell, is told here
         _look_at_point(task)
-    call = call_for(task, "tangent", (task.y, task.theta), tangent)
+    call = call_for(task, "tangent of what was told" if known else "tangent", (task.y, task.theta), tangent)
     return program_for(call, _build_tangent)(call)
 
 
 def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:
     task = replace(call.task_at(y, theta, dynamic), backend=call.task.backend.inline)
-    return Rules(task, mute=True).tangent(tangent)
+    return Rules(task, mute=True).tangent(tangent, told=call.mode != "tangent")
 
 
 def _look_at_point(task: Task) -> None:
     """Warn where y is not a solution, and raise where what the user gave of derivatives is wrong."""
-    call = call_for(task, "look", (task.y, task.theta))
-    size, unsolved = program_for(call, _build_look)(call)
-    if is_traced(unsolved):
+    step = looked_at(task, sure=False)
+    if is_traced(step):
         return
     verify(task, lambda: Rules(task, flat=True))
-    if bool(jnp.any(unsolved)):
-        warn_not_solution(np, np.asarray(size), np.asarray(unsolved), batched=task.batched)
-
-
-def _build_look(program: Any, call: Any, y: Any, theta: Any, dynamic: Any) -> Any:
-    size, _, unsolved = Rules(call.task_at(y, theta, dynamic)).look(None)
-    return size, unsolved
+    if bool(jnp.any(step.doubtful)):
+        step = looked_at(task, sure=True)
+    if bool(jnp.any(step.unsolved)):
+        warn_not_solution(np, Step(*map(np.asarray, step)), Ravel(task.backend, task.y, "y", task.batched))

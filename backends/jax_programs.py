@@ -22,7 +22,7 @@ from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.system import System, Told
 
-__all__ = ["Program", "Runner", "call_for", "is_traced", "program_for", "solved"]
+__all__ = ["Program", "Runner", "call_for", "is_traced", "looked_at", "program_for", "solved"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -213,6 +213,7 @@ class Runner:
         self._direct: Direct | None = None
         self._factors: Any = None
         self._program: Any = None
+        self._step: Any = None
 
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
         task, start = self._task, time.perf_counter()
@@ -230,7 +231,12 @@ class Runner:
             return self._traced(mode, direction, x0)
         value, evidence, sound = out
         facts, seconds = program.facts, time.perf_counter() - start
-        return Run(value, evidence, **facts["told"], seconds=seconds, sound=sound)
+        return Run(value, evidence, **facts["told"], seconds=seconds, sound=sound, certain=self._certain)
+
+    def _certain(self) -> Any:
+        if self._step is None:
+            self._step = looked_at(self._task, sure=True)
+        return self._step
 
     def _traced(self, mode: str, direction: Any, x0: Any) -> Run:
         if self._task.batched and not self._task.own:
@@ -276,15 +282,18 @@ def _note(program: Program, rules: Rules) -> None:
     }  # fmt: skip
 
 
-def _sound(evidence: Any) -> Any:
-    """Whether there is nothing to tell: one number to look at."""
-    e = evidence
-    good = e.inputs & e.right & e.image & e.residual & ~e.unsolved & ~e.solution.failed
-    if e.findings is not None:
-        good = good & e.findings.quiet
-    if e.suspect is not None:
-        good = good & ~e.suspect
-    return jnp.all(good) & ~jnp.any(e.vanished)
+def looked_at(task: Task, *, sure: bool) -> Any:
+    """Look at y as a solution, in a program of its own; ``sure`` makes the Newton step."""
+    call = call_for(task, "look", (task.y, task.theta))
+    return program_for(call, _build_certain if sure else _build_look)(call)
+
+
+def _build_look(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+    return Rules(call.task_at(y, theta, dynamic)).check.look()
+
+
+def _build_certain(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+    return Rules(call.task_at(y, theta, dynamic)).check.look(sure=True)
 
 
 def _build(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
@@ -293,7 +302,7 @@ def _build(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any, vect
     direction = call.outer if call.mode == "gradient" else vector
     value, evidence, rules = run_rules(task, call.mode, direction, x0)
     _note(program, rules)
-    return value, evidence, _sound(evidence)
+    return value, evidence, evidence.sound(jnp)
 
 
 @dataclass
@@ -323,7 +332,7 @@ def _build_parts(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any
 
         def run(direction: Any, mode: str = mode) -> Any:
             value, evidence = getattr(rules, mode)(direction)
-            return value, evidence, _sound(evidence)
+            return value, evidence, evidence.sound(jnp)
 
         closed, shape = jax.make_jaxpr(run, return_shape=True)(jax.tree.map(jnp.asarray, like))
         program.facts[mode] = _Part(mode, jax.jit(_evaluator(closed.jaxpr)), jax.tree.structure(shape))

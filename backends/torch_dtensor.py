@@ -86,6 +86,12 @@ class DTensorSpace(TreeSpace):
     def select(self, mask: Array, x: TreeVector, y: TreeVector) -> TreeVector:
         return x if bool(mask) else y
 
+    def worst(self, x: TreeVector) -> Array:
+        return torch.tensor(-1)  # a position in a leaf that is spread over processes means nothing
+
+    def entry(self, x: TreeVector, index: Array) -> Array:
+        return torch.tensor(float("nan"))
+
     def _wave(self, leaf: Array, number: int) -> Array:
         out = torch.ones_like(leaf)
         for axis, k in enumerate(leaf.shape):

@@ -97,6 +97,12 @@ class TorchSpace(ArraySpace):
     def nearby(self, x: Array) -> Array:
         return self._around.nearby(x)
 
+    def worst(self, x: Array) -> Array:
+        return self._around.worst(x)
+
+    def entry(self, x: Array, index: Array) -> Array:
+        return self._around.entry(x, index)
+
     # -- a basis for Arnoldi -------------------------------------------------------------------------
     def basis(self, k: int) -> Array:
         return torch.zeros((k, *self.shape), dtype=self._tensor_dtype)

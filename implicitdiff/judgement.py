@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, named_items, to_python
+from implicitdiff.arrays import Array, any_true, item_numbers, named_items, to_python
 from implicitdiff.curvature import tell_kind
 from implicitdiff.errors import (
     DerivativeError,
@@ -50,15 +50,13 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
     if any_true(xp, evidence.vanished) and not any_true(xp, evidence.solution.failed):  # else A is what is to be told
         _check_dependence(rules)
     good = evidence.inputs  # the others have been told already
-    if rules.point.backend.traced and any_true(xp, evidence.unsolved & good):
-        evidence = evidence._replace(unsolved=rules.look(evidence.solution.operator_norm, sure=True)[2])
-    if not rules.told and any_true(xp, evidence.unsolved & good):
+    if not rules.told and any_true(xp, evidence.step.unsolved & good):
         rules.told = True  # once for a point
-        warn_not_solution(xp, evidence.stationarity, evidence.unsolved, batched=bool(rules.point.items))
+        warn_not_solution(xp, evidence.step, rules.point.y)
     right = _product_error(rules.point, evidence.right | ~good, _right_name(rules))
     if right is not None:
         return right
-    residual = _product_error(rules.point, evidence.residual | ~good, "F(y, theta)")
+    residual = _product_error(rules.point, evidence.step.finite | ~good, "F(y, theta)")
     if residual is not None:
         return residual
     failed = evidence.solution.failed & good
@@ -136,14 +134,31 @@ def independent(how: str) -> DerivativeError:
     )
 
 
-def warn_not_solution(xp: Any, size: Array, unsolved: Array, *, batched: bool) -> None:
-    """Warn with ‖F(y, theta)‖ that y is not a solution."""
-    if batched:
-        head = f"y is not a solution in {named_items(xp, unsolved)}: ‖F(y, theta)‖ up to {float(xp.max(size)):.3g}."
-    else:
-        head = f"y is not a solution: ‖F(y, theta)‖ = {to_python(size):.3g}."
+def warn_not_solution(xp: Any, step: Any, border: Ravel) -> None:
+    """Warn that y is not a solution, with ‖F(y, theta)‖ and the Newton step in the worst coordinate.
+
+    Parameters
+    ----------
+    xp : module
+        Array namespace of the step's fields.
+    step : Step
+        With values.
+    border : Ravel
+        Of y, for the names of coordinates.
+    """
+    which, size = "", step.size
+    index, delta, value = step.index, step.step, step.value
+    if border.items:
+        bad = item_numbers(xp, step.unsolved)[0]
+        which = f" in {named_items(xp, step.unsolved)}"
+        size = xp.max(xp.where(step.unsolved, size, xp.zeros_like(size)))
+        index, delta, value = (x[bad] for x in (index, delta, value))
+    upto = "up to" if border.items else "="
+    name = border.coordinate(int(index), bad if border.items else None)
     warn(
-        f"{head}\nThe derivative is that of a solution at y, and is off by as much as y is.\n"
+        f"y is not a solution{which}: ‖F(y, theta)‖ {upto} {to_python(size):.3g}.\n"
+        f"Newton's step from {name} = {to_python(value):.6g} is {-to_python(delta):.3g}: so far, to first order, is y off "
+        "there.\nThe derivative is the one at this y; it is off by an amount of first order in that step.\n"
         "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
         NotASolutionWarning,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, any_true
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import SolveError
 from implicitdiff.failure import check_mode, settle
@@ -178,6 +178,11 @@ class Linearization:
             return judge(run.evidence, run.rules, method_of(run.evidence.solution, run.methods)[0])
         if bool(run.sound):  # one look at what a compiled program found
             return None
+        xp = self._task.backend.xp
+        if run.certain is not None and any_true(xp, run.evidence.step.doubtful):
+            self._run = run = run._replace(evidence=run.evidence._replace(step=run.certain()))
+            if bool(run.evidence.sound(xp)):
+                return None
         return self._inquire(run, mode, direction)
 
     def _inquire(self, run: Run, mode: str, direction: Any) -> SolveError | None:
@@ -200,7 +205,9 @@ class Linearization:
 
     def _report(self, run: Run) -> Report:
         e, see = run.evidence, run.visible
-        return make_report(e.solution, run.damping, run.methods, run.seconds, e.stationarity, run.derivatives, see)
+        return make_report(
+            e.solution, run.damping, run.methods, run.seconds, e.step.size, run.derivatives, see, ~e.step.unsolved
+        )
 
 
 @untraced

@@ -146,6 +146,9 @@ class Backend(Protocol):
     def put_back(self, x: Array) -> Array:
         """Return such an array as one of the framework."""
 
+    def detached(self, x: Array) -> Array:
+        """Return an array through which nothing is differentiated."""
+
     def trees(self, y: Any, theta: Any) -> bool:
         """Whether products alone may work on the leaves of the trees, so that nothing is concatenated."""
 

@@ -228,6 +228,19 @@ class Ravel:
         apart = self.backend.traced and not is_tree_vector(vector) and 1 < len(self.leaves) <= 16
         return [x for x in self.parts(vector) if x.shape[-1]] or [vector] if apart else [vector]
 
+    def coordinate(self, index: int, item: int | None = None) -> str:
+        """How a user would write entry ``index`` of the vector: ``y['pressure'][3]``, of that item in a batch."""
+        for i, leaf in enumerate(self.leaves):
+            if 0 <= index < leaf.size:
+                position = []
+                for length in reversed(leaf.shape):
+                    index, k = divmod(index, length)
+                    position.append(k)
+                place = ([] if item is None else [item]) + position[::-1]
+                return self.tree.path(i, self.name) + (f"[{', '.join(map(str, place))}]" if place else "")
+            index -= leaf.size
+        return f"an entry of {self.name}"
+
     def bad_leaf(self, vector: Any) -> str:
         """Name the first leaf of a vector that is not finite, and the items where there is a batch."""
         xp = self.backend.xp

@@ -145,7 +145,7 @@ def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend:
         op = rules.prepared.operator
         if op.n > LIMIT:
             raise InputError(f"the system has {op.n} unknowns; check_regularity looks at dense ones up to {LIMIT}.")
-        size = rules.look(None)[0]
+        size = rules.check.size()
         return _found(rules, op, float(size))
 
 

@@ -107,6 +107,10 @@ class Report:
         which is held against the equilibrated system, the residual of that one.
     stationarity : float or array
         ``‖F(y, theta)‖``; NaN where the condition gives no way to evaluate F.
+    solved : bool, array of bool or None
+        Whether y passes as a solution: the Newton step from it is small in every coordinate (or F cannot be evaluated).
+        An array under ``jit``, where nothing can be said; there the result is NaN where the step is larger than a
+        tenth of y. None where there is no F.
     derivatives : dict of str to str
         For each product (``"A"``, ``"B"``, ``"outer"``): ``"given"``, ``"autodiff"``, ``"complex step"``
         or ``"finite differences"``.
@@ -132,6 +136,7 @@ class Report:
     seconds: float
     rcond: Any = None
     damping: float = 0.0
+    solved: Any = None
     solution: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:

@@ -28,6 +28,7 @@ from implicitdiff.errors import ShapeError
 from implicitdiff.judgement import reject_non_finite
 from implicitdiff.ravel import LeafRavel, Ravel
 from implicitdiff.report import Status
+from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solve import Solution, prepare
 from implicitdiff.solvers import get_solver
 from implicitdiff.vectors import is_tree_vector
@@ -75,16 +76,22 @@ class Evidence(NamedTuple):
     """Whether Bᵀ u is finite."""
     vanished: Array
     """Whether a product with B is exactly zero, and the vector is not."""
-    stationarity: Array
-    """‖F(y, θ)‖."""
-    residual: Array
-    """Whether F(y, θ) is finite."""
-    unsolved: Array
-    """Whether F(y, θ) is far from zero."""
+    step: Step
+    """What was seen of y as a solution."""
     findings: Any = None
     """What the condition saw beside F."""
     suspect: Any = None
     """Items in which the solve saw curvature that contradicts what y is said to be."""
+
+    def sound(self, xp: Any) -> Array:
+        """Whether there is nothing to tell: one number to look at."""
+        good = self.inputs & self.right & self.image & self.step.finite & ~self.solution.failed
+        good = good & ~self.step.unsolved & ~self.step.doubtful
+        if self.findings is not None:
+            good = good & self.findings.quiet
+        if self.suspect is not None:
+            good = good & ~self.suspect
+        return xp.all(good) & ~xp.any(self.vanished)
 
 
 class Rules:
@@ -109,12 +116,13 @@ class Rules:
         self.point = Point(engine, y, theta, tuple(task.args))
         self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
-        self.condition, self.B, self.value, self.at = condition, maps.B, maps.residual, maps.at
+        self.condition, self.B, self.at = condition, maps.B, maps.at
         self.frame, self.findings, self.checked = maps.frame, maps.findings, maps.checked
         self.prepared = prepare(maps.A, condition.routed(solver), mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
         self.told = self.warned = self.curved = False
-        self._seen: tuple[Array, Array, Array] | None = None
+        self.check = SolutionCheck(self.point, maps, self.prepared)
+        self._seen: Step | None = None
 
     @property
     def derivatives(self) -> dict[str, str]:
@@ -143,15 +151,29 @@ class Rules:
         w, evidence = self._push(self.B.matvec(t), x0, self.inputs & self._finite(t, border, "tangent"), t)
         return self.point.y.unravel(w), evidence
 
-    def tangent(self, tangent: Any) -> Any:
-        """w of A w = −B θ̇, as a linear function of θ̇ and nothing else: no look at what θ̇ is."""
+    def tangent(self, tangent: Any, *, told: bool = False) -> Any:
+        """w of A w = −B θ̇, as a linear function of θ̇ and nothing else: no look at what θ̇ is.
+
+        ``told`` says that y was looked at as a solution before.
+        """
         border = self.point.theta
         b = self.B.matvec(border.like(tangent, "tangent", dtype=border.dtype))
+        telling = self.mute and self.task.on_failure != "ignore"
+        mask = self._mask(told) if telling and not (told and self.findings is None) else None
+        if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
+            b = self.point.backend.space(b).scale(mask, b)
         w = self._back(self.point.backend.linear(self.prepared, -b, None, False).x)
-        if self.mute and self.findings is not None and self.task.on_failure != "ignore":
-            space = self.point.y.space
-            w = space.select(self.findings.usable, w, space.nan())
-        return self.point.y.unravel(w)
+        return self.point.y.unravel(w if mask is None else self.point.y.space.scale(mask, w))
+
+    def _mask(self, told: bool) -> Array:
+        """One, and NaN in items where y is far from a solution, or has no derivative."""
+        backend, p = self.point.backend, self.point
+        one = backend.xp.ones(p.items, dtype=p.y.dtype, device=p.y.device)
+        usable = one > 0 if self.findings is None else self.findings.usable
+        if not told:
+            step = self.check.look()
+            one, usable = 1 + 0 * step.step, usable & ~step.far
+        return backend.detached(backend.xp.where(usable, one, one * float("nan")))
 
     def gradient(self, outer: Any, x0: Any = None) -> tuple[Any, Evidence]:
         """∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y."""
@@ -194,7 +216,7 @@ class Rules:
         inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))
         solution = self._solve(b, None, inputs, transposed=transposed)
         no = ~self.point.backend.xp.any(inputs | ~inputs)
-        return self._poisoned(solution.x, solution), self._evidence(solution, b, inputs, None, None, no)
+        return self._told(solution.x, self._evidence(solution, b, transposed, inputs, no))
 
     # -- vectors -------------------------------------------------------------------------------------
     def _push(self, b: Any, x0: Any, inputs: Array, t: Any) -> tuple[Any, Evidence]:
@@ -204,8 +226,8 @@ class Rules:
         vanished = space.vanishes(b) & ~p.theta.space.vanishes(t)
         right, b = self._per_item(space.finite(b)), -b
         solution = self._solve(b, x0, inputs, transposed=False)
-        w = self._back(solution.x)
-        return self._poisoned(w, solution), self._evidence(solution, b, inputs, right, None, vanished)
+        evidence = self._evidence(solution, b, False, inputs, vanished)
+        return self._told(self._back(solution.x), evidence._replace(right=right))
 
     def _back(self, x: Any) -> Any:
         """The part of the system's unknowns that is y."""
@@ -220,8 +242,9 @@ class Rules:
         g = -self.B.rmatvec(u)
         theta = self.point.theta
         vanished = theta.vanishes(g) & ~space(u).vanishes(u)
-        evidence = self._evidence(solution, b, inputs, right, self._per_item(theta.finite(g)), vanished)
-        return self._poisoned(g, solution), evidence
+        evidence = self._evidence(solution, b, True, inputs, vanished)
+        right = evidence.right if right is None else right
+        return self._told(g, evidence._replace(right=right, image=self._per_item(theta.finite(g))))
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:
         backend = self.point.backend
@@ -242,15 +265,16 @@ class Rules:
         xp = self.point.backend.xp
         return xp.all(mask, axis=0) if len(mask.shape) > len(self.point.items) else mask
 
-    def _poisoned(self, value: Any, solution: Solution) -> Any:
+    def _told(self, value: Any, evidence: Evidence) -> tuple[Any, Evidence]:
         """NaN in the failed items, where that is asked for, or where nothing can be raised."""
-        mode, backend = self.task.on_failure, self.point.backend
-        wanted = mode == "nan" or (self.mute and mode != "ignore")
+        mode, backend, solution = self.task.on_failure, self.point.backend, evidence.solution
+        mute = self.mute and mode != "ignore"
         failed = solution.failed if self.findings is None else solution.failed | ~self.findings.usable
-        if not wanted or not needed(backend, failed):
-            return value
+        failed = failed | evidence.step.far if mute else failed
+        if not (mute or mode == "nan") or not needed(backend, failed):
+            return value, evidence
         space = backend.space(value)
-        return space.select(backend.xp.broadcast_to(failed, space.items), space.nan(), value)
+        return space.select(backend.xp.broadcast_to(failed, space.items), space.nan(), value), evidence
 
     def _start(self, x0: Any, b: Any) -> Any:
         border, backend = self.point.y, self.point.backend
@@ -263,48 +287,16 @@ class Rules:
         return border.divide(backend.astype(found, b.dtype))
 
     # -- what was seen -------------------------------------------------------------------------------
-    def _evidence(
-        self, solution: Solution, b: Any, inputs: Array, right: Array | None, image: Array | None, vanished: Array
-    ) -> Evidence:  # fmt: skip
-        seen = self._seen or self.look(solution.operator_norm)
+    def _evidence(self, solution: Solution, b: Any, transposed: bool, inputs: Array, vanished: Array) -> Evidence:
+        step = self._seen
+        if step is None:
+            step = self.check.look(solution, b, transposed=transposed)
+            solution = solution._replace(matvecs=solution.matvecs + self.prepared.spent)
         if not self.point.backend.traced:  # what is traced belongs to its own trace
-            self._seen = seen
-        size, finite, unsolved = seen
+            self._seen = step
         yes = self.point.backend.xp.ones_like(inputs)
-        return Evidence(
-            solution, inputs, yes if right is None else right, yes if image is None else image, vanished,
-            size, finite, unsolved, self.findings,
-            None if self.mute else suspicion(self.condition.point_kind, self.prepared, solution, b),
-        )  # fmt: skip
-
-    def look(self, known: Array | None, *, sure: bool = False) -> tuple[Array, Array, Array]:
-        """‖F‖, whether it is finite, and whether it is far from zero; ``known`` is a lower estimate of ‖A‖."""
-        # F near y is A δ for an error δ of y, so ‖F‖ is held against ‖A‖ max(‖y‖, 1), with the lower estimate
-        # of ‖A‖ that the solve brought along: scaling F scales both sides.
-        p = self.point
-        backend, space, y = p.backend, p.y.space, p.y.vector
-        xp = backend.xp
-        if self.value is None or p.y.n == 0:
-            size = xp.full(p.items, float("nan") if p.y.n else 0.0, dtype=p.y.dtype, device=p.y.device)
-            no = xp.zeros(p.items, dtype=xp.bool, device=p.y.device)
-            return size, ~no, no
-        residual = self.value()
-        of_system = backend.space(residual)
-        size, length = of_system.size(residual), space.size(y)
-        length = xp.where(length > 1, length, xp.ones_like(length))
-        level = 1e-5 if float(xp.finfo(p.y.dtype).eps) < 1e-10 else 1e-3
-
-        def along(norm: Array) -> Array:  # the estimate is a lower one, and may not have seen the direction of F
-            safe = xp.where(size > 0, size, xp.ones_like(size))
-            unit = of_system.scale(1 / safe, of_system.copy(residual))
-            return xp.maximum(norm, of_system.size(self.prepared.operator.matvec(unit)))
-
-        norm = xp.zeros_like(size) if known is None else xp.asarray(known, dtype=size.dtype)
-        if not backend.traced:
-            norm = backend.rescue(~(size <= level * norm * length), along, norm)
-        elif known is None or sure:  # else whoever judges is to make sure
-            norm = along(norm)
-        return size, of_system.finite(residual), size > level * norm * length
+        suspect = None if self.mute else suspicion(self.condition.point_kind, self.prepared, solution, b)
+        return Evidence(solution, inputs, yes, yes, vanished, step, self.findings, suspect)
 
 
 class Run(NamedTuple):
@@ -321,6 +313,8 @@ class Run(NamedTuple):
     visible: bool = True
     sound: Any = None
     """From a compiled program, whether there is nothing to tell."""
+    certain: Any = None
+    """Makes sure of what the program left in doubt of y as a solution."""
 
 
 class Direct:

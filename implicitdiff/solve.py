@@ -56,6 +56,8 @@ class Prepared:
     mute: bool = False
     seconds: float = 0.0
     methods: Sequence[tuple[str, str]] = ()
+    spent: int = 0
+    """Products for corrections."""
     _counted: int = 0
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
 
@@ -99,6 +101,35 @@ class Prepared:
             solution = solution._replace(x=space.select(failed, space.nan(), x))
         self.seconds = time.perf_counter() - start
         return solution
+
+    @property
+    def factored(self) -> bool:
+        """Whether the solver has factors, for which one more right-hand side is little work."""
+        known = getattr(self.solver, "factored", None)
+        return bool(known and known(self.state(False)[1]))
+
+    @property
+    def scaling(self) -> Any:
+        """Rows and columns by which A is equilibrated; None where it is not, or nothing was solved yet."""
+        if False not in self._states:
+            return None
+        state = self._states[False][1]
+        inner = getattr(state, "prepared", None)
+        states = [state, *inner.values()] if isinstance(inner, dict) else [state]
+        return next((s for s in (getattr(s, "scaling", None) for s in states) if s is not None), None)
+
+    def correction(self, b: Array) -> tuple[Array, Array, Any]:
+        """A⁻¹ b to a digit or two; whether it is that, per item, and the reciprocal condition number if it is known."""
+        used, state = self.state(False)
+        loosely = getattr(self.solver, "loosely", self.solver.solve)
+        x, status, counts = loosely(state, b)
+        xp = used.backend.xp
+        usable = xp.asarray(status, device=used.device) <= int(Status.APPROXIMATE)
+        if counts.residual is not None:  # a Krylov method that was stopped has most of it
+            usable = usable | (xp.asarray(counts.residual, device=used.device) < 0.5)
+        if not used.backend.traced:
+            self.spent += int(xp.max(xp.asarray(counts.matvecs)))
+        return x, usable, counts.rcond
 
     def _newly_assembled(self) -> int:
         """Count the products that went into assembling matrices, and into scales, since the last solve."""
@@ -220,7 +251,7 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
 
 def make_report(
     solution: Solution, damping: float, methods: Sequence[tuple[str, str]], seconds: float, stationarity: Any,
-    derivatives: dict[str, str], visible: bool = True,
+    derivatives: dict[str, str], visible: bool = True, solved: Any = None,
 ) -> Report:  # fmt: skip
     """Turn a solution into the public report: Python numbers for one problem, arrays for a batch.
 
@@ -240,6 +271,7 @@ def make_report(
         matvecs=read(solution.matvecs),
         residual=read(solution.residual),
         stationarity=read(stationarity),
+        solved=None if solved is None else read(solved),
         derivatives=derivatives,
         seconds=seconds,
         rcond=None if isinstance(rcond, float) and math.isnan(rcond) else rcond,

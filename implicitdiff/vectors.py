@@ -138,6 +138,15 @@ class ArraySpace:
         """Return another point, one percent away."""
         return x + 0.01 * self.probe() * (1 + self.xp.abs(x))
 
+    def worst(self, x: Array) -> Array:
+        """Position of the largest entry, per item; -1 where that is not known."""
+        return self.xp.argmax(x, axis=-1)
+
+    def entry(self, x: Array, index: Array) -> Array:
+        """Entry at a position, per item."""
+        there = self.xp.arange(x.shape[-1], device=self.device) == index[..., None]
+        return self.xp.sum(self.xp.where(there, x, self.xp.zeros_like(x)), axis=-1)
+
     # -- a basis of k vectors, shape (..., k, n), for Arnoldi ---------------------------------------
     def basis(self, k: int) -> Array:
         """Return k zero vectors."""
@@ -309,6 +318,23 @@ class TreeSpace(ArraySpace):
 
     def nearby(self, x: TreeVector) -> TreeVector:
         return x.map(lambda leaf, z: leaf + 0.01 * z * (1 + self.xp.abs(leaf)), self.probe())
+
+    def worst(self, x: TreeVector) -> Array:
+        best, index, start = self.scalar(-1.0), self.counter(), 0
+        for leaf in x.leaves:
+            if length := math.prod(leaf.shape):
+                top, where = self.xp.max(leaf), self.xp.argmax(self.xp.reshape(leaf, (-1,)))
+                index = self.xp.where(top > best, where + start, index)
+                best, start = self.maximum(best, top), start + length
+        return index
+
+    def entry(self, x: TreeVector, index: Array) -> Array:
+        found, start = self.scalar(0.0), 0
+        for leaf in x.leaves:
+            numbers = self.xp.reshape(self.xp.arange(start, start + math.prod(leaf.shape)), leaf.shape)
+            found = found + self.xp.sum(self.xp.where(numbers == index, leaf, self.xp.zeros_like(leaf)))
+            start += math.prod(leaf.shape)
+        return found
 
     def basis(self, k: int) -> TreeVector:
         return self.like.map(lambda leaf: self.xp.stack([self.xp.zeros_like(leaf)] * k))

@@ -27,7 +27,7 @@ LAYERS = (
     ("saddle", "equilibration"),
     ("preconditioner", "failure"),
     ("solvers",),
-    ("solve",),
+    ("solve", "solution_check"),
     (
         "conditions",
         "probes",

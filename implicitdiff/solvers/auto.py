@@ -92,6 +92,16 @@ class Auto(Solver):
     def matrix_free(self, n: int) -> bool:
         return n > DENSE_LIMIT
 
+    def factored(self, state: _State) -> bool:
+        return self.preconditioner is None and _dense_reason(state.operator, 1) is not None
+
+    def loosely(self, state: _State, b: Array) -> tuple[Array, Any, Counts]:
+        if self.factored(state):
+            return self.solve(replace(state, methods=[]), b)
+        options = {"preconditioner": self.preconditioner}
+        solver = MINRES(**options) if state.operator.symmetric else GMRES(**options)
+        return solver.loosely(solver.init(state.operator), b)
+
     def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         op = state.operator
         rhs = b.shape[0] if len(b.shape) > len(op.items) + 1 else 1

@@ -25,6 +25,9 @@ __all__ = [
     "without_preconditioner",
 ]
 
+LOOSE, LOOSE_ITERATIONS = 1e-2, 100
+"""Residual and iterations of a solution of which one or two digits are needed."""
+
 
 class Solver:
     """A method for A x = b: a small frozen object whose fields are its options.
@@ -62,6 +65,14 @@ class Solver:
     def transpose(self, state: Any) -> Any:
         """Return the state for Aᵀ."""
         raise NotImplementedError
+
+    def loosely(self, state: Any, b: Array) -> tuple[Array, Any, Counts]:
+        """Solve A x = b to a digit or two, for a look at x: with less work than `solve`, where that is possible."""
+        return self.solve(state, b, None)
+
+    def factored(self, state: Any) -> bool:
+        """Whether A was factored, so that one more right-hand side is little work."""
+        return False
 
     def matrix_free(self, n: int) -> bool:
         """Whether for n unknowns it needs products with A and the operations of a vector space, and nothing else."""
@@ -181,6 +192,13 @@ class Krylov(Solver):
 
     def matrix_free(self, n: int) -> bool:
         return self.preconditioner is None
+
+    def loosely(self, state: KrylovState, b: Array) -> tuple[Array, Any, Counts]:
+        backend = state.operator.backend
+        if backend.traced and not backend.tells:
+            return _one_step(state, b)
+        most = min(self.most(state.operator.n), LOOSE_ITERATIONS)
+        return replace(self, rtol=LOOSE, maxiter=most).solve(state, b, None)
 
     def most(self, n: int) -> int:
         """Return the most iterations for n unknowns."""
@@ -308,6 +326,23 @@ def _scaled(
     scaled = state._replace(operator=replace(op, forward=product, _cache={}))
     c = cycle(scaled, space, start._replace(x=space.scale(s.unit, start.x)))
     return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=c.operator_norm * s.unit)
+
+
+def _one_step(state: KrylovState, b: Array) -> tuple[Array, Any, Counts]:
+    """One step of minimal residual: what a compiled program that cannot branch can afford, in time and in size."""
+    backend = state.operator.backend
+    scaling, precondition = state.scaling, state.preconditioner
+    right = b if scaling is None else scaling.scaled(b)
+    space = backend.space(right)
+    unit, scale = _unit(space, right)
+    r = unit()
+    z = r if precondition.identity else precondition(r)
+    image = state.operator.matvec(z)
+    square = space.inner(image, image)
+    alpha = space.inner(image, r) / space.where(square > 0, square, space.scalar(1.0))
+    x = space.scale(scale * alpha, space.copy(z))
+    x = x if scaling is None else scaling.restored(x)
+    return x, space.where(space.finite(x), int(Status.APPROXIMATE), int(Status.NON_FINITE)), Counts(matvecs=1)
 
 
 def _unit(space: Any, b: Array) -> tuple[Callable[[], Array], Array]:

@@ -129,6 +129,21 @@ class DenseSolver(Solver):
         x = backend.astype(x * scale, b.dtype)
         return x, status, Counts(0, 0, residual, state.size / math.sqrt(state.operator.n), state.rcond, tolerance)
 
+    def factored(self, state: Any) -> bool:
+        return True
+
+    def loosely(self, state: Any, b: Array) -> tuple[Array, Any, Counts]:
+        if not isinstance(state, DenseState) or not state.operator.backend.traced:
+            return self.solve(state, b)
+        backend = state.operator.backend  # a second estimate of the condition number would only cost compilation
+        xp = backend.xp
+        wide = backend.widen(b)
+        x = self._apply_rows(state, wide if state.scaling is None else state.scaling.scaled(wide))
+        x = x if state.scaling is None else state.scaling.restored(x)
+        failed = xp.broadcast_to(state.failed, tuple(b.shape[:-1]))
+        status = xp.where(xp.isfinite(item_norm(xp, x)), failed, int(Status.NON_FINITE))
+        return backend.astype(x, b.dtype), status, Counts()
+
     def _refined(self, state: DenseState, b: Array) -> tuple[Array, Array]:
         """Return x and b − A x; solve once more for the residual where the factors left one beyond rounding."""
         backend = state.operator.backend

@@ -87,6 +87,10 @@ class _Blockwise(Solver):
     def transpose(self, state: _State) -> _State:
         return state  # K is symmetric
 
+    def factored(self, state: _State) -> bool:
+        known = getattr(self.inner, "factored", None)
+        return bool(known and known(state.prepared))
+
     def describe(self, state: _State) -> list[tuple[str, str]]:
         return [(name, f"{self.route}; {why}") for name, why in methods_of(self.inner, state.prepared)]
 

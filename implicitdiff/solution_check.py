@@ -1,0 +1,291 @@
+"""Whether y is a solution: the Newton step from y, coordinate by coordinate.
+
+‖F(y, θ)‖ says little by itself: it is small in small units, and at a large condition number. What it means for y is the
+step of Newton's method, δ = A⁻¹ F(y, θ): to first order, y − δ is the solution. So y is told to be none where
+
+    |δ_i| > max(tolerance |y_i|, floor u_i max_j |y_j| / u_j)
+
+for some i. The first term is a relative error of the coordinate itself; the second lets pass what is small against the
+whole vector, so that entries that happen to be tiny raise no alarm. u is the unit of a coordinate as the scales of A
+show it, hence nothing depends on units. Where that would be an alarm, the level is raised by what nobody can know: F at
+a y that is rounded (evaluated again, one rounding away), and y against the size of A⁻¹ B θ, where y itself is near zero.
+
+What F costs is looked at first: where ‖F‖ is so small against the scale of A that no step can be an alarm, none is made.
+
+References
+----------
+N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., SIAM, 2002, sections 7.2 and 25.2.
+DOI 10.1137/1.9780898718027 (componentwise forward errors; what Newton's method can attain)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, any_true
+from implicitdiff.vectors import is_tree_vector
+
+__all__ = ["FAR", "SolutionCheck", "Step", "levels"]
+
+FAR = 0.1
+"""A step above this part of y, in the largest coordinate, is far: NaN where nothing can be told."""
+SAFETY = 30
+"""How much larger than the rounding that was seen once, rounding may be."""
+SLACK = 0.1
+"""How much smaller than seen on one right-hand side the least singular value may be."""
+
+
+def levels(xp: Any, dtype: Any) -> tuple[float, float]:
+    """Return the relative tolerance of a coordinate, and the floor relative to the vector."""
+    return (1e-5, 3e-8) if float(xp.finfo(dtype).eps) < 1e-10 else (1e-3, 3e-5)
+
+
+class Step(NamedTuple):
+    """What was seen of y as a solution, per item: arrays only, so that it may leave a compiled program."""
+
+    size: Array
+    """‖F(y, θ)‖."""
+    finite: Array
+    """Whether F(y, θ) is finite."""
+    unsolved: Array
+    """Whether the Newton step from y is too large for a solution."""
+    doubtful: Array
+    """Whether it may be, and was not looked at."""
+    far: Array
+    """Whether the step is larger than a tenth of y."""
+    index: Array
+    """The worst coordinate of the raveled y; -1 where it is not known."""
+    step: Array
+    """The Newton step in that coordinate."""
+    value: Array
+    """y in that coordinate."""
+
+
+class SolutionCheck:
+    """Looks at a point as a solution.
+
+    Parameters
+    ----------
+    point : Point
+    maps : Maps
+        F, A, B there.
+    prepared : Prepared
+        A with its solver.
+    """
+
+    def __init__(self, point: Any, maps: Any, prepared: Any) -> None:
+        self.point, self.maps, self.prepared = point, maps, prepared
+        self.backend, self.xp = point.backend, point.backend.xp
+        self.tolerance, self.floor = levels(self.xp, point.y.dtype)
+        self.eps = float(self.xp.finfo(point.y.dtype).eps)
+
+    def look(self, solution: Any = None, b: Any = None, *, transposed: bool = False, sure: bool = False) -> Step:
+        """Judge the point.
+
+        Parameters
+        ----------
+        solution : Solution, optional
+            Of a system with A or Aᵀ, for what it tells of the scale of A.
+        b : array, optional
+            Its right-hand side.
+        transposed : bool
+            Whether it was a system with Aᵀ.
+        sure : bool
+            Whether to make the step even if that is work.
+        """
+        backend, residual = self.backend, self.maps.residual
+        if residual is None or self.point.y.n == 0 or 0 in self.point.items:
+            return self._unseen()
+        F = residual()
+        space = backend.space(F)
+        size = space.size(F)
+        seen = self._quiet(size, space.finite(F))
+        doubt = seen.finite & (size > 0)
+        if backend.traced and not (sure or backend.tells) and self.prepared.factored:
+            if solution is not None:  # calls of LAPACK must not run side by side (see `DenseSolver`)
+                F = space.scale(1 + 0 * solution.residual, F)
+            sure = True
+        if not sure:
+            inverse = None if solution is None else self._inverse(solution, b, transposed)
+            doubt = doubt & ~self._harmless(F, size, inverse)
+        if not backend.traced:
+            return self._measured(F, seen, doubt) if any_true(self.xp, doubt) else seen
+        if sure:
+            return self._measured(F, seen, doubt)
+        if backend.tells:  # a program of its own makes sure, where there is doubt
+            return seen._replace(doubtful=doubt)
+        self._scale_of_data()  # derived here, not inside of the loop
+        return backend.rescue(doubt, lambda old: self._measured(F, old, doubt), seen)
+
+    def size(self) -> Array:
+        """‖F(y, θ)‖."""
+        return self._unseen().size if self.maps.residual is None else self._norm(self.maps.residual())
+
+    def _norm(self, F: Any) -> Array:
+        return self.backend.space(F).size(F)
+
+    def _unseen(self) -> Step:
+        p, xp = self.point, self.xp
+        empty = p.y.n == 0
+        size = xp.full(p.items, 0.0 if empty else float("nan"), dtype=p.y.dtype, device=p.y.device)
+        return self._quiet(size, ~xp.zeros(p.items, dtype=xp.bool, device=p.y.device))
+
+    def _quiet(self, size: Array, finite: Array) -> Step:
+        xp = self.xp
+        size = xp.asarray(size)
+        no, zero = xp.zeros_like(size, dtype=xp.bool), xp.zeros_like(size)
+        return Step(size, finite, no, no, no, xp.zeros_like(size, dtype=xp.int32) - 1, zero, zero)
+
+    # -- without a product ---------------------------------------------------------------------------
+    def _inverse(self, solution: Any, b: Any, transposed: bool) -> Array:
+        """Estimate ‖A⁻¹‖ in the units in which A is equilibrated: from below where it is not factored."""
+        xp = self.xp
+        scaling = self.prepared.scaling
+        rows, columns = (None, None) if scaling is None else (scaling.rows, scaling.columns)
+        if transposed:
+            rows, columns = columns, rows
+        top, bottom = self._norm(_divided(solution.x, columns)), self._norm(_multiplied(b, rows))
+        ratio = xp.asarray(top / xp.where(bottom > 0, bottom, xp.ones_like(bottom)))
+        if len(ratio.shape) > len(self.point.items):
+            ratio = xp.max(ratio, axis=0)
+        seen = ratio / SLACK
+        if solution.rcond is None:
+            return seen
+        norm = 0.5 if scaling is not None else xp.asarray(solution.operator_norm)
+        rcond = xp.asarray(solution.rcond)
+        known = xp.asarray(1 / (xp.where(rcond > 0, rcond, xp.ones_like(rcond)) * norm), dtype=ratio.dtype)
+        return xp.where(xp.isfinite(rcond) & (rcond > 0), known, seen)
+
+    def _harmless(self, F: Any, size: Array, inverse: Array | None) -> Array:
+        """Whether no step can be an alarm; where no system was solved, whether F is all rounding."""
+        xp, y = self.xp, self.point.y.vector
+        scaling = self.prepared.scaling
+        if inverse is None:
+            space = self.backend.space(F)
+            unit = space.scale(1 / xp.where(size > 0, size, xp.ones_like(size)), space.copy(F))
+            return size <= 10 * self.eps * self._norm(self.prepared.operator.matvec(unit)) * self._largest(y)
+        rows = None if scaling is None else scaling.rows
+        scale = self._largest(_divided(y, self._units()))
+        return (inverse > 0) & (self._norm(_multiplied(F, rows)) * inverse <= self.floor * scale)
+
+    def _units(self) -> Any:
+        """Return the unit of each coordinate of y as a vector, None where all are alike."""
+        scaling = self.prepared.scaling
+        return None if scaling is None else self._of_y(scaling.columns)
+
+    def _of_y(self, x: Any) -> Any:
+        return x if self.maps.frame is None else self.maps.frame.back(x)
+
+    def _largest(self, x: Any) -> Array:
+        """max |x_i| per item, as an array."""
+        p = self.point
+        return self.xp.asarray(self.backend.space(x).largest(x), dtype=p.y.dtype, device=p.y.device)
+
+    # -- the step ------------------------------------------------------------------------------------
+    def _measured(self, F: Any, seen: Step, doubt: Array) -> Step:
+        """Make the step, and judge it; where it is an alarm, look at what cannot be known."""
+        if self.backend.traced and not is_tree_vector(F):  # one solve: a loop is dear to compile
+            others = self._others()
+            rows = self.xp.stack([F, *(b for _, b in others)])
+            delta, usable, rcond = self.prepared.correction(rows)
+            unknown = self._unknown([(f, delta[i + 1, ...], usable[i + 1, ...]) for i, (f, _) in enumerate(others)])
+            slack = self.xp.maximum(self._rounding(rcond), unknown)
+            return self._judged(seen, self._of_y(delta[0, ...]), usable[0, ...] & doubt, slack)
+        delta, usable, rcond = self.prepared.correction(F)
+        delta, slack = self._of_y(delta), self._rounding(rcond)
+        found = self._judged(seen, delta, usable & doubt, slack)
+        if not self.backend.traced and not any_true(self.xp, found.unsolved):
+            return found
+        unknown = self._unknown([(f, *self.prepared.correction(b)[:2]) for f, b in self._others()])
+        return self._judged(seen, delta, usable & doubt, self.xp.maximum(slack, unknown))
+
+    def _judged(self, seen: Step, delta: Any, usable: Array, slack: Array) -> Step:
+        """Compare a step with y; ``slack`` is what is not known, in the units of `_units`."""
+        y, units, xp = self.point.y.vector, self._units(), self.xp
+        space = self.backend.space(y)
+        reach = self._largest(_divided(y, units))
+        least = xp.maximum(self.floor * reach, slack)
+        step = _each(xp.abs, delta)
+
+        def over(d: Array, y: Array, unit: Array | float, least: Array) -> Array:
+            level = xp.maximum(self.tolerance * xp.abs(y), least * unit)
+            tiny = level + float(xp.finfo(y.dtype).smallest_normal)
+            return d / tiny
+
+        unit = units if units is not None else _each(xp.ones_like, y)
+        least = least if is_tree_vector(y) else least[..., None]
+        ratio = _each(lambda d, y, u: over(d, y, u, least), step, y, unit)
+        unsolved = usable & (self._largest(ratio) > 1)
+        far = unsolved & (self._largest(_divided(step, units)) > xp.maximum(FAR * reach, slack))
+        index = space.worst(ratio)
+        return seen._replace(
+            unsolved=unsolved, far=far, index=xp.astype(index, xp.int32), step=space.entry(delta, index),
+            value=space.entry(y, index),
+        )  # fmt: skip
+
+    def _rounding(self, rcond: Array | None) -> Array:
+        """What rounding of y makes of a step at the condition number that is known."""
+        reach = self._largest(_divided(self.point.y.vector, self._units()))
+        if rcond is None:
+            return 0 * reach
+        rcond = self.xp.asarray(rcond, dtype=reach.dtype)
+        rcond = rcond[0, ...] if len(rcond.shape) > len(self.point.items) else rcond
+        usable = self.xp.isfinite(rcond) & (rcond > 0)
+        kappa = self.xp.where(usable, 1 / self.xp.where(usable, rcond, self.xp.ones_like(rcond)), 0 * rcond)
+        return SAFETY * self.eps * kappa * reach
+
+    def _others(self) -> list[tuple[float, Any]]:
+        """What tells how far nobody can know y, as factors and right-hand sides: θ's size, and rounding in F."""
+        data = self._scale_of_data()
+        others = [] if data is None else [(self.floor, data())]
+        return others + [(SAFETY, noise) for noise in self._noise()]
+
+    def _unknown(self, steps: list[tuple[float, Any, Array]]) -> Array:
+        """How far nobody can know y, from the solutions for those right-hand sides."""
+        total = 0 * self._largest(self.point.y.vector)
+        for factor, x, usable in steps:
+            reach = self._largest(_divided(self._of_y(x), self._units()))
+            part = self.xp.where(usable & self.xp.isfinite(reach), factor * reach, 0 * total)
+            total = self.xp.maximum(total, part)
+        return total
+
+    def _scale_of_data(self) -> Callable[[], Any] | None:
+        """Return what makes B (z ∘ θ), z without structure: F's change with θ at the size that θ has."""
+        B, theta = self.maps.B, self.point.theta
+        if theta.n == 0 or (B.forward is None and (self.backend.traced or self.point.y.n > 256)):
+            return None
+        product = B.matvec
+        probe = theta.space.probe()
+        return lambda: product(_each(lambda a, b: a * b, probe, theta.vector))
+
+    def _noise(self) -> list[Any]:
+        """Return the change of F by a change of y that is no more than rounding, seen twice."""
+        at, y = self.maps.at, self.point.y.vector
+        if at is None or self.maps.frame is not None or (self.backend.traced and not self.backend.tells):
+            return []
+        probe, theta, space = self.point.y.space.probe(), self.point.theta.vector, self.backend.space
+        here, found = None, []
+        for sign in (2.0, -2.0):
+            moved = _each(lambda y, z, s=sign: y + s * self.eps * z * xp_abs(y), y, probe)
+            here = space(y).copy(at(y, theta)) if here is None else here
+            found.append(at(moved, theta) - here)
+        return found
+
+
+def xp_abs(x: Array) -> Array:
+    """|x|, of any array."""
+    return abs(x)
+
+
+def _each(function: Callable[..., Any], *vectors: Any) -> Any:
+    """Apply a function to vectors, leaf by leaf where they are tuples of leaves."""
+    return vectors[0].map(function, *vectors[1:]) if is_tree_vector(vectors[0]) else function(*vectors)
+
+
+def _divided(x: Any, scale: Any) -> Any:
+    return x if scale is None else _each(lambda a, s: a / s, x, scale)
+
+
+def _multiplied(x: Any, scale: Any) -> Any:
+    return x if scale is None else _each(lambda a, s: a * s, x, scale)
