@@ -157,8 +157,9 @@ def warn_not_solution(xp: Any, step: Any, border: Ravel) -> None:
     name = border.coordinate(int(index), bad if border.items else None)
     warn(
         f"y is not a solution{which}: ‖F(y, theta)‖ {upto} {to_python(size):.3g}.\n"
-        f"Newton's step from {name} = {to_python(value):.6g} is {-to_python(delta):.3g}: so far, to first order, is y off "
-        "there.\nThe derivative is the one at this y; it is off by an amount of first order in that step.\n"
+        f"Newton's step from {name} = {to_python(value):.6g} is {-to_python(delta):.3g}: "
+        "so far, to first order, is y off there.\n"
+        "The derivative is the one at this y; it is off by an amount of first order in that step.\n"
         "Next: solve to a tighter tolerance, or check that the condition matches the solver.",
         NotASolutionWarning,
     )

@@ -8,9 +8,10 @@ step of Newton's method, δ = A⁻¹ F(y, θ): to first order, y − δ is the s
 for some i. The first term is a relative error of the coordinate itself; the second lets pass what is small against the
 whole vector, so that entries that happen to be tiny raise no alarm. u is the unit of a coordinate as the scales of A
 show it, hence nothing depends on units. Where that would be an alarm, the level is raised by what nobody can know: F at
-a y that is rounded (evaluated again, one rounding away), and y against the size of A⁻¹ B θ, where y itself is near zero.
+a y that is rounded (evaluated again, one rounding away), and y against the size of A⁻¹ B θ, where y itself is near 0.
 
-What F costs is looked at first: where ‖F‖ is so small against the scale of A that no step can be an alarm, none is made.
+What F costs is looked at first: where ‖F‖ is so small against the scale of A that no step can be an alarm, there is
+none.
 
 References
 ----------
