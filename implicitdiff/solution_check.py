@@ -151,7 +151,7 @@ class SolutionCheck:
         if len(ratio.shape) > len(self.point.items):
             ratio = xp.max(ratio, axis=0)
         seen = ratio / SLACK
-        if solution.rcond is None:
+        if solution.rcond is None or (scaling is None and solution.operator_norm is None):
             return seen
         norm = 0.5 if scaling is not None else xp.asarray(solution.operator_norm)
         rcond = xp.asarray(solution.rcond)
