@@ -10,7 +10,8 @@ import array_api_compat
 import numpy as np
 
 from implicitdiff.arrays import Array, any_true
-from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
+from implicitdiff.backends.curvature import GradientDifferences
+from implicitdiff.backends.differences import Differences, scalar_gradients
 from implicitdiff.errors import BackendError
 from implicitdiff.ravel import reject_dtype
 from implicitdiff.vectors import ArraySpace

@@ -1,7 +1,7 @@
-"""Derivatives by central finite differences, for functions of which nothing else is known.
+"""Derivatives by central differences, for functions of which nothing else is known.
 
-Steps follow the usual balance of truncation against rounding: eps^(1/3) for a first difference, eps^(1/4) where a
-second difference is taken of function values. Everything is evaluated in double precision.
+How steps are chosen stands in `steps`, what is measured of a function first in `sampling`. Everything is evaluated in
+double precision, where the framework has it.
 
 References
 ----------
@@ -11,168 +11,264 @@ J. Domke, "Generic methods for optimization-based modeling", AISTATS 2012 (Hessi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, any_true
+from implicitdiff.backends.sampling import Block, Sampler, leaf_sizes
+from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
+from implicitdiff.errors import DerivativeError
 
-__all__ = ["Differences", "GradientDifferences", "directional", "gradient_function", "scalar_gradients"]
+__all__ = ["Differences", "groups", "name_of", "not_differentiable", "scalar_gradients", "sweep", "unit_vectors"]
 
 Function = Callable[[Array, Array], Array]
-Along = Callable[[Any, Callable[[Array], Array], Array, Array, float], Array]
 
-
-def step_exponent(order: int) -> float:
-    """Exponent of eps in the step: 1/3 for first differences, 1/4 for second differences of values."""
-    return 1 / 3 if order == 1 else 1 / 4
-
-
-def directional(xp: Any, function: Callable[[Array], Array], x: Array, v: Array, power: float) -> Array:
-    """Central difference of a function at x along v, per item over the last axis."""
-    if x.shape[-1] == 0:
-        return 0 * function(x)
-    eps = float(xp.finfo(x.dtype).eps)
-    size = xp.max(xp.abs(v), axis=-1, keepdims=True)
-    one = xp.ones_like(size)
-    scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
-    h = eps**power * xp.where(scale > 1, scale, one) / xp.where(size > 0, size, one)
-    above = xp.asarray(function(x + h * v), copy=True)  # a function may return the same buffer each time
-    below = function(x - h * v)
-    h = h if above.ndim == x.ndim else h[..., 0]
-    change = above - below
-    # A change within rounding is no change: a derivative that is zero has to come out as zero, or a singular
-    # system would be solved as a tiny, regular one.
-    largest = xp.where(xp.abs(above) > xp.abs(below), xp.abs(above), xp.abs(below))
-    return xp.where(xp.abs(change) <= 4 * eps * largest, xp.zeros_like(change), change) / (2 * h)
+KEPT = 2**22
+"""Entries of a matrix of columns that is kept for the next product."""
+WORST = 0.1
+"""Relative error of a derivative as a whole from which it is not handed out."""
 
 
 class Differences:
-    """Derivatives of a vector function G(y, θ) by differences along a direction.
+    """Derivatives of a vector function G(y, θ).
 
     Parameters
     ----------
     backend : Backend
     function : callable
-        ``(y, theta) -> G``, on vectors (*items, n) and (*items, m).
+        ``(y, theta) -> G``, on vectors (*items, n) and (*items, m). Where it is one of a point, it knows the leaves.
     y, theta : array
         The point.
-    along : callable
-        ``(xp, f, x, v, power) -> derivative of f at x along v``; central differences, or the complex step.
-    kind : str
-        For the report.
-    power : float
-        Of eps in the step.
+    rounding : bool
+        Whether the noise of G is known to be that of rounding.
     """
 
-    def __init__(
-        self, backend: Any, function: Function, y: Array, theta: Array, *, along: Along = directional,
-        kind: str = "finite differences", power: float = 1 / 3,
-    ) -> None:  # fmt: skip
+    kind = "finite differences"
+
+    def __init__(self, backend: Any, function: Function, y: Array, theta: Array, *, rounding: bool = False) -> None:
         self.backend, self.xp, self.function = backend, backend.xp, function
-        self.dtype = y.dtype
-        self.theta_dtype = theta.dtype
+        self.dtype, self.theta_dtype = y.dtype, theta.dtype
         self.y, self.theta = backend.widen(y), backend.widen(theta)
-        self.along, self.kind, self.power = along, kind, power
-        eps = float(backend.xp.finfo(self.y.dtype).eps)
-        # truncation h² balances rounding eps/h (or eps/h² for second differences of values)
-        self.accuracy = eps if along is not directional else eps ** (2 * power)
+        self.sampler = self._sampler(FIRST, rounding=rounding)
+        # a part of a larger F (a projection, say) may bend: whoever composes it looks for kinks
+        self.strict = getattr(getattr(function, "point", None), "whole", True)
+        self._columns: dict[str, Array] = {}
+
+    def _sampler(self, stencil: Stencil, **options: Any) -> Sampler:
+        f, n, m = self.function, self.y.shape[-1], self.theta.shape[-1]
+        leaves = leaf_sizes(f, "y", n), leaf_sizes(f, "theta", m)
+        return Sampler(
+            self.backend, self.function, self.y, self.theta, stencil, leaves=leaves, what=name_of(self.function),
+            **options,
+        )  # fmt: skip
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Relative error of a product with ∂G/∂y, in the units of G and y."""
+        s = self.sampler
+        if 0 in self.y.shape:
+            return 0.0
+        best = float(s.eps ** (s.stencil.accuracy))
+        return max(s.accuracy(s.by_y), best)
 
     def value(self) -> Array:
         """G(y, θ)."""
-        return self.backend.astype(self.function(self.y, self.theta), self.dtype)
+        return self.backend.astype(self.sampler.middle, self.dtype)
 
     def jvp_y(self, v: Array) -> Array:
         """(∂G/∂y) v for v of shape (*rhs, *items, n)."""
-        return self._forward(lambda y: self.function(y, self.theta), self.y, v)
+        return self._forward(v, "y", self.dtype)
 
     hvp = jvp_y
 
     def jvp_theta(self, t: Array) -> Array:
         """(∂G/∂θ) t for t of shape (*rhs, *items, m)."""
-        return self._forward(lambda theta: self.function(self.y, theta), self.theta, t)
+        return self._forward(t, "theta", self.dtype)
 
     def vjp_y(self, u: Array) -> Array:
         """(∂G/∂y)ᵀ u, one pass over the coordinates of y for all right-hand sides."""
-        return self._backward(lambda y: self.function(y, self.theta), self.y, u, self.dtype)
+        return self._backward(u, "y", self.dtype)
 
     def vjp_theta(self, u: Array) -> Array:
         """(∂G/∂θ)ᵀ u, one pass over the coordinates of θ for all right-hand sides."""
-        return self._backward(lambda theta: self.function(self.y, theta), self.theta, u, self.theta_dtype)
+        return self._backward(u, "theta", self.theta_dtype)
 
-    def _forward(self, function: Callable[[Array], Array], x: Array, v: Array) -> Array:
-        def one(w: Array) -> Array:
-            return self.along(self.xp, function, x, w, self.power)
+    # -- columns and directions --------------------------------------------------------------------------
+    def _block(self, by: str) -> Block:
+        """What is known of the derivatives by y or θ, where they stand above the noise."""
+        s = self.sampler
+        block = s.by_y if by == "y" else s.by_theta
+        s.check(block, by)
+        if self.strict and len(s.middle.shape) == 1 and any_true(self.xp, block.kink):
+            raise not_differentiable(s.what, by, None)
+        unsure = s.random and any_true(self.xp, ~block.shown & (block.rows > 0))
+        if s.accuracy(block) > WORST or unsure:
+            raise s.too_noisy(
+                f"the derivative by {by} is known to {s.accuracy(block):.0%} only, for the noise of {s.what}"
+            )
+        return block
 
-        items = tuple(x.shape[:-1])
-        return self.backend.astype(self.backend.batched(one, items)(self.backend.widen(v)), self.dtype)
+    def _joint(self, v: Array, by: str) -> Array:
+        """A vector of y's or θ's as one of both."""
+        xp, s = self.xp, self.sampler
+        other = xp.zeros((*v.shape[:-1], s.m if by == "y" else s.n), dtype=v.dtype, device=self.backend.device(v))
+        if not other.shape[-1]:
+            return v
+        return self.backend.concat([v, other] if by == "y" else [other, v])
 
-    def _backward(self, function: Callable[[Array], Array], x: Array, u: Array, dtype: Any) -> Array:
+    def _forward(self, v: Array, by: str, dtype: Any) -> Array:
+        s = self.sampler
+        if 0 in v.shape or 0 in self.y.shape or not self._block(by).moves:
+            shape = (*v.shape[:-1], s.middle.shape[-1])
+            return self.xp.zeros(shape, dtype=dtype, device=self.backend.device(v))
+        block = self._block(by)
+
+        def one(v: Array) -> Array:
+            total = 0 * s.middle
+            for w, length in groups(self.xp, self._joint(v, by), s.size):
+                total = total + self._along(w, block, by, None) * length
+            return total
+
+        items = tuple(s.x.shape[:-1])
+        return self.backend.astype(self.backend.batched(one, items)(self.backend.widen(v)), dtype)
+
+    def _along(self, w: Array, block: Block, by: str, number: int | None) -> Array:
+        return block.cleaned(self.xp, self._tell_kink(self.sampler.along(w, block=block), by, number))
+
+    def _tell_kink(self, found: Estimate, by: str, number: int | None) -> Estimate:
+        """Raise where there is no derivative; in a batch it is NaN, and told as such, item by item."""
+        if not self.strict or not any_true(self.xp, found.kink):
+            return found
+        if len(found.value.shape) > 1:
+            nan = self.xp.full_like(found.value, float("nan"))
+            return found._replace(value=self.xp.where(found.kink, nan, found.value))
+        raise not_differentiable(self.sampler.what, by, number)
+
+    def columns(self, by: str) -> Iterator[Array]:
+        """Columns of ∂G/∂y or ∂G/∂θ, one after the other."""
+        s, block = self.sampler, self._block(by)
+        for i in range(s.n if by == "y" else s.m):
+            unit = unit_vector(self.xp, s.x, i if by == "y" else s.n + i) * s.size
+            yield self._along(unit, block, by, i) / self.xp.sum(unit, axis=-1, keepdims=True)
+
+    def _backward(self, u: Array, by: str, dtype: Any) -> Array:
+        xp, s, count = self.xp, self.sampler, self.sampler.n if by == "y" else self.sampler.m
         u = self.backend.widen(u)
-        parts = []
-        for unit in unit_vectors(self.xp, x):
-            column = self.along(self.xp, function, x, unit, self.power)
-            parts.append(self.xp.vecdot(self.xp.broadcast_to(column, u.shape), u))
-        if not parts:
-            return self.xp.zeros((*u.shape[:-1], 0), dtype=dtype, device=self.backend.device(u))
-        return self.backend.astype(self.xp.stack(parts, axis=-1), dtype)
+        if not count or 0 in u.shape or not self._block(by).moves:
+            return xp.zeros((*u.shape[:-1], count), dtype=dtype, device=self.backend.device(u))
+        columns = self._columns.get(by)
+        if columns is None and count * s.middle.size <= KEPT:
+            columns = self._columns[by] = xp.stack(list(self.columns(by)))
+        rows = self.columns(by) if columns is None else (columns[i, ...] for i in range(count))
+        parts = [xp.vecdot(xp.broadcast_to(xp.astype(c, u.dtype), u.shape), u) for c in rows]
+        return self.backend.astype(xp.stack(parts, axis=-1), dtype)
 
 
-def unit_vectors(xp: Any, x: Array) -> Any:
-    """Unit vectors e_1 … e_n, each broadcast over the items of x."""
-    for i in range(x.shape[-1]):
-        unit = xp.zeros_like(x)
-        unit[..., i] = 1.0
-        yield unit
+def name_of(function: Any) -> str:
+    """What the user knows a function under."""
+    return getattr(function, "name", "the function")
 
 
-def gradient_function(xp: Any, function: Function, along: Along, power: float) -> Function:
-    """∇_y of a scalar function, coordinate by coordinate."""
-
-    def gradient(y: Array, theta: Array) -> Array:
-        parts = [along(xp, lambda z: function(z, theta), y, unit, power) for unit in unit_vectors(xp, y)]
-        return xp.stack(parts, axis=-1) if parts else xp.zeros_like(y)
-
-    return gradient
-
-
-class GradientDifferences(Differences):
-    """Derivatives of ∇_y f for a scalar f of which only values are known."""
-
-    def __init__(self, backend: Any, function: Function, y: Array, theta: Array, *,
-                 inner: Along = directional, kind: str = "finite differences") -> None:  # fmt: skip
-        power = step_exponent(2 if inner is directional else 1)
-        super().__init__(
-            backend, gradient_function(backend.xp, function, inner, power), y, theta, kind=kind, power=power
-        )
-        # the gradient itself deserves the better step of a first difference
-        self._gradient = gradient_function(backend.xp, function, inner, step_exponent(1))
-
-        self._values, self._noisy = function, inner is directional
-
-    def _forward(self, function: Callable[[Array], Array], x: Array, v: Array) -> Array:
-        product = super()._forward(function, x, v)
-        if not self._noisy or x.shape[-1] == 0:
-            return product
-        # Second differences of values f carry rounding of eps |f| / h²; what lies below is no curvature.
-        xp = self.xp
-        eps = float(xp.finfo(self.y.dtype).eps)
-        size = xp.abs(self._values(self.y, self.theta))[..., None]
-        scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
-        h = eps**self.power * xp.where(scale > 1, scale, xp.ones_like(scale))
-        noise = 8 * eps * size / (h * eps**self.power) * xp.max(xp.abs(v), axis=-1, keepdims=True)
-        return xp.where(xp.abs(product) <= noise, xp.zeros_like(product), product)
-
-    def value(self) -> Array:
-        """∇_y f."""
-        return self.backend.astype(self._gradient(self.y, self.theta), self.dtype)
+def not_differentiable(what: str, by: str, number: int | None) -> DerivativeError:
+    """Build the error for a kink or a jump at the point."""
+    where = f"a direction of {by}" if number is None else f"{by}, entry {number} (in raveled order)"
+    return DerivativeError(
+        f"{what} has a kink or a jump at the point, along {where}: it has no derivative there.\n"
+        "Likely cause: relu, abs, sign, clip, where or max, exactly where it switches.\n"
+        "Next: move theta, or smooth the function; give the derivative of the side that you mean."
+    )
 
 
-def scalar_gradients(
-    backend: Any, function: Function, y: Array, theta: Array, *, along: Along = directional,
-    kind: str = "finite differences",
-) -> tuple[Array, Array, str]:  # fmt: skip
+def unit_vector(xp: Any, x: Array, i: int) -> Array:
+    """Unit vector e_i, broadcast over the items of x."""
+    unit = xp.zeros_like(x)
+    unit[..., i] = 1.0
+    return unit
+
+
+def unit_vectors(xp: Any, x: Array) -> Iterator[Array]:
+    """Unit vectors e_1 … e_n."""
+    return (unit_vector(xp, x, i) for i in range(x.shape[-1]))
+
+
+def groups(xp: Any, v: Array, size: Array) -> Iterator[tuple[Array, Array]]:
+    """Split a vector by how far it moves its coordinates relative to their sizes, a thousandfold in each part.
+
+    In one part the largest would set the step, and what the others do would drown in the noise.
+
+    Yields
+    ------
+    part : array
+        Scaled so that its largest entry moves a coordinate by its size.
+    length : array, shape (*items, 1)
+        What it was divided by.
+    """
+    moved = xp.abs(v) / size
+    for _ in range(6):
+        largest = xp.max(moved, axis=-1, keepdims=True)
+        if not any_true(xp, largest > 0):
+            return
+        now = moved >= 1e-3 * largest
+        safe = xp.where(largest > 0, largest, xp.ones_like(largest))
+        yield xp.where(now, v, 0 * v) / safe, largest
+        moved = xp.where(now, 0 * moved, moved)
+
+
+def scalar_gradients(backend: Any, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
     """∂L/∂y and ∂L/∂θ of a scalar function."""
-    xp, wide_y, wide_theta = backend.xp, backend.widen(y), backend.widen(theta)
-    by_y = gradient_function(xp, function, along, 1 / 3)(wide_y, wide_theta)
-    by_theta = gradient_function(xp, lambda t, z: function(z, t), along, 1 / 3)(wide_theta, wide_y)
-    return backend.astype(by_y, y.dtype), backend.astype(by_theta, theta.dtype), kind
+    leaves = leaf_sizes(function, "y", y.shape[-1]), leaf_sizes(function, "theta", theta.shape[-1])
+    sampler = Sampler(
+        backend, function, backend.widen(y), backend.widen(theta), FIRST, leaves=leaves, scalar=True,
+        what=name_of(function),
+    )  # fmt: skip
+    found = gradient(sampler, whole=True)
+    by_y, by_theta = found[..., : sampler.n], found[..., sampler.n :]
+    return backend.astype(by_y, y.dtype), backend.astype(by_theta, theta.dtype), "finite differences"
+
+
+def gradient(sampler: Sampler, *, whole: bool) -> Array:
+    """Gradient of a scalar function by y, or (``whole``) by y and θ."""
+    s, xp = sampler, sampler.xp
+    parts = []
+    blocks = [("y", 0, s.n), ("theta", s.n, s.n + s.m)][: 2 if whole else 1]
+    seen = []
+    for by, start, stop in blocks:
+        shape = (*s.x.shape[:-1], stop - start)
+        parts.append(xp.zeros(shape, dtype=s.x.dtype, device=s.backend.device(s.x)))
+        if 0 in shape:
+            continue
+        block = s.by_y if by == "y" else s.by_theta
+        if not block.moves:
+            continue
+        seen.append(block.visible)
+        found = sweep(s, block, range(start, stop))
+        if not (block.visible or whole):
+            s.check(block, by)
+        if any_true(xp, found.kink) and len(shape) == 1:
+            raise not_differentiable(s.what, by, int(xp.argmax(xp.astype(found.kink, s.x.dtype))))
+        parts[-1] = found.value / s.size[..., start:stop]
+    if seen and not any(seen):
+        raise s.too_noisy(f"the gradient lies below the noise of {s.what}")
+    return parts[0] if len(parts) == 1 else s.backend.concat(parts)
+
+
+def sweep(s: Sampler, block: Block, coordinates: range) -> Estimate:
+    """Derivatives along every coordinate by its size, each with a step of its own."""
+    xp = s.xp
+    here = slice(coordinates.start, coordinates.stop)
+    share = s.size[..., here] / s.leaf[..., here]
+    rows = block.rows + 0 * share
+    plan = Plan(block.start + 0 * share, 0.1 / share, rows, block.tolerance, 1e-13 * share, separate=True)
+
+    def values(a: Array, wanted: Array) -> Array:
+        out = xp.zeros_like(a) + s.middle
+        for k, i in enumerate(coordinates):
+            if any_true(xp, wanted[..., k]):
+                x = xp.asarray(s.x, copy=True)
+                x[..., i] = x[..., i] + a[..., k] * s.size[..., i]
+                out[..., k] = s.at(x)[..., 0]
+        return out
+
+    middle = s.middle + 0 * share
+    return search(xp, s.stencil, values, middle, s.noise + 0 * share, plan)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
 from scipy.linalg import lapack
 
-from implicitdiff.arrays import Array, probe_vector
+from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend, triangular_solve
-from implicitdiff.backends.differences import Differences, GradientDifferences, directional, scalar_gradients
 from implicitdiff.backends.lending import LENDERS, Lender
+from implicitdiff.backends.numpy_complex import (
+    ComplexGradientDifferences,
+    ComplexStep,
+    complex_gradients,
+    is_analytic,
+)
 from implicitdiff.backends.numpy_space import NumpyBatchSpace, NumpySpace, Slices, SliceSpace
 from implicitdiff.errors import DerivativeError, InputError, UnknownNameError
 
@@ -104,8 +106,8 @@ class NumpyBackend(ArrayAPIBackend):
             if found is not None:
                 return found
         if self._may_be_complex(function, y, theta):
-            return Differences(self, function, y, theta, along=complex_step, kind="complex step")
-        return Differences(self, function, y, theta)
+            return ComplexStep(self, function, y, theta)
+        return super().differentiate(function, y, theta)
 
     def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
         self._refuse_to_derive("a product")
@@ -117,9 +119,9 @@ class NumpyBackend(ArrayAPIBackend):
             found = tape.differentiate_gradient(self, function, y, theta)
             if found is not None:
                 return found
-        if self._may_be_complex(function, y, theta):
-            return GradientDifferences(self, function, y, theta, inner=complex_step, kind="finite differences")
-        return GradientDifferences(self, function, y, theta)
+        if self._may_be_complex(function, y, theta, scalar=True):
+            return ComplexGradientDifferences(self, function, y, theta)
+        return super().differentiate_gradient(function, y, theta)
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         self._refuse_to_derive("the gradient of outer")
@@ -131,9 +133,9 @@ class NumpyBackend(ArrayAPIBackend):
             found = tape.gradients(function, y, theta)
             if found is not None:
                 return found
-        if self._may_be_complex(function, y, theta):
-            return scalar_gradients(self, function, y, theta, along=complex_step, kind="complex step")
-        return scalar_gradients(self, function, y, theta)
+        if self._may_be_complex(function, y, theta, scalar=True):
+            return complex_gradients(self, function, y, theta)
+        return super().gradients(function, y, theta)
 
     def _refuse_to_derive(self, what: str) -> None:
         if self.slices is not None:  # a difference or a tape would see this process's slice only
@@ -147,12 +149,12 @@ class NumpyBackend(ArrayAPIBackend):
             raise InputError('autodiff = "autograd", and autograd was not imported: write the function with it.')
         return self.autodiff in {"auto", "autograd"} and "autograd" in sys.modules
 
-    def _may_be_complex(self, function: Callable[..., Array], y: Array, theta: Array) -> bool:
+    def _may_be_complex(self, function: Callable[..., Array], y: Array, theta: Array, *, scalar: bool = False) -> bool:
         if self.autodiff == "complex_step":
             return True
         if self.autodiff != "auto":
             return False
-        return is_analytic(function, self.widen(y), self.widen(theta))
+        return is_analytic(self, function, y, theta, scalar=scalar)
 
     # -- loops and linear algebra ----------------------------------------------------------------------
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
@@ -249,53 +251,3 @@ class NumpyBackend(ArrayAPIBackend):
         with np.errstate(all="ignore"):
             half = triangular_solve(np, factor, b)
             return triangular_solve(np, np.matrix_transpose(factor), half, lower=False)
-
-
-def complex_step(xp: Any, function: Callable[[Array], Array], x: Array, v: Array, power: float) -> Array:
-    """Derivative of an analytic function at x along v as Im f(x + i h v) / h: no cancellation, h may be tiny.
-
-    References
-    ----------
-    W. Squire, G. Trapp, "Using complex variables to estimate derivatives of real functions", SIAM Rev. 40 (1998)
-    110-112. DOI 10.1137/S003614459631241X
-    """
-    size = np.max(np.abs(v), axis=-1, keepdims=True, initial=0.0)
-    h = 1e-30 / np.where(size > 0, size, 1.0)
-    out = np.imag(function(x + 1j * h * v))
-    return out / (h if out.ndim == x.ndim else h[..., 0])
-
-
-_casting = threading.RLock()
-
-
-@contextlib.contextmanager
-def quiet_casts() -> Iterator[None]:
-    """Silence NumPy's warning about a discarded imaginary part: such a function fails the test, and that is all."""
-    with _casting, warnings.catch_warnings():
-        warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
-        yield
-
-
-def is_analytic(function: Callable[..., Array], y: Array, theta: Array) -> bool:
-    """Whether the complex step gives what a central difference gives, in one direction of y and one of θ.
-
-    Anything but agreement (an exception, a warning about a discarded imaginary part, another number) says no.
-    """
-    for which, x in enumerate((y, theta)):
-        if x.shape[-1] == 0:
-            continue
-        v = np.broadcast_to(probe_vector(xp, x.shape[-1], x.dtype, None), x.shape)
-
-        def along(z: Array, which: int = which) -> Array:
-            return function(z, theta) if which == 0 else function(y, z)
-
-        try:
-            with quiet_casts():
-                a = complex_step(np, along, x, v, 0.0)
-        except Exception:
-            return False
-        b = directional(xp, along, x, v, 1 / 3)
-        size = max(np.max(np.abs(b), initial=0.0), 1e-8 * np.max(np.abs(along(x)), initial=0.0))
-        if not np.all(np.abs(a - b) <= 1e-5 * size):
-            return False
-    return True

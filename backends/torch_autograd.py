@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from implicitdiff.arrays import Array
-from implicitdiff.backends.differences import Differences, GradientDifferences, scalar_gradients
+from implicitdiff.backends.curvature import GradientDifferences
+from implicitdiff.backends.differences import Differences, scalar_gradients
 from implicitdiff.backends.torch_captured import Graph
 from implicitdiff.errors import NoiseError
 

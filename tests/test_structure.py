@@ -46,7 +46,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BUILD_ON_ARRAY_API = {"numpy", "torch_arrays", "torch_composable", "jax", "cupy"}
-HELPERS = {"differences", "lending", "tape"}
+HELPERS = {"curvature", "differences", "lending", "noise", "sampling", "steps", "tape"}
 
 
 def module_name(path: Path) -> str:

@@ -1,0 +1,300 @@
+"""A function of y and θ as differences see it: the sizes of its coordinates, its noise, and how far it can be known.
+
+Every coordinate is moved relative to its own size; one that is 0 relative to the largest of its leaf, whose entries
+share a unit as a rule; and where a whole leaf is 0, its unit is found by trying. What is known of the function as a
+whole (its noise, the sizes of its rows, the accuracy within reach) is measured once, along one direction without
+structure in each of y and θ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, any_true, probe_vector
+from implicitdiff.backends.noise import noise_along
+from implicitdiff.backends.steps import FIRST, VISIBLE, Estimate, Plan, Stencil, search
+from implicitdiff.errors import ImplicitDiffError, NoiseError
+
+__all__ = ["Block", "Sampler", "leaf_sizes", "sizes_of"]
+
+Function = Callable[[Array, Array], Array]
+
+
+class Block(NamedTuple):
+    """What is known of the derivatives by y, or by θ."""
+
+    rows: Array
+    """Their usual size, for a step of each coordinate's own size."""
+    error: Array
+    """And their error."""
+    start: Array
+    """Step to begin with."""
+    tolerance: Array
+    """Relative error of a derivative that is within reach."""
+    moves: bool
+    """Whether the function depends on them at all."""
+    visible: bool
+    """Whether it shows above the noise that it does."""
+    shown: Array
+    """Which components show it."""
+    kink: Array
+    """Which of them have no derivative."""
+
+    def cleaned(self, xp: Any, found: Estimate) -> Array:
+        """Derivatives, with a zero for what is noise of a component that does not move above it at all.
+
+        Scaled up, a row of noise would look like any other; a row of zeros makes a system singular, which is told.
+        """
+        noise = ~self.shown & (xp.abs(found.value) <= 3 * found.error)
+        return xp.where(noise, xp.zeros_like(found.value), found.value)
+
+
+def leaf_sizes(function: Any, name: str, n: int) -> tuple[int, ...]:
+    """Lengths of the leaves of y or of theta, where the function knows of them."""
+    point = getattr(function, "point", None)
+    leaves = tuple(leaf.size for leaf in getattr(getattr(point, name, None), "leaves", ()))
+    return leaves if sum(leaves) == n else (n,)
+
+
+def sizes_of(xp: Any, x: Array, leaves: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """Size of each coordinate, that of its leaf, and whether the leaf is all zero."""
+    one = xp.ones_like(x)
+    if not x.shape[-1]:
+        return one, one, one > 0
+    size = xp.abs(x)
+    size = xp.where(xp.isfinite(size), size, one)
+    whole = xp.max(size, axis=-1, keepdims=True)
+    whole = xp.where(whole > 0, whole, xp.ones_like(whole))
+    parts, start = [], 0
+    for n in leaves:
+        if n:
+            largest = xp.max(size[..., start : start + n], axis=-1, keepdims=True)
+            parts.append(xp.broadcast_to(largest, (*x.shape[:-1], n)))
+        start += n
+    leaf = xp.concat(parts, axis=-1)
+    unknown = leaf == 0
+    leaf = xp.where(unknown, whole, leaf)
+    return xp.where(size > 0, size, leaf), leaf, unknown
+
+
+class Sampler:
+    """Values of a function near one point of (y, θ).
+
+    Parameters
+    ----------
+    backend : Backend
+    function : callable
+        ``(y, theta) -> values``, one or a vector of them per item.
+    y, theta : array
+        The point; a function of it is evaluated in that precision.
+    stencil : Stencil
+        Of the derivative that is wanted.
+    leaves : tuple of tuples of int
+        Lengths of the leaves of y, and of those of theta.
+    scalar : bool
+        Whether there is one value per item.
+    rounding : bool
+        Whether the noise is known to be that of rounding.
+    what : str
+        Name of the function, for messages.
+    """
+
+    def __init__(
+        self, backend: Any, function: Function, y: Array, theta: Array, stencil: Stencil = FIRST, *,
+        leaves: tuple[tuple[int, ...], tuple[int, ...]] | None = None, scalar: bool = False, rounding: bool = False,
+        what: str = "the function",
+    ) -> None:  # fmt: skip
+        self.backend, self.xp, self.stencil, self.what = backend, backend.xp, stencil, what
+        self._function, self._scalar, self._rounding = function, scalar, rounding
+        self._dtypes = y.dtype, theta.dtype
+        self.n, self.m = int(y.shape[-1]), int(theta.shape[-1])
+        self.x = backend.concat([y, theta]) if self.m else y
+        known = leaves or ((self.n,), (self.m,))
+        found = [sizes_of(self.xp, x, sizes) for x, sizes in zip((y, theta), known, strict=True)]
+        self.size, self.leaf, self._unknown = (
+            backend.concat(list(pair)) if self.m else pair[0] for pair in zip(*found, strict=True)
+        )
+        self.leaves = (*known[0], *known[1]) if self.m else known[0]
+        self.eps = float(self.xp.finfo(self.x.dtype).eps)
+
+    def at(self, x: Array) -> Array:
+        """Values at another x = (y, θ), shape (*items, components); a copy, as it may be a buffer."""
+        middle = self.middle
+        try:
+            return self._value(x)
+        except ImplicitDiffError:
+            raise
+        except (ArithmeticError, ValueError):  # it stands at the point itself: x is outside of its domain
+            return self.xp.full_like(middle, float("nan"))
+
+    def _value(self, x: Array) -> Array:
+        y = self.backend.astype(x[..., : self.n], self._dtypes[0])
+        theta = self.backend.astype(x[..., self.n :], self._dtypes[1])
+        value = self._function(y, theta)
+        value = value[..., None] if self._scalar else value
+        return self.xp.asarray(value, dtype=self.x.dtype, copy=True)
+
+    def adopt(self, other: Sampler) -> None:
+        """Take over what another sampler of the same function has found out about it."""
+        other.by_y  # noqa: B018  (which may change the sizes)
+        self.size, self.leaf, self.random = other.size, other.leaf, other.random
+        self.__dict__.update(middle=other.middle, noise=other.noise)
+
+    @cached_property
+    def middle(self) -> Array:
+        """The value at the point."""
+        return self._value(self.x)
+
+    def _rounding_of(self, values: Array) -> Array:
+        return 0.5 * self.eps * self.xp.abs(values)
+
+    @cached_property
+    def _probe(self) -> Array:
+        """A direction without structure, entries between 1/4 and 1."""
+        z = probe_vector(self.xp, self.n + self.m, self.x.dtype, self.backend.device(self.x))
+        return self.xp.where(z < 0, z - 0.5, z + 0.5) / 2 + self.xp.zeros_like(self.x)
+
+    @cached_property
+    def noise(self) -> Array:
+        """Noise of each component: along a direction that moves everything, and from call to call."""
+        self._find_units()
+        least = self._rounding_of(self.middle)
+        if self._rounding:
+            return least
+        again = self.xp.abs(self.at(self.x) - self.middle)
+        again = self.xp.where(self.xp.isfinite(again), again, 0 * least)
+        self.random = any_true(self.xp, again > 1e3 * self.eps * self.xp.abs(self.middle))
+        w = self._probe * self.size
+        return noise_along(self.xp, lambda t: self.at(self.x + t * w), self.middle, self.xp.maximum(least, again))
+
+    random = False
+    """Whether the same point gives another value each time; known once the noise is."""
+
+    def _find_units(self) -> None:
+        """Find the sizes of leaves that are all zero, by trying."""
+        if not any_true(self.xp, self._unknown):
+            return
+        start = 0
+        for n in self.leaves:
+            here = self._inside(start, start + n) & self._unknown
+            start += n
+            if not any_true(self.xp, here):
+                continue
+            w = self.xp.where(here, self._probe * self.size, 0 * self.size)
+            found = self.along(w, noise=self._rounding_of(self.middle))
+            first = self.stencil.start(self.eps)
+            size = self.xp.max(found.step, axis=-1, keepdims=True) / first
+            self.size = self.xp.where(here, self.size * size, self.size)
+            self.leaf = self.xp.where(here, self.leaf * size, self.leaf)
+
+    def _inside(self, start: int, stop: int) -> Array:
+        index = self.xp.arange(self.n + self.m, device=self.backend.device(self.x))
+        return self.xp.broadcast_to((index >= start) & (index < stop), self.x.shape)
+
+    def along(self, w: Array, *, noise: Array | None = None, block: Block | None = None) -> Estimate:
+        """Derivative of every component along a direction w, which moves coordinates by about their size.
+
+        Without a block nothing is known yet, not even whether the sizes of the coordinates are good ones.
+        """
+        xp = self.xp
+        share = xp.max(xp.abs(w) / self.leaf, axis=-1, keepdims=True)
+        share = xp.where(share > 0, share, xp.ones_like(share))
+        if block is None:
+            size = xp.abs(self.x)
+            whole = xp.max(xp.where(xp.isfinite(size), size, 0 * size), axis=-1, keepdims=True)
+            natural = xp.maximum(0.1 * whole / xp.max(xp.abs(w), axis=-1, keepdims=True), 0.1 / share)
+            plan = Plan(self.stencil.start(self.eps) + 0 * natural, natural, 0 * self.middle, 1e-9, 0.0)
+        else:
+            floor = 1e-13 * xp.minimum(share, xp.ones_like(share))
+            plan = Plan(block.start, 0.1 / share, block.rows, block.tolerance, floor)
+        level = self.noise if noise is None else noise
+        return search(xp, self.stencil, lambda a, wanted: self.at(self.x + a[..., :1] * w), self.middle, level, plan)
+
+    # -- what is known as a whole ---------------------------------------------------------------------
+    @cached_property
+    def by_y(self) -> Block:
+        """What is known of the derivatives by y."""
+        return self._block(0, self.n)
+
+    @cached_property
+    def by_theta(self) -> Block:
+        """What is known of the derivatives by θ."""
+        return self._block(self.n, self.n + self.m)
+
+    def _block(self, start: int, stop: int) -> Block:
+        xp, noise = self.xp, self.noise
+        here = self._inside(start, stop)
+        found = self.along(xp.where(here, self._probe * self.size, 0 * self.size))
+        first = self.stencil.start(self.eps)
+        # what moves nothing until it is moved by far more than its size: its size says nothing of its unit
+        known = xp.abs(found.value) > found.error
+        reach = xp.max(xp.where(known, found.step, 0 * found.step), axis=-1, keepdims=True) / first
+        reach = xp.where(reach > 1e3, reach, xp.ones_like(reach))
+        moves = xp.any(found.change > 0, axis=-1, keepdims=True)
+        shown = found.change > VISIBLE
+        visible = xp.any(shown, axis=-1, keepdims=True)
+        error = xp.where(xp.isfinite(found.error), found.error, 0 * found.error)
+        rows = found.usual
+        ratio = xp.where(rows > 0, noise / xp.where(rows > 0, rows, xp.ones_like(rows)), 0 * rows)
+        ratio = xp.where(ratio < 1e-2, ratio, 0 * ratio)
+        ratio = xp.maximum(xp.max(ratio, axis=-1, keepdims=True), xp.full_like(reach, self.eps))
+        grown = xp.where(here, self.leaf * reach, self.leaf)
+        self.size = xp.where(here & (reach > 1), xp.minimum(self.size * reach, grown), self.size)
+        self.leaf = grown
+        begin = xp.where(reach > 1, reach * 0 + first, self.stencil.start(ratio))
+        safe = xp.where(rows > 0, rows, xp.ones_like(rows))
+        tolerance = xp.maximum(3 * error / safe, 1e-9 + 0 * rows)
+        hidden = any_true(xp, moves & ~visible)
+        return Block(
+            rows * reach, error * reach, begin, tolerance, any_true(xp, moves), not hidden, shown, found.kink
+        )  # fmt: skip
+
+    def accuracy(self, block: Block) -> float:
+        """Relative error of a derivative, in the units of each component, where there is one."""
+        xp = self.xp
+        usable = (block.rows > 0) & xp.isfinite(block.rows) & block.shown & ~block.kink
+        relative = xp.where(usable, block.error / xp.where(usable, block.rows, 1 + 0 * block.rows), 0 * block.rows)
+        if 0 in relative.shape:
+            return 0.0
+        return float(xp.max(relative))
+
+    def whole(self, by: str) -> Array:
+        """A direction that moves every coordinate of y, or of θ."""
+        here = self._inside(0, self.n) if by == "y" else self._inside(self.n, self.n + self.m)
+        return self.xp.where(here, self._probe * self.size, 0 * self.size)
+
+    def check(self, block: Block, by: str) -> None:
+        """Raise where the function depends on y, or on θ, by less than its noise.
+
+        Raises
+        ------
+        NoiseError
+        """
+        if block.moves and not block.visible:
+            raise self.too_noisy(f"the derivative by {by} lies below the noise of {self.what}")
+
+    def too_noisy(self, head: str) -> NoiseError:
+        """Build the error for what lies below the noise."""
+        level = float(self.xp.max(self.noise))
+        if self.random:
+            cause = f"{self.what} is not deterministic: called twice at one point, its values differ (dropout?)."
+        elif self._single():
+            cause = f"{self.what} returns single precision (float32), or computes in it."
+        else:
+            cause = "a large constant that is added, an inner tolerance, single precision or rounding inside of it."
+        return NoiseError(
+            f"{head} (about {level:.1g}).\nLikely cause: {cause}\n"
+            "Next: give the derivatives (grad, hvp, jvp, vjp), or write the function so that autodiff takes it (with "
+            "autograd.numpy, on NumPy)."
+        )
+
+    def _single(self) -> bool:
+        """Whether the values at hand have no more than single precision."""
+        values = self.middle
+        return (
+            self.eps < 1e-10
+            and not any_true(self.xp, self.xp.astype(self.xp.astype(values, self.xp.float32), values.dtype) != values)
+            and any_true(self.xp, values != 0)
+        )

@@ -1,0 +1,284 @@
+"""Central differences whose step is found: from the noise, from what two steps disagree by, and shorter at a kink.
+
+A derivative along a direction w is taken from the values at x ± a w and x ± 2 a w, by the formulas of fourth order.
+The same values say how good it is. With ε the noise of a value,
+
+    noise        about ε/a (or ε/a² for a second derivative),
+    truncation   from q, by which the formulas of second order at a and at 2 a disagree, and by which the slopes to
+                 both sides do beyond their curvature; extrapolation takes (nearly) q of q away where q is small.
+
+Where neither is small against the derivative, a is made larger or smaller, by what the balance of the two asks
+for. A smooth function has q ~ a²; where q stays as a shrinks, there is a kink or a jump at the point itself, and no
+derivative. A kink merely near by is out of reach of the shorter steps.
+
+References
+----------
+P. E. Gill, W. Murray, M. A. Saunders, M. H. Wright, "Computing forward-difference intervals for numerical
+optimization", SIAM J. Sci. Stat. Comput. 4 (1983) 310-321. DOI 10.1137/0904025
+J. J. Moré, S. M. Wild, "Estimating derivatives of noisy simulations", ACM Trans. Math. Softw. 38 (2012) 19.
+DOI 10.1145/2168773.2168777
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, any_true
+
+__all__ = ["FIRST", "SECOND", "VISIBLE", "Estimate", "Plan", "Stencil", "search"]
+
+ROUNDS = 14
+"""Steps that are tried at most."""
+VISIBLE = 10
+"""A function moves where it moves by so many times its noise."""
+
+
+class Sample(NamedTuple):
+    """What one step says, per component."""
+
+    value: Array
+    noise: Array
+    spread: Array
+    """What the formulas of second order disagree by, beyond noise."""
+    change: Array
+    """How far the values move, in units of the noise."""
+    rate: Array
+    """And relative to the step, where that is visible; else infinite."""
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """Formulas on the five values at −2a … 2a for the first or the second derivative."""
+
+    order: int
+
+    @property
+    def accuracy(self) -> float:
+        """Power of the noise that the error comes to."""
+        return 4 / (4 + self.order)
+
+    def start(self, noise: Any) -> Any:
+        """Return the step that balances truncation a⁴ against a relative noise."""
+        return noise ** (1 / (4 + self.order))
+
+    def sample(self, xp: Any, at: Callable[[Array], Array], middle: Array, noise: Array, a: Array) -> Sample:
+        """Evaluate at ±a and ±2a."""
+        f1, g1, f2, g2 = at(a), at(-a), at(2 * a), at(-2 * a)
+        eps = float(xp.finfo(middle.dtype).eps)
+        largest = xp.maximum(xp.maximum(xp.abs(f1), xp.abs(g1)), xp.maximum(xp.abs(f2), xp.abs(g2)))
+        noise = xp.maximum(noise, 0.5 * eps * largest)
+        odd1, odd2 = f1 - g1, f2 - g2
+        even1, even2 = (f1 - middle) + (g1 - middle), (f2 - middle) + (g2 - middle)
+        safe = xp.where(noise > 0, noise, xp.ones_like(noise))
+        unit = noise / a**self.order
+        if self.order == 1:
+            value = (8 * odd1 - odd2) / (12 * a)
+            unit = xp.maximum(unit, 0.5 * eps * xp.abs(value) / a)  # x itself is rounded, too
+            error = 3 * unit
+            uneven, bent = xp.abs(2 * odd1 - odd2) / (4 * a), xp.abs(even2 - 4 * even1) / (2 * a)
+            spread = xp.maximum(_above(xp, uneven, 3.2 * unit), _above(xp, bent, 17 * unit))
+            moved = xp.maximum(xp.abs(f2 - middle), xp.abs(g2 - middle))
+        else:
+            value, error = (16 * even1 - even2) / (12 * a * a), 9 * unit
+            uneven, bent = xp.abs(4 * even1 - even2) / (4 * a * a), xp.abs(odd2 - 2 * odd1) / (a * a)
+            # a smooth function is as skew as that at a step only that is too long
+            spread = xp.maximum(
+                _above(xp, uneven, 9 * unit), _above(xp, bent, xp.maximum(0.1 * xp.abs(value), 13 * unit))
+            )
+            moved = xp.maximum(xp.abs(even1), xp.abs(even2))
+        rate = moved / (2 * a) ** self.order
+        rate = xp.where(moved > VISIBLE * noise, rate, xp.full_like(rate, float("inf")))
+        return Sample(value, error, spread, moved / safe, rate)
+
+
+def _above(xp: Any, x: Array, level: Array) -> Array:
+    """What stands above the noise, and zero for what does not."""
+    return xp.where(x <= level, xp.zeros_like(x), x)
+
+
+FIRST, SECOND = Stencil(1), Stencil(2)
+
+
+class Plan(NamedTuple):
+    """How to look for a step; arrays of shape (*items, components), or of that with one component for all.
+
+    ``start`` is the first step, ``natural`` the longest that is taken where the function does not change at all;
+    ``rows`` are sizes of the derivative that are usual, an error of ``floor`` of which is small, as one of
+    ``tolerance`` of the derivative itself is.
+    """
+
+    start: Array
+    natural: Array
+    rows: Array
+    tolerance: Any
+    floor: Any
+    separate: bool = False
+    """Whether every component is a function of its own, with a step of its own."""
+
+
+class Estimate(NamedTuple):
+    """A derivative with its error, per component."""
+
+    value: Array
+    error: Array
+    step: Array
+    kink: Array
+    """Whether it is not one: the slopes to both sides differ however near one looks."""
+    change: Array
+    """How far the values moved, in units of the noise."""
+    usual: Array
+    """A size that such a derivative might have."""
+
+
+class _Search(NamedTuple):
+    best: Sample
+    error: Array
+    step: Array
+    low: Array
+    at_low: Sample
+    error_low: Array
+    """Truncation at the shortest step."""
+    high: Array
+    at_high: Sample
+    error_high: Array
+    stuck: Array
+    change: Array
+    rate: Array
+
+
+Function = Callable[[Array, Array], Array]
+
+
+def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: Array, plan: Plan) -> Estimate:
+    """Find a derivative of a -> function at a = 0.
+
+    Parameters
+    ----------
+    function : callable
+        ``(a, wanted) -> values (*items, components)``; components that are not wanted may be anything.
+    middle, noise : array
+        The value at 0, and its noise.
+    plan : Plan
+    """
+
+    def look(a: Array, wanted: Array) -> Sample:
+        return stencil.sample(xp, lambda t: function(t, wanted), middle, noise, a)
+
+    yes = xp.ones_like(middle) > 0
+    a = plan.start + xp.zeros_like(middle)
+    first = look(a, yes)
+    truncation = _truncation(xp, first, plan)
+    s = _Search(
+        first, _finite(xp, first.noise + truncation), a, a, first, truncation, a, first, truncation, ~yes, first.change,
+        first.rate,
+    )  # fmt: skip
+    for _ in range(ROUNDS):
+        grow, shrink = _wishes(xp, s, stencil, plan)
+        if not any_true(xp, grow | shrink):
+            break
+        a = xp.where(shrink, s.low * _shorter(xp, s, stencil, plan), s.high)
+        a = xp.where(grow & ~shrink, _longer(xp, s, stencil, plan), a)
+        s = _after(xp, s, look(a, grow | shrink), a, grow & ~shrink, shrink, plan)
+    size = _weights(xp, s.best.value, plan)
+    kink = s.stuck & (s.best.spread > s.best.noise) & (s.error > 1e-3 * size)
+    rate = xp.where(xp.isfinite(s.rate) & (size <= s.error), s.rate, 0 * size)
+    return Estimate(s.best.value, s.error, s.step, kink, s.change, xp.maximum(size + _zero(xp, s.error), rate))
+
+
+def _finite(xp: Any, x: Array) -> Array:
+    return xp.where(xp.isfinite(x), x, xp.full_like(x, float("inf")))
+
+
+def _zero(xp: Any, x: Array) -> Array:
+    return xp.where(xp.isfinite(x), x, xp.zeros_like(x))
+
+
+def _weights(xp: Any, value: Array, plan: Plan) -> Array:
+    """Sizes that errors are held against: of each derivative, or of its column where that is larger in its row."""
+    size = xp.abs(value)
+    size = xp.where(xp.isfinite(size), size, xp.zeros_like(size))
+    if plan.separate:
+        return size
+    rows = xp.where(plan.rows > 0, plan.rows, xp.ones_like(plan.rows))
+    share = xp.max(xp.where(plan.rows > 0, size / rows, xp.zeros_like(size)), axis=-1, keepdims=True)
+    return xp.maximum(size, share * plan.rows)
+
+
+def _truncation(xp: Any, sample: Sample, plan: Plan) -> Array:
+    """What extrapolation leaves of the spread q: about q²."""
+    size = _weights(xp, sample.value, plan)
+    small = sample.spread < 0.1 * size
+    return xp.where(small, sample.spread * (sample.spread / xp.where(small, size, xp.ones_like(size))), sample.spread)
+
+
+def _wishes(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> tuple[Array, Array]:
+    """Whether a longer or a shorter step may do better."""
+    size = _weights(xp, s.best.value, plan)
+    bad = ~((s.error <= plan.tolerance * size) | (s.error <= plan.floor * plan.rows))
+    grow = bad & (s.at_high.noise >= s.error_high)
+    shrink = bad & ~(s.at_low.noise >= s.error_low)
+    # beyond its natural length a step goes where there is something to see, and more of it
+    further = (xp.abs(s.best.value) > s.error) & (s.error > 1e-3 * size)
+    if stencil.order == 1:
+        further = further | ((s.change > 0) & (s.change < 100))
+    if not plan.separate:
+        grow, shrink = xp.any(grow, axis=-1, keepdims=True), xp.any(shrink, axis=-1, keepdims=True)
+        further = xp.any(further, axis=-1, keepdims=True)
+    far = s.high < 1e6 * plan.natural
+    grow = grow & ((s.high < 0.9 * plan.natural) | (further & far))
+    shape = s.step.shape
+    return xp.broadcast_to(grow, shape), xp.broadcast_to(shrink, shape)
+
+
+def _shorter(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> Array:
+    """Factor by which truncation meets noise: between 1/30 and 1/4."""
+    safe = xp.where(s.error_low > 0, s.error_low, xp.ones_like(s.error_low))
+    ratio = xp.where(s.error_low > s.at_low.noise, s.at_low.noise / safe, xp.ones_like(safe))
+    factor = xp.where(xp.isfinite(ratio), ratio, 0 * safe) ** (1 / (4 + stencil.order))
+    factor = xp.minimum(xp.maximum(factor, xp.full_like(factor, 1 / 30)), xp.full_like(factor, 0.25))
+    return factor if plan.separate else xp.min(factor, axis=-1, keepdims=True) + 0 * factor
+
+
+def _longer(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> Array:
+    """Step at which noise is small enough, or meets truncation; carefully beyond what is natural."""
+    size = _weights(xp, s.best.value, plan)
+    noise, error = s.at_high.noise, s.error_high
+    enough = xp.where(size > 0, noise / xp.where(size > 0, plan.tolerance * size, xp.ones_like(size)), 1e30 + 0 * size)
+    wanted = 1.5 * enough ** (1 / stencil.order)
+    meeting = (noise / xp.where(error > 0, error, xp.ones_like(error))) ** (1 / (4 + stencil.order))
+    factor = xp.where(error > 0, xp.minimum(wanted, meeting), wanted)
+    factor = xp.minimum(xp.maximum(factor, xp.full_like(factor, 3.0)), xp.full_like(factor, 1e3))
+    if not plan.separate:
+        factor = xp.max(factor, axis=-1, keepdims=True) + 0 * factor
+    below = s.high < 0.9 * plan.natural
+    longer = s.high * xp.where(below, factor, xp.minimum(factor, xp.full_like(factor, 10.0)))
+    return xp.where(below, xp.minimum(longer, plan.natural + 0 * longer), longer)
+
+
+def _after(xp: Any, s: _Search, new: Sample, a: Array, grow: Array, shrink: Array, plan: Plan) -> _Search:
+    """Keep the better of two estimates, component by component."""
+    grow, shrink = grow & (a > 0), shrink & (a > 0)
+    lasting = shrink & (new.spread > 0.3 * s.at_low.spread) & (new.spread > 0)  # of a smooth function it is a² / 16
+    truncation = xp.where(lasting, new.spread, _truncation(xp, new, plan))
+    known = xp.where(lasting, xp.maximum(s.error, s.best.spread), s.error)  # which took it for smooth
+    error = _finite(xp, new.noise + truncation)
+    blind = shrink & (6 * new.noise >= s.at_low.spread)  # noise hides what the two formulas disagreed by
+    error = xp.where(blind, xp.maximum(error, s.at_low.spread), error)
+    better = (grow | shrink) & ~blind & (error < known)
+
+    def pick(mask: Array, x: Array, y: Array) -> Array:
+        return xp.where(mask, x, y)
+
+    def choose(mask: Array, x: Sample, y: Sample) -> Sample:
+        return Sample(*(pick(mask, p, q) for p, q in zip(x, y, strict=True)))
+
+    change = xp.where(grow | shrink, xp.maximum(s.change, new.change), s.change)
+    return _Search(
+        choose(better, new, s.best), pick(better, error, known), pick(better, a, s.step),
+        pick(shrink, a, s.low), choose(shrink, new, s.at_low), pick(shrink, truncation, s.error_low),
+        pick(grow, a, s.high), choose(grow, new, s.at_high), pick(grow, truncation, s.error_high),
+        pick(shrink & ~blind, lasting, s.stuck), change,
+        xp.where(grow | shrink, xp.minimum(s.rate, new.rate), s.rate),
+    )  # fmt: skip
