@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     change: Array
     """How far the values move, in units of the noise."""
     rate: Array
-    """And relative to the step, where that is visible; else infinite."""
+    """And relative to the step."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,11 @@ class Stencil:
                 _above(xp, uneven, 9 * unit), _above(xp, bent, xp.maximum(0.1 * xp.abs(value), 13 * unit))
             )
             moved = xp.maximum(xp.abs(even1), xp.abs(even2))
-        rate = moved / (2 * a) ** self.order
-        rate = xp.where(moved > VISIBLE * noise, rate, xp.full_like(rate, float("inf")))
-        return Sample(value, error, spread, moved / safe, rate)
+        return Sample(value, error, spread, moved / safe, moved / (2 * a) ** self.order)
+
+
+def _visible_rate(xp: Any, sample: Sample) -> Array:
+    return xp.where(sample.change > VISIBLE, sample.rate, xp.full_like(sample.rate, float("inf")))
 
 
 def _above(xp: Any, x: Array, level: Array) -> Array:
@@ -172,7 +174,7 @@ def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: 
     truncation = _truncation(xp, first, plan)
     s = _Search(
         first, _finite(xp, first.noise + truncation), a, a, first, truncation, a, first, truncation, ~yes, first.change,
-        first.rate,
+        _visible_rate(xp, first),
     )  # fmt: skip
     for _ in range(ROUNDS):
         grow, shrink = _wishes(xp, s, stencil, plan)
@@ -182,7 +184,8 @@ def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: 
         a = xp.where(grow & ~shrink, _longer(xp, s, stencil, plan), a)
         s = _after(xp, s, look(a, grow | shrink), a, grow & ~shrink, shrink, plan)
     size = _weights(xp, s.best.value, plan)
-    kink = s.stuck & (s.best.spread > s.best.noise) & (s.error > 1e-3 * size)
+    # an extreme point has no slope to hold an error against: what it moves by at the first step is one
+    kink = s.stuck & (s.best.spread > s.best.noise) & (s.error > 1e-3 * size) & (s.best.spread > 1e-2 * first.rate)
     rate = xp.where(xp.isfinite(s.rate) & (size <= s.error), s.rate, 0 * size)
     return Estimate(s.best.value, s.error, s.step, kink, s.change, xp.maximum(size + _zero(xp, s.error), rate))
 
@@ -280,5 +283,5 @@ def _after(xp: Any, s: _Search, new: Sample, a: Array, grow: Array, shrink: Arra
         pick(shrink, a, s.low), choose(shrink, new, s.at_low), pick(shrink, truncation, s.error_low),
         pick(grow, a, s.high), choose(grow, new, s.at_high), pick(grow, truncation, s.error_high),
         pick(shrink & ~blind, lasting, s.stuck), change,
-        xp.where(grow | shrink, xp.minimum(s.rate, new.rate), s.rate),
+        xp.where(grow | shrink, xp.minimum(s.rate, _visible_rate(xp, new)), s.rate),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from autograd.core import VJPNode, backward_pass, make_vjp
 from autograd.tracer import isbox, new_box, trace_stack
 
 from implicitdiff.arrays import Array, probe_vector
+from implicitdiff.errors import NoiseError
 
 __all__ = ["Tape", "concatenate", "differentiate", "differentiate_gradient", "gradients"]
 
@@ -51,7 +52,10 @@ def _record(function: Callable[[Array], Any], x: Array) -> tuple[Any, Any] | Non
 
 def _changes(function: Callable[[Array], Any], x: Array) -> bool:
     """Whether a function that left no trace depends on x all the same (through plain NumPy)."""
-    moved = x + 1e-3 * probe_vector(xp, x.shape[-1], x.dtype, None) * (1 + np.abs(x))
+    size = np.abs(x)
+    largest = np.max(size, axis=-1, keepdims=True, initial=0.0)
+    size = np.where(size > 0, size, np.where(largest > 0, largest, 1.0))
+    moved = x + 1e-3 * probe_vector(xp, x.shape[-1], x.dtype, None) * size
     here = np.array(function(x))  # a copy: it may be a buffer that the next call fills again
     return not np.array_equal(here, np.asarray(function(moved)))  # NaN tells nothing: do not call it constant
 
@@ -125,12 +129,14 @@ class Tape:
 
 def differentiate(backend: Any, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
     """Record a vector function; None where it cannot be traced."""
-    nodes = []
+    nodes, values = [], []
     for along, x in ((lambda z: function(z, theta), y), (lambda z: function(y, z), theta)):
         record = _record(along, x)
         if record is None and _changes(along, x):
             return None
         nodes.append(None if record is None else record[1])  # None: the derivative is zero
+        values += [] if record is None else [_plain(record[0])]
+    _check_deterministic(function, values)
     return Tape(backend, function, y, theta, *nodes)
 
 
@@ -144,6 +150,18 @@ def differentiate_gradient(backend: Any, function: Callable[..., Array], y: Arra
         return pullback(np.ones_like(_plain(value)))
 
     return differentiate(backend, gradient, y, theta)
+
+
+def _check_deterministic(function: Any, values: list[Any]) -> None:
+    """Raise where two recordings at one point are of different values."""
+    if len(values) == 2:
+        a, b = (np.asarray(value, dtype=float) for value in values)
+        if np.any(np.abs(a - b) > 1e-6 * np.max(np.abs(a), initial=0.0)):
+            raise NoiseError(
+                f"{getattr(function, 'name', 'the function')} is not deterministic: its values at one point differ.\n"
+                "Likely cause: dropout, or random numbers drawn inside of it.\n"
+                "Next: switch dropout off (evaluation mode), or draw the numbers once and hand them in by args."
+            )
 
 
 def _plain(value: Any) -> Any:
