@@ -135,8 +135,10 @@ class ArraySpace:
         return self.xp.full(self.shape, math.nan, dtype=self.dtype, device=self.device)
 
     def nearby(self, x: Array) -> Array:
-        """Return another point, one percent away."""
-        return x + 0.01 * self.probe() * (1 + self.xp.abs(x))
+        """Return another point, one percent away in each entry."""
+        if not self.shape[-1]:
+            return x
+        return x + 0.01 * self.probe() * _sizes(self.xp, x, lambda size: self.xp.max(size, axis=-1, keepdims=True))
 
     def worst(self, x: Array) -> Array:
         """Position of the largest entry, per item; -1 where that is not known."""
@@ -228,6 +230,15 @@ class TreeVector:
     __rmul__ = __mul__
 
 
+def _sizes(xp: Any, x: Array, top: Callable[[Array], Array]) -> Array:
+    """Size of each entry: its own, or where it is 0 or infinite (no bound) the largest one's; 1 for zeros."""
+    size = xp.abs(x)
+    size = xp.where(xp.isfinite(size), size, xp.zeros_like(size))
+    largest = top(size)
+    largest = largest + xp.astype(largest == 0, size.dtype)
+    return size + xp.astype(size == 0, size.dtype) * largest
+
+
 def is_tree_vector(x: Any) -> bool:
     """Whether a vector is a tuple of leaves."""
     return isinstance(x, TreeVector)
@@ -317,7 +328,10 @@ class TreeSpace(ArraySpace):
         return out
 
     def nearby(self, x: TreeVector) -> TreeVector:
-        return x.map(lambda leaf, z: leaf + 0.01 * z * (1 + self.xp.abs(leaf)), self.probe())
+        return x.map(self._leaf_nearby, self.probe())
+
+    def _leaf_nearby(self, leaf: Array, z: Array) -> Array:
+        return leaf + 0.01 * z * _sizes(self.xp, leaf, self.top) if math.prod(leaf.shape) else leaf
 
     def worst(self, x: TreeVector) -> Array:
         best, index, start = self.scalar(-1.0), self.counter(), 0

@@ -57,6 +57,16 @@ def test_fault_49_closure(lib: Library, kind: str, mode: str) -> None:
     assert_told(found, DerivativeError, "(?s)does not depend on theta.*closure")
 
 
+def test_fault_49_closure_in_other_units(lib: Library) -> None:
+    """y of 1e-6 and of 0: the other point at which F is asked is one percent away, or exp would overflow there."""
+    xp, theta = lib.xp, lib.array([1.0, 2.0, 1.0])
+    condition = Root(lambda y, _: xp.exp(y * 1e6) - theta, jvp=lambda y, _, v: 1e6 * theta * v)
+    y = lib.array(1e-6 * np.log([1.0, 2.0, 1.0]))
+    for other in (theta, lib.array([1e-9, 0.0, 1e-9])):
+        found = outcome(lambda: implicit_vjp(condition, y, other, y, solver="lu"))
+        assert_told(found, DerivativeError, "does not depend on theta")
+
+
 def test_fault_49_closure_with_every_solver(lib: Library, solver: str) -> None:
     theta = lib.array([1.0, 2.0])
     for kind in ("objective", "root"):
