@@ -7,7 +7,7 @@ from typing import Any
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.compilers import untraced
-from implicitdiff.errors import SolveError
+from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
 from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
 from implicitdiff.registry import backend_for, get_backend
@@ -17,6 +17,8 @@ from implicitdiff.solve import make_report, method_of
 from implicitdiff.verification import verify
 
 __all__ = ["Linearization", "linearized"]
+
+BLAMED_ON_A = (NotConvergedError, NotPositiveDefiniteError, SingularError)
 
 
 class Linearization:
@@ -165,8 +167,10 @@ class Linearization:
             if not run.visible:
                 return run.value
             error = self._judge(run, mode, direction)
-            if error is None and not self._verified:
-                verify(self._task, lambda: run.rules or self._rules, mode, run.evidence.solution.x)
+            if not self._verified and (error is None or type(error) in BLAMED_ON_A):
+                # a failed solve is blamed on A only if A is what it should be
+                found = None if error is not None else run.evidence.solution.x
+                verify(self._task, lambda: run.rules or self._rules, mode, found)
                 self._verified = True
         if error is not None:  # with the value attached: nothing is lost
             error.value, error.report = run.value, self.report

@@ -172,6 +172,15 @@ def test_the_objective_and_its_gradient():
     assert_named(derive(other, p), "hessian is not the derivative of fun", "another function")
 
 
+@pytest.mark.parametrize("solver", ["cg", "cholesky"])
+def test_a_failed_solve_is_not_blamed_on_the_point(solver):
+    p = parts(NUMPY)
+    wrong = Stationary(grad=p.grad, hvp=lambda *a: -p.hvp(*a), mixed_vjp=p.mixed_vjp)
+    assert_named(derive(wrong, p, solver=solver), "hvp is", "other sign")
+    saddle = Stationary(grad=lambda y, t: -p.grad(y, t), hvp=lambda *a: -p.hvp(*a))
+    assert type(derive(saddle, p, solver=solver).error) is idf.NotPositiveDefiniteError
+
+
 def test_a_sparse_prior_that_is_missing_is_seen_through_the_adjoint():
     """A term that is 1e-6 of the Hessian, and all of it in the flat direction, makes the result wrong many times."""
     H = np.diag([1.0, 1.0, 0.0]) + 1e-6 * np.eye(3)
