@@ -183,3 +183,25 @@ def test_fault_75_nested_solutions(kind: str) -> None:
     found = torch.func.hessian(lambda t: (wrapped(t) ** 2).sum())(theta_of(y, z))
     first, second = slopes(z)
     same(found, torch.diag(2 * first**2 + 2 * y * second))
+
+
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("theta_dtype", [torch.float32, torch.float64])
+def test_fault_33_mixed_precisions_wrapped(y_dtype: Any, theta_dtype: Any) -> None:
+    """y³ = θ, from a solver that works in its own precision; by keyword, in a container, to second order."""
+
+    @implicit_function(Root(lambda y, th: {"y": y["y"] ** 3 - th["t"]}))
+    def fit(th: Any) -> Any:
+        return {"y": th["t"].to(y_dtype) ** (1 / 3)}
+
+    t = torch.tensor([1.5, 2.0], dtype=theta_dtype, requires_grad=True)
+    y = fit(th={"t": t})["y"]
+    (g,) = grad(y.sum(), t, create_graph=True)
+    (h,) = grad(g.sum(), t)
+    assert (y.dtype, g.dtype, h.dtype) == (y_dtype, theta_dtype, theta_dtype)
+    exact = t.detach().double()
+    same(g.detach().double(), exact ** (-2 / 3) / 3, 1e-6)
+    same(h.double(), -2 / 9 * exact ** (-5 / 3), 1e-6)
+    pulled = fit.vjp(th={"t": t.detach()}, cotangent={"y": torch.ones(2, dtype=y_dtype)})["t"]
+    assert pulled.dtype == theta_dtype
+    same(pulled.double(), exact ** (-2 / 3) / 3, 1e-6)
