@@ -11,6 +11,7 @@ J. Domke, "Generic methods for optimization-based modeling", AISTATS 2012 (Hessi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -158,7 +159,7 @@ class Differences:
         if not count or 0 in u.shape or not self._block(by).moves:
             return xp.zeros((*u.shape[:-1], count), dtype=dtype, device=self.backend.device(u))
         columns = self._columns.get(by)
-        if columns is None and count * s.middle.size <= KEPT:
+        if columns is None and count * math.prod(s.middle.shape) <= KEPT:
             columns = self._columns[by] = xp.stack(list(self.columns(by)))
         rows = self.columns(by) if columns is None else (columns[i, ...] for i in range(count))
         parts = [xp.vecdot(xp.broadcast_to(xp.astype(c, u.dtype), u.shape), u) for c in rows]
