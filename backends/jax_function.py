@@ -17,6 +17,7 @@ import numpy as np
 from implicitdiff.backends.jax_contents import captures_differentiated
 from implicitdiff.backends.jax_programs import call_for, is_traced, looked_at, program_for
 from implicitdiff.backends.jax_rules import arrays_of, functions_of
+from implicitdiff.backends.jax_watch import Watch
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.judgement import warn_not_solution
 from implicitdiff.ravel import Ravel
@@ -206,8 +207,11 @@ def _tangent(task: Task, tangent: Any) -> Any:
     known = not is_traced(task.y, task.theta, task.args, arrays_of(task.condition))
     if known:  # numbers: what jit could not tell, is told here
         _look_at_point(task)
+    watch = Watch(task) if known else None
+    tangent = tangent if watch is None else watch.pass_through(tangent, "theta")
     call = call_for(task, "tangent of what was told" if known else "tangent", (task.y, task.theta), tangent)
-    return program_for(call, _build_tangent)(call)
+    w = program_for(call, _build_tangent)(call)
+    return w if watch is None else watch.pass_through(w, "y")
 
 
 def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:

@@ -19,6 +19,8 @@ from implicitdiff import (
     FixedPoint,
     NotASolutionWarning,
     Root,
+    SingularError,
+    SolveWarning,
     Stationary,
     implicit_function,
     implicit_grad,
@@ -208,6 +210,28 @@ def test_not_a_solution_under_grad() -> None:
     solve = implicit_function(FixedPoint(lambda y, theta: jnp.cos(theta * y)))(lambda theta: jnp.ones(()))
     with pytest.warns(NotASolutionWarning, match="not a solution"):
         jax.grad(solve)(jnp.asarray(1.0))
+
+
+@pytest.mark.parametrize("derivative", ["grad", "jvp", "jacrev"])
+def test_failed_solve_is_told_by_an_eager_derivative(derivative: str) -> None:
+    """JAX's own derivatives, taken with numbers, say why they are NaN, and do as on_failure says."""
+
+    def flat(y: Any, theta: Any) -> Any:
+        return jnp.sum((y[0] - theta) ** 2)
+
+    def take(on_failure: str) -> Any:
+        solve = implicit_function(flat, on_failure=on_failure)(lambda theta: jnp.stack([jnp.mean(theta), 0.0]))
+        if derivative == "jvp":
+            return jax.jvp(solve, (jnp.ones(2),), (jnp.ones(2),))[1]
+        return (
+            jax.grad(lambda t: solve(t).sum())(jnp.ones(2)) if derivative == "grad" else jax.jacrev(solve)(jnp.ones(2))
+        )
+
+    with pytest.raises(SingularError, match="singular"):
+        take("raise")
+    with pytest.warns(SolveWarning, match="SingularError"):
+        assert np.all(np.isnan(take("warn")))
+    assert np.all(np.isnan(take("nan")))
 
 
 def test_failed_solve_is_nan_under_jit() -> None:
