@@ -158,18 +158,17 @@ class Rules:
         """
         border = self.point.theta
         b = self.B.matvec(border.like(tangent, "tangent", dtype=border.dtype))
-        telling = self.mute and self.task.on_failure != "ignore"
-        mask = self._mask(told) if telling and not (told and self.findings is None) else None
+        mask = self._mask(told) if self.mute and self.task.on_failure != "ignore" else None
         if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
             b = self.point.backend.space(b).scale(mask, b)
         w = self._back(self.point.backend.linear(self.prepared, -b, None, False).x)
         return self.point.y.unravel(w if mask is None else self.point.y.space.scale(mask, w))
 
     def _mask(self, told: bool) -> Array:
-        """One, and NaN in items where y is far from a solution, or has no derivative."""
+        """One, and NaN in items where y or θ is not finite, y is far from a solution, or it has no derivative."""
         backend, p = self.point.backend, self.point
         one = backend.xp.ones(p.items, dtype=p.y.dtype, device=p.y.device)
-        usable = one > 0 if self.findings is None else self.findings.usable
+        usable = self.inputs if self.findings is None else self.inputs & self.findings.usable
         if not told:
             step = self.check.look()
             one, usable = 1 + 0 * step.step, usable & ~step.far

@@ -234,6 +234,19 @@ def test_failed_solve_is_told_by_an_eager_derivative(derivative: str) -> None:
     assert np.all(np.isnan(take("nan")))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nan_in_theta_is_nan_in_the_derivative(compiled: bool) -> None:
+    """Also where neither A nor B sees theta, in both modes."""
+    solve = implicit_function(lambda y, theta: jnp.sum((y - theta) ** 2))(lambda theta: theta)
+    theta, ones = jnp.asarray([np.nan, 1.0]), jnp.ones(2)
+
+    def both(theta: Any) -> Any:
+        return jax.jvp(solve, (theta,), (ones,))[1], jax.grad(lambda t: solve(t)[1])(theta)
+
+    for found in (jax.jit(both) if compiled else both)(theta):
+        assert np.all(np.isnan(found))
+
+
 def test_failed_solve_is_nan_under_jit() -> None:
     """No exception can be raised from a program: NaN, and the report says so."""
 
