@@ -156,7 +156,7 @@ def _stagnated(operator: Operator, solver: str) -> Text:
 def _indefinite(operator: Operator, solver: str) -> Text:
     cause = "y is a saddle point or a maximum, or the Hessian is singular."
     if not operator.symmetric:
-        cause = f"{operator.label} is not symmetric, or y is a saddle point or a maximum."
+        cause = f"{operator.label} is not symmetric, or singular, or y is no minimum."
     return (
         "{solver}: {A} is not positive definite (zero or negative curvature was met).",
         cause,

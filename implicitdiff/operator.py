@@ -162,6 +162,8 @@ class Operator(LinearMap):
         δ of (A + δI), applied to every product and to the matrix.
     accuracy : float
         Relative error of a product beyond rounding; not 0 for finite differences.
+    offset : float
+        Size of what cancels in A beside its entries: 1 for I − ∂T, of which a small rest is known to the rounding of 1.
     leaves : tuple of int
         Lengths of the leaves of y, each in a unit of its own; empty where that is not known.
     like : array
@@ -173,6 +175,7 @@ class Operator(LinearMap):
     trusted: bool = False
     damping: float = 0.0
     accuracy: float = 0.0
+    offset: float = 0.0
     leaves: tuple[int, ...] = ()
     like: Any = field(default=None, repr=False, compare=False)
 

@@ -82,7 +82,7 @@ def identity_minus(a: Any, y: Array | None = None) -> Any:
 
         return cleaned
 
-    return a.rewrapped(wrap, matrix=matrix, sparse=sparse)
+    return a.rewrapped(wrap, matrix=matrix, sparse=sparse, offset=1.0)
 
 
 def _negated(b: LinearMap) -> LinearMap:

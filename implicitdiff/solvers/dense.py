@@ -221,7 +221,18 @@ def _with_condition(state: DenseState, w: Array) -> DenseState:
     # one probe sees ‖A⁻¹‖ up to a modest factor; at 1 % of uncertainty the solution is told singular
     least = 100 * max(float(xp.finfo(state.matrix.dtype).eps), state.operator.resolution)
     failed = _mark(xp, state.failed, rcond < least, Status.SINGULAR)
+    if state.operator.offset:
+        failed = _mark(xp, failed, rcond < _cancelled(state), Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
+
+
+def _cancelled(state: DenseState) -> Array:
+    """Relative error of an equilibrated I − ∂T: what is left of the diagonal is known to the rounding of 1."""
+    op, xp = state.operator, state.operator.backend.xp
+    error = op.offset * max(op.accuracy, 0.5 * float(xp.finfo(op.dtype).eps))
+    scale = 1.0 if state.scaling is None else xp.max(state.scaling.rows * state.scaling.columns, axis=-1)
+    size = state.norm / math.sqrt(op.n)
+    return error * scale / xp.where(size > 0, size, xp.ones_like(size))
 
 
 def _frobenius(xp: Any, matrix: Array) -> Array:
