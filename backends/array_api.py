@@ -13,6 +13,7 @@ from implicitdiff.arrays import Array, any_true
 from implicitdiff.backends.curvature import GradientDifferences
 from implicitdiff.backends.differences import Differences, scalar_gradients
 from implicitdiff.errors import BackendError
+from implicitdiff.pytree import hint
 from implicitdiff.ravel import reject_dtype
 from implicitdiff.vectors import ArraySpace
 
@@ -49,7 +50,7 @@ class ArrayAPIBackend:
             raise reject_dtype(type(leaf).__name__, where)
         if not self.is_array(leaf):
             kind = f"an array of {framework(leaf)}" if hasattr(leaf, "dtype") else type(leaf).__name__
-            raise BackendError(f"{where} is {kind}; expected an array of {self.name}.")
+            raise BackendError(f"{where} is {kind}; expected an array of {self.name}.{hint(leaf, where)}")
         if leaf.dtype not in self._supported:
             raise reject_dtype(leaf.dtype, where)
         return leaf

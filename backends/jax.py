@@ -18,8 +18,8 @@ from implicitdiff.backends.jax_function import differentiable_call
 from implicitdiff.backends.jax_programs import Runner, is_traced, solved
 from implicitdiff.backends.jax_varying import alike, anywhere, is_mapped, varying
 from implicitdiff.errors import BackendError
-from implicitdiff.judgement import independent
-from implicitdiff.pytree import flatten
+from implicitdiff.judgement import independent, loss_independent
+from implicitdiff.pytree import flatten, hint
 from implicitdiff.ravel import reject_dtype
 from implicitdiff.report import Report
 from implicitdiff.rules import Task
@@ -110,7 +110,7 @@ class JaxBackend(ArrayAPIBackend):
                 raise reject_dtype(dtype, where)
             return leaf if self.is_array(leaf) else jnp.asarray(leaf)
         kind = type(leaf).__module__.partition(".")[0] if hasattr(leaf, "dtype") else type(leaf).__name__
-        raise BackendError(f"{where} is {kind}; expected an array of jax.")
+        raise BackendError(f"{where} is {kind}; expected an array of jax.{hint(leaf, where)}")
 
     def is_array(self, x: Any) -> bool:
         return isinstance(x, jax.Array)
@@ -173,6 +173,8 @@ class JaxBackend(ArrayAPIBackend):
             raise independent("what JAX traced of it does not use it")
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        if not _uses(lambda both: function(*both), (y, theta)):  # a silent zero
+            raise loss_independent("what JAX traced of it does not use them")
         value, pull = jax.vjp(function, y, theta)
         return (*pull(jnp.ones_like(value)), "autodiff")
 

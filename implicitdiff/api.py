@@ -25,7 +25,7 @@ def linearize(
     y, theta : pytree of float32 or float64 arrays
         The solution and the parameters. They are copied where they could be changed in place afterwards.
     args : tuple
-        Data handed to every function of the condition after y and theta; not differentiated.
+        Data handed to every function of the condition after y and theta; not differentiated. Arrays are copied, too.
     solver : str or Solver
         ``"auto"``, ``"lu"``, ``"cholesky"``, ``"cg"``, ``"minres"``, ``"gmres"``, a registered name, or an instance.
     on_failure : {"raise", "warn", "nan", "ignore"}

@@ -18,7 +18,7 @@ from implicitdiff.errors import (
 from implicitdiff.failure import explain, warn
 from implicitdiff.ravel import Ravel
 
-__all__ = ["independent", "judge", "reject_non_finite", "warn_not_solution"]
+__all__ = ["check_loss", "independent", "judge", "loss_independent", "reject_non_finite", "warn_not_solution"]
 
 
 def reject_non_finite(task: Any, border: Ravel, vector: Any, name: str) -> None:
@@ -123,6 +123,32 @@ def _check_dependence(rules: Any) -> None:
         if not bool(space.vanishes(there - at(here, theta))):
             return
     raise independent("it is the same to the last bit at another theta")
+
+
+def check_loss(point: Any, loss: Any) -> None:
+    """Raise for a loss whose gradient vanishes because it uses neither y nor θ of its arguments.
+
+    A loss at its own stationary point (a perfect fit) is fine: it is another number at another y.
+    """
+    if 0 in (point.y.n, *point.items):
+        return
+    y, theta = point.y.vector, point.theta.vector
+    near, aside = point.y.space.nearby(y), point.theta.space.nearby(theta) if point.theta.n else theta
+    xp = point.backend.xp
+    here = xp.asarray(loss(y, theta), copy=True)
+    for at in (near, near + near - y, -near, 3 * near):
+        if any_true(xp, loss(at, aside) != here):
+            return
+    raise loss_independent("it is the same to the last bit at other y and theta")
+
+
+def loss_independent(how: str) -> DerivativeError:
+    """Build the error for a loss that does not see its arguments."""
+    return DerivativeError(
+        f"outer does not depend on y or theta: {how}.\n"
+        "Likely cause: it uses a y from the enclosing scope (a closure) instead of its arguments.\n"
+        "Next: write it as outer(y, theta) and use those."
+    )
 
 
 def independent(how: str) -> DerivativeError:

@@ -10,6 +10,7 @@ from implicitdiff.compilers import untraced
 from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
 from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
+from implicitdiff.pytree import copied, map_leaves
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
@@ -44,7 +45,8 @@ class Linearization:
         check_mode(on_failure)
         engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
         self.y, self.theta = y, theta
-        self._task = Task(engine, condition, y, theta, tuple(args), solver, on_failure, batched, own)
+        args = tuple(map_leaves(copied, tuple(args))) if own else tuple(args)  # they may be filled anew afterwards
+        self._task = Task(engine, condition, y, theta, args, solver, on_failure, batched, own)
         with engine.computing():
             self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
         self._run: Run | None = None

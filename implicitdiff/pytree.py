@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Tree", "flatten", "is_leaf", "map_leaves", "same_structure"]
+__all__ = ["Tree", "copied", "flatten", "hint", "is_leaf", "map_leaves", "same_structure"]
 
 
 class Tree(NamedTuple):
@@ -85,6 +85,29 @@ def _registered_with_jax(tree: Any) -> Tree:
     if treedef == trees.tree_structure(0):
         return Tree([tree], None)
     return Tree([leaf for _, leaf in found], _JaxSpec([trees.keystr(path) for path, _ in found], treedef))
+
+
+def copied(leaf: Any) -> Any:
+    """Return a leaf in memory of its own, if it is an array or a sparse matrix that may be changed in place."""
+    if type(leaf).__module__.partition(".")[0] in {"jax", "jaxlib"} or not hasattr(leaf, "dtype"):
+        return leaf
+    if hasattr(leaf, "clone"):
+        return leaf.clone()
+    if hasattr(leaf, "tocsc") or hasattr(leaf, "flags"):
+        return leaf.copy()
+    space = getattr(leaf, "__array_namespace__", None)
+    return leaf if space is None else space().asarray(leaf, copy=True)
+
+
+def hint(leaf: Any, where: str) -> str:
+    """What to hand in, in place of something that holds an array and is none."""
+    if hasattr(leaf, "to_numpy"):
+        return f"\nNext: pass {where}.to_numpy()."
+    if isinstance(leaf, dict) or hasattr(leaf, "converged"):  # a result of SciPy, which optree takes for a leaf
+        for name in ("x", "root"):
+            if hasattr(leaf, name):
+                return f"\nNext: pass its solution, {where}.{name}."
+    return ""
 
 
 def same_structure(a: Tree, b: Tree) -> bool:

@@ -9,12 +9,14 @@ import math
 import operator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from implicitdiff.arrays import Array, named_items
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, ShapeError
 from implicitdiff.pytree import Tree, flatten, same_structure
 from implicitdiff.vectors import TreeVector, is_tree_vector
 
-__all__ = ["Leaf", "LeafRavel", "Ravel"]
+__all__ = ["Leaf", "LeafRavel", "Ravel", "foreign"]
 
 
 COMPLEX = "Complex data is unsupported: stack real and imaginary parts."
@@ -168,6 +170,7 @@ class Ravel:
         return self._join(leaves, dtype)
 
     def _matching(self, tree: Tree, name: str, callback: bool, dtype: Any) -> list[Array]:
+        tree = tree if callback else self._numbers(tree)
         wrong = CallbackError if callback else ShapeError
         verb = "returned" if callback else "is"
         if not same_structure(tree, self.tree) or len(tree.leaves) != len(self.leaves):
@@ -181,11 +184,21 @@ class Ravel:
             if array is None or tuple(array.shape) != expected:
                 what = _one(got)
                 where = self.tree.path(i, self.name)
-                hint = _broadcast_hint(array, expected) if callback else ""
+                hint = (_broadcast_hint(array, expected) or foreign(got, self.backend)) if callback else ""
                 raise wrong(f"{name} {verb} {what}.\nExpected shape {expected}, like {where}.{hint}")
             self.check_placed(array, name, dtype)
             arrays.append(array)
         return arrays
+
+    def _numbers(self, tree: Tree) -> Tree:
+        """Return a list of numbers as one array, where one array belongs."""
+        if self.tree.spec is not None or tree.spec is None or not all(type(x) in (int, float) for x in tree.leaves):
+            return tree
+        try:
+            found = np.asarray(tree.spec.unflatten(tree.leaves), dtype=float)
+        except (TypeError, ValueError):  # dicts, ragged lists
+            return tree
+        return Tree([self.backend.xp.asarray(found, dtype=self.dtype, device=self.device)], None)
 
     def check_placed(self, array: Array, name: str, dtype: Any) -> None:
         """Raise for complex numbers where real ones belong, and for another device."""
@@ -296,6 +309,17 @@ def _one(x: Any) -> str:
     if shape is None:
         return f"{x!r} ({type(x).__name__})" if isinstance(x, (str, int, float)) else type(x).__name__
     return f"an array of shape {tuple(shape)} ({type(x).__module__.partition('.')[0]})"
+
+
+def foreign(value: Any, backend: Any) -> str:
+    """Say where a function's value is an array of another framework than y."""
+    kind = type(value).__module__.partition(".")[0].removesuffix("lib")
+    if not hasattr(value, "dtype") or backend.is_array(value) or kind == backend.name:
+        return ""
+    return (
+        f"\nLikely cause: it is written in {kind}, and y is an array of {backend.name}."
+        f"\nNext: make y and theta arrays of {kind}."
+    )
 
 
 def _describe(tree: Tree) -> str:

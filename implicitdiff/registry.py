@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from implicitdiff.errors import BackendError, UnknownNameError
-from implicitdiff.pytree import flatten
+from implicitdiff.pytree import flatten, hint
 
 __all__ = ["BACKENDS", "backend_for", "get_backend"]
 
@@ -72,7 +72,7 @@ def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Any:
     for name, tree in trees.items():
         flat = flatten(tree)
         for i, leaf in enumerate(flat.leaves):
-            key = _framework(leaf)
+            key = _framework(leaf, name)
             if key is not None and key not in found:
                 found[key] = (flat.path(i, name), leaf)
     if "jax" in found or (found.keys() <= {"numpy"} and _holds_jax(beside)):
@@ -92,13 +92,14 @@ def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Any:
     return _generic(leaf)
 
 
-def _framework(leaf: Any) -> str | None:
+def _framework(leaf: Any, name: str) -> str | None:
     """Name of the framework of an array; None for a number or a leaf that is no array at all."""
     root = type(leaf).__module__.partition(".")[0]
     if root in _ROOTS or hasattr(leaf, "__array_namespace__"):
         return _ROOTS.get(root, root)  # arrays of JAX come from jaxlib, what it traces from jax
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-        raise BackendError(f"no backend for arrays of type {type(leaf).__module__}.{type(leaf).__qualname__}.")
+        kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+        raise BackendError(f"no backend for arrays of type {kind}.{hint(leaf, name)}")
     return None
 
 

@@ -25,7 +25,7 @@ from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import suspicion
 from implicitdiff.errors import ShapeError
-from implicitdiff.judgement import reject_non_finite
+from implicitdiff.judgement import check_loss, reject_non_finite
 from implicitdiff.ravel import LeafRavel, Ravel
 from implicitdiff.report import Status
 from implicitdiff.solution_check import SolutionCheck, Step
@@ -180,6 +180,8 @@ class Rules:
         loss = p.scalar_function(outer, "outer", args=())
         by_y, by_theta, kind = p.backend.gradients(loss, p.y.vector, p.theta.vector)
         self.kinds["outer"] = kind
+        if not p.backend.traced and bool(p.y.space.vanishes(by_y)) and bool(p.theta.space.vanishes(by_theta)):
+            check_loss(p, loss)
         right = p.y.space.finite(by_y) & p.theta.space.finite(by_theta)
         g, evidence = self._pull(by_y, x0, self.inputs, right)
         return p.theta.unravel(by_theta + g), evidence

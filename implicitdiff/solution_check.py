@@ -108,7 +108,8 @@ class SolutionCheck:
                 F = space.scale(1 + 0 * solution.residual, F)
             sure = True
         if not sure:
-            inverse = None if solution is None else self._inverse(solution, b, transposed)
+            known = solution is not None and 0 not in b.shape
+            inverse = self._inverse(solution, b, transposed) if known else None
             doubt = doubt & ~self._harmless(F, size, inverse)
         if not backend.traced:
             return self._measured(F, seen, doubt) if any_true(self.xp, doubt) else seen

@@ -109,7 +109,8 @@ def verify(task: Any, rules: Callable[[], Any], mode: str = "", solution: Any = 
         return
     checked: Checked | None = rules().checked
     if checked is not None and checked.point.y.n and not is_tree_vector(checked.point.y.vector):
-        x = None if solution is None or checked.solved is None else _raveled(checked, solution)
+        known = solution is not None and 0 not in solution.shape and checked.solved is not None
+        x = _raveled(checked, solution) if known else None
         short = checked.point.theta.n <= checked.point.y.n
         forward = mode in {"jvp", "solve"} or (mode == "jacobian" and short)
         wrongs = wrong_in(checked, *((None, x) if forward else (x, None)))

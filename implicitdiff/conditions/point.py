@@ -11,7 +11,7 @@ from typing import Any
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError
 from implicitdiff.pytree import flatten
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Ravel, foreign
 
 __all__ = ["Flat", "Point"]
 
@@ -135,7 +135,7 @@ class Point:
         call = self.backend.callback(function)
 
         def flat(y: Array, theta: Array) -> Array:
-            out = call(*self._trees(y, theta), *self.args)
+            out = _asked(call, self._trees(y, theta), self.args)
             native = y.dtype == self.y.dtype and theta.dtype == self.theta.dtype
             return self.y.like(out, name, dtype=self.y.dtype if native else None, callback=True)
 
@@ -149,11 +149,12 @@ class Point:
         call, given = self.backend.callback(function), self.args if args is None else args
 
         def flat(y: Array, theta: Array) -> Array:
-            out = self.backend.as_array(value := call(*self._trees(y, theta), *given), self.y.device, self.y.dtype)
+            value = _asked(call, self._trees(y, theta), given)
+            out = self.backend.as_array(value, self.y.device, self.y.dtype)
             if out is None or tuple(out.shape) != self.items:
                 got = type(value).__name__ if out is None else f"an array of shape {tuple(out.shape)}"
                 what = "a scalar" if not self.items else f"one scalar per item, shape {self.items}"
-                raise CallbackError(f"{name} returned {got}.\nExpected {what}.")
+                raise CallbackError(f"{name} returned {got}.\nExpected {what}.{foreign(value, self.backend)}")
             return out
 
         return flat
@@ -214,3 +215,16 @@ class Point:
     def _trees(self, y: Array, theta: Array) -> tuple[Any, Any]:
         guard = self.backend.guard
         return self.y.unravel(guard(y)), self.theta.unravel(guard(theta))
+
+
+def _asked(call: Callable[..., Any], trees: tuple[Any, Any], args: tuple[Any, ...]) -> Any:
+    """Call a user's function; where a list of numbers is what it cannot work with, say so beside its own error."""
+    try:
+        return call(*trees, *args)
+    except TypeError as error:
+        for name, tree in zip(("y", "theta"), trees, strict=True):
+            if isinstance(tree, (list, tuple)) and tree and hasattr(error, "add_note"):
+                error.add_note(
+                    f"{name} is a {type(tree).__name__}, and is handed on as one; np.asarray({name}) is an array."
+                )
+        raise
