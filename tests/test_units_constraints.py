@@ -322,3 +322,33 @@ def test_empty_data_of_a_quadratic_program() -> None:
     none = QP(Q=np.zeros((0, 0)), G=np.zeros((1, 0)), h=np.ones(1))
     assert implicit_vjp(none, np.zeros(0), {"q": np.zeros(0)}, np.zeros(0))["q"].shape == (0,)
     assert check_regularity(none, np.zeros(0), {"q": np.zeros(0)}).regular
+
+
+# -- random quadratic programs ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs_in_random_units(lib: Library, seed: int) -> None:
+    """Coordinates that are zero up to the tolerance of a solver, whose units nothing but the curvature tells."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 8))
+    p, k = int(rng.integers(0, n // 2 + 1)), int(rng.integers(1, n // 2 + 1))
+    rotation = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    H = rotation * np.geomspace(1, 10 ** rng.uniform(0, 4), n) @ rotation.T
+    J = np.linalg.qr(rng.normal(size=(n, n)))[0] if seed % 2 else np.eye(n)[rng.permutation(n)]
+    G = np.concatenate([J[p : p + k], -J[p : p + k]])
+    y = rng.normal(size=n) * (rng.random(n) < 0.6)
+    lam, mu = rng.normal(size=p), np.append(rng.uniform(0.1, 2, k), np.zeros(k))
+    h = G @ y + np.append(np.zeros(k), rng.uniform(0.5, 2, k))
+    q = -(H @ y + J[:p].T @ lam + G.T @ mu)
+    held = J[: p + k]
+    saddle = np.block([[H, held.T], [held, np.zeros((p + k, p + k))]])
+    truth = -np.linalg.solve(saddle, np.concatenate([np.eye(n), np.zeros((p + k, n))]))[:n]
+    D, c = 10 ** rng.uniform(-9, 9, n), 10 ** rng.uniform(-6, 6)
+    s, r = 10 ** rng.uniform(-9, 9, 2 * k), 10 ** rng.uniform(-9, 9, p)
+    near = y + rng.choice([0.0, 1e-12]) * rng.uniform(-1, 1, n)
+    data = (c * H / np.outer(D, D), None, r[:, None] * J[:p] / D, r * (J[:p] @ y), s[:, None] * G / D, s * h)
+    condition = QP(*(None if x is None else lib.array(x) for x in data), route=ROUTES[seed % 3])
+    found = outcome(lambda: implicit_jacobian(condition, lib.array(D * near), {"q": lib.array(c * q / D)}))
+    assert found.quiet, found.text
+    got = lib.numpy(found.value["q"]) / np.outer(D, D) * c
+    np.testing.assert_allclose(got, truth, atol=1e-6 * np.abs(truth).max() + 1e-12)

@@ -167,7 +167,7 @@ def metric_at(point: Any, H: Operator, slope: Any) -> Metric:
     whole = xp.max(leaf, axis=-1, keepdims=True)
     leaf = xp.where(leaf > 0, leaf, xp.where(whole > 0, whole, xp.ones_like(whole)))
     u = power_of_two(xp, leaf)
-    d = u / xp.sqrt(energy(point, u, slope, H.matvec))
+    d = u / xp.sqrt(energy(point, u, slope, H.matvec(u * point.y.space.probe())))
     better = None
     if not backend.traced and not backend.composable:
         if H.matrix is not None or (point.y.n <= ASSEMBLED and H.sparse is None and _mixed(point, H, leaf)):

@@ -5,7 +5,7 @@ far away as |c_i| / R_i. What u_j is lies between |y_j|, which may be tiny by ac
 its leaf, which may be of another unit. Where that leaves no doubt about the active set, nothing more is asked. Else the
 curvature tells: in the units d_j = |H_jj|^(-1/2) the Hessian of f has ones on its diagonal, so that y_j / d_j and
 d_j ∂f/∂y_j, how far to go and how strong the pull, are all of one unit, and u_j = d_j max_k (|y_k| / d_k, d_k |∂_k f|),
-kept between |y_j| and ℓ_j.
+but not less than |y_j|, nor more than ℓ_j where that seems to be of the same unit.
 
 A multiplier of constraint i is a force μ_i R_i in the unit of f. It is held against R_i² / T_i², T_i = ‖J_i ∘ d‖, the
 force that moves y by as much as y is, and against ∇f where J_i acts. And μ_i T_i² is how far c_i would go if it were
@@ -90,11 +90,28 @@ def units_at(
     if blind and n + k <= ASSEMBLED:
         return _by_curvature(here, leaf, known, _assembled(point, product))
     u = power_of_two(xp, leaf)
-    found = _measured(here, u, u / xp.sqrt(energy(point, u, here.gradient, product)))
-    if blind or n + k > ASSEMBLED or not any_true(xp, doubt := _doubtful(here, found) | ~known):
+    image = product(u * point.y.space.probe())
+    d = u / xp.sqrt(energy(point, u, here.gradient, image))
+    u = power_of_two(xp, xp.maximum(u, leaf_sizes(point, here.gradient * d * d)))
+    found = _measured(here, u, d)
+    if blind or n + k > ASSEMBLED:
+        return found
+    doubt = _doubtful(here, found) | ~(known & _speaks(xp, abs(y) / d, abs(here.gradient) * d) & _alike(xp, abs(image)))
+    if not any_true(xp, doubt):
         return found
     sure = _by_curvature(here, leaf, known, _assembled(point, product))
     return Units(*(xp.where(doubt[..., None], new, old) for new, old in zip(sure, found, strict=True)))
+
+
+def _speaks(xp: Any, y: Array, slope: Array) -> Array:
+    """Whether y, beside how far ∇f would go, is more than what is left of a zero; both in one unit, per item."""
+    return xp.max(y, axis=-1) >= APART * xp.max(slope, axis=-1)
+
+
+def _alike(xp: Any, x: Array) -> Array:
+    """Whether entries are of one unit, as far as their sizes tell; zeros are of any."""
+    x = xp.where(x > 0, x, xp.max(x, axis=-1, keepdims=True))
+    return xp.max(x, axis=-1) * APART <= xp.min(x, axis=-1)
 
 
 def leaf_sizes(point: Any, x: Array) -> Array:
@@ -119,11 +136,13 @@ def _leaves(here: _Measured) -> tuple[Array, Array]:
     return leaf, known[..., 0]
 
 
-def energy(point: Any, u: Array, gradient: Array, product: Callable[[Array], Array]) -> Array:
-    """The size of u ∘ H ∘ u, in the unit of f, seen on one vector; that of u ∘ ∇f, or 1, where it is zero."""
+def energy(point: Any, u: Array, gradient: Array, image: Array) -> Array:
+    """The size of u ∘ H ∘ u, in the unit of f; that of u ∘ ∇f, or 1, where it is zero.
+
+    It is seen on one vector: the ``image`` under H of u ∘ z, z the probe of the space of y.
+    """
     xp = point.backend.xp
-    probe = point.y.space.probe()
-    found = item_norm(xp, u * product(u * probe)) / item_norm(xp, probe)
+    found = item_norm(xp, u * image) / item_norm(xp, point.y.space.probe())
     slope = item_norm(xp, u * gradient)
     found = xp.where(found > 0, found, xp.where(slope > 0, slope, xp.ones_like(slope)))
     return 4.0 ** xp.round(xp.log2(found)[..., None] / 2)
@@ -141,6 +160,7 @@ def _by_curvature(here: _Measured, leaf: Array, known: Array, hessian: Array) ->
     xp, y, slope = here.point.backend.xp, abs(here.point.y.vector), abs(here.gradient)
     d = curvature_units(xp, y, slope, leaf, hessian)
     scale = xp.max(xp.maximum(y / d, slope * d), axis=-1, keepdims=True)
+    known = known & _speaks(xp, y / d, slope * d) & _alike(xp, d)
     u = xp.maximum(y, xp.where(known[..., None], xp.minimum(leaf, d * scale), d * scale))
     return _measured(here, power_of_two(xp, xp.where(u > 0, u, d)), power_of_two(xp, d))
 
@@ -193,7 +213,7 @@ def _doubtful(here: _Measured, high: Units) -> Array:
     broken = decided(here.far, low, 1) != decided(here.far, high.distance, 1)
     held = here.inequality & ~decided(here.near, high.distance, -1)
     stiff = (high.distance / _safe(xp, high.give)) ** 2
-    thin = held & (low < APART * high.distance) & (high.force - stiff < APART * stiff)
+    thin = held & (high.force - stiff < APART * stiff)
     return xp.any((here.inequality & far) | broken | thin, axis=-1)
 
 
