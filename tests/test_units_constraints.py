@@ -337,6 +337,7 @@ def test_random_programs_in_random_units(lib: Library, seed: int) -> None:
     J = np.linalg.qr(rng.normal(size=(n, n)))[0] if seed % 2 else np.eye(n)[rng.permutation(n)]
     G = np.concatenate([J[p : p + k], -J[p : p + k]])
     y = rng.normal(size=n) * (rng.random(n) < 0.6)
+    y[int(rng.integers(n))] = 1.0
     lam, mu = rng.normal(size=p), np.append(rng.uniform(0.1, 2, k), np.zeros(k))
     h = G @ y + np.append(np.zeros(k), rng.uniform(0.5, 2, k))
     q = -(H @ y + J[:p].T @ lam + G.T @ mu)
