@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, times
 from implicitdiff.backends.differences import Differences, Function, gradient, groups, sweep
+from implicitdiff.backends.sampling import Block
 from implicitdiff.backends.steps import FIRST, SECOND, Plan, search
 
 __all__ = ["GradientDifferences"]
@@ -65,7 +66,8 @@ class GradientDifferences(Differences):
         n, many = self.sampler.n, len(v.shape) > len(self.y.shape)
         if 0 in v.shape:
             return 0 * self.backend.astype(v, self.dtype)
-        self._block("y")
+        if not self._block("y").moves:
+            return self.xp.zeros(v.shape, dtype=self.dtype, device=self.backend.device(v))
         if "matrix" in self.__dict__ or n <= SMALL or (many and 2 * v.shape[0] >= n and n <= LARGE):
             return self.backend.astype(times(self.matrix, self.backend.widen(v)), self.dtype)
         return self._crossed(v, "y", "y", self.dtype)
@@ -119,6 +121,16 @@ class GradientDifferences(Differences):
         items = tuple(s.x.shape[:-1])
         return self.backend.astype(self.backend.batched(one, items)(self.backend.widen(v)), dtype)
 
+    def _block(self, by: str) -> Block:
+        s = self.sampler
+        block = s.by_y if by == "y" else s.by_theta
+        if block.moves and not block.visible:
+            w = 0.1 * s.whole(by)
+            slope = self.xp.abs(s.at(s.x + w) - s.at(s.x - w))
+            if not any_true(self.xp, slope <= 100 * s.noise):  # a linear function has no curvature to be seen
+                return block._replace(moves=False)
+        return super()._block(by)
+
     # -- curvatures ------------------------------------------------------------------------------------
     @cached_property
     def _coupled(self) -> bool:
@@ -126,6 +138,9 @@ class GradientDifferences(Differences):
         s, xp = self.sampler, self.xp
         if not self.theta.shape[-1]:
             return False
+        beside = s.x + 0.01 * s.whole("y")
+        if not any_true(xp, s.at(beside + 0.1 * s.whole("theta")) != s.at(beside)):
+            return False  # f does not see θ at all
         u, t = (self._curvature(s.whole(by), by) for by in ("y", "theta"))
         d, e = s.whole("y") * u.step, s.whole("theta") * t.step
         plan = Plan(1 + 0 * u.value, 1 + 0 * u.value, xp.abs(u.value) + xp.abs(t.value), *2 * (s.by_y.tolerance,))

@@ -101,7 +101,7 @@ class Differences:
         s = self.sampler
         block = s.by_y if by == "y" else s.by_theta
         s.check(block, by)
-        if self.strict and len(s.middle.shape) == 1 and any_true(self.xp, block.kink):
+        if self.strict and len(s.middle.shape) == 1 and any_true(self.xp, block.kink) and not s.random:
             raise not_differentiable(s.what, by, None)
         unsure = s.random and any_true(self.xp, ~block.shown & (block.rows > 0))
         if s.accuracy(block) > WORST or unsure:
@@ -144,6 +144,8 @@ class Differences:
         if len(found.value.shape) > 1:
             nan = self.xp.full_like(found.value, float("nan"))
             return found._replace(value=self.xp.where(found.kink, nan, found.value))
+        if self.sampler.random:
+            raise self.sampler.too_noisy(f"a derivative by {by} lies below the noise of {self.sampler.what}")
         raise not_differentiable(self.sampler.what, by, number)
 
     def columns(self, by: str) -> Iterator[Array]:

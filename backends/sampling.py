@@ -64,7 +64,7 @@ def sizes_of(xp: Any, x: Array, leaves: tuple[int, ...]) -> tuple[Array, Array, 
     if not x.shape[-1]:
         return one, one, one > 0
     size = xp.abs(x)
-    size = xp.where(xp.isfinite(size), size, one)
+    size = xp.where(xp.isfinite(size), size, 0 * one)  # an infinite bound has no size, and no step moves it
     whole = xp.max(size, axis=-1, keepdims=True)
     whole = xp.where(whole > 0, whole, xp.ones_like(whole))
     parts, start = [], 0
@@ -254,8 +254,11 @@ class Sampler:
     def accuracy(self, block: Block) -> float:
         """Relative error of a derivative, in the units of each component, where there is one."""
         xp = self.xp
-        usable = (block.rows > 0) & xp.isfinite(block.rows) & block.shown & ~block.kink
-        relative = xp.where(usable, block.error / xp.where(usable, block.rows, 1 + 0 * block.rows), 0 * block.rows)
+        rows = block.rows
+        if not self._scalar:  # what changes a value by less is zero beside it
+            rows = xp.maximum(rows, self.eps**0.5 * xp.abs(self.middle))
+        usable = (rows > 0) & xp.isfinite(rows) & block.shown & ~block.kink
+        relative = xp.where(usable, block.error / xp.where(usable, rows, 1 + 0 * rows), 0 * rows)
         if 0 in relative.shape:
             return 0.0
         return float(xp.max(relative))

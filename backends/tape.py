@@ -74,7 +74,8 @@ class Tape:
 
     @cached_property
     def _value(self) -> Array:
-        return np.asarray(self._function(self._y, self._theta))
+        value = np.asarray(self._function(self._y, self._theta))
+        return value.astype(self._y.dtype, copy=False)  # autograd's where makes float64 of float32
 
     def value(self) -> Array:
         """G(y, θ)."""

@@ -277,3 +277,41 @@ def test_batch_by_differences(lib: Library) -> None:
     many = np.array([1.0, 1e-6, 1e6])[:, None]
     found = idf.implicit_jacobian(idf.Root(F), lib.array(many * y), lib.array(many * T), batched=True)
     np.testing.assert_allclose(lib.numpy(found), np.stack([np.linalg.inv(A)] * 3), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("constant", [1e8, 1e14])
+def test_large_constant_is_right_or_told(constant: float) -> None:
+    """An objective plus 1e8: the curvature stands above the rounding of the sum only just, or not at all."""
+    condition = idf.Stationary(lambda y, t: 0.5 * y @ H @ y - y @ t + constant)
+    backend = NumpyBackend("finite_differences")
+    y = np.linalg.solve(H, T)
+    try:
+        found = idf.implicit_jacobian(condition, y, T, backend=backend)
+    except (idf.NoiseError, idf.SingularError):
+        assert constant > 1e12
+        return
+    np.testing.assert_allclose(found, np.linalg.inv(H), atol=2e-2 * np.max(np.linalg.inv(H)))
+
+
+@SOURCE
+def test_closure_is_told(source: str) -> None:
+    """A condition that uses a theta from the enclosing scope, of which only values are known."""
+    with pytest.raises(idf.DerivativeError, match="does not depend on theta"):
+        idf.implicit_jacobian(
+            lambda y, t: 0.5 * y @ H @ y - y @ T, np.linalg.solve(H, T), T, backend=backend_of(source)
+        )
+
+
+@SOURCE
+def test_unidentified_softmax_is_singular(source: str) -> None:
+    """Weights that are free up to a shift, seen by a loss that is not."""
+    X, labels = RNG.standard_normal((20, 2)), RNG.integers(0, 3, 20)
+
+    def loss(w: Any, t: Any) -> Any:
+        z = X @ w.reshape(2, 3)
+        return np.sum(np.log(np.sum(np.exp(z), axis=1)) - z[np.arange(20), labels] * t)
+
+    condition = idf.Stationary(loss)
+    w = RNG.standard_normal(6)
+    with pytest.raises((idf.SingularError, idf.NotPositiveDefiniteError)):
+        idf.implicit_grad(condition, lambda w, t: w[0] + np.sum(w**2), w, np.array(1.0), backend=backend_of(source))
