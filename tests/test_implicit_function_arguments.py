@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Library
+from frameworks import framework
 from scipy.optimize import OptimizeResult
 
 from implicitdiff import CallbackError, InputError, Root, implicit_function
@@ -90,3 +91,18 @@ def test_fault_72_records(lib: Library, record: Any, field: str, has_aux: bool) 
     solve = implicit_function(Root(residual), has_aux=has_aux)(lambda theta: (record, None) if has_aux else record)
     with pytest.raises(CallbackError, match=rf"(?s)returned {type(record).__name__}.*return its \.{field}"):
         solve(lib.array(np.ones(2)))
+
+
+def test_fault_69_aux_is_differentiated_by_jax() -> None:
+    """d(Σ y + ½ ‖y‖² + Σ θ) at y = a θ², a given by name: 2 θ + 2 θ³ + 1."""
+    jax = framework("jax")
+
+    @implicit_function(Root(lambda y, t, a: y - a * t**2), has_aux=lambda y, t, a: (y**2).sum() / 2 + t.sum())
+    def solve(th: Any, a: Any) -> Any:
+        return a * th**2
+
+    def loss(theta: Any) -> Any:
+        y, aux = solve(th=theta, a=1.0)
+        return y.sum() + aux
+
+    np.testing.assert_allclose(jax.gradient(loss)(jax.xp.asarray([2.0, 3.0])), [21.0, 61.0])
