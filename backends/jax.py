@@ -16,7 +16,8 @@ from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.jax_derivatives import Derivatives
 from implicitdiff.backends.jax_function import differentiable_call
 from implicitdiff.backends.jax_programs import Runner, is_traced, solved
-from implicitdiff.backends.jax_varying import alike, anywhere, is_mapped, varying
+from implicitdiff.backends.jax_space import JaxSpace, JaxTreeSpace
+from implicitdiff.backends.jax_varying import alike, is_mapped, varying
 from implicitdiff.errors import BackendError
 from implicitdiff.judgement import independent, loss_independent
 from implicitdiff.pytree import flatten, hint
@@ -24,7 +25,7 @@ from implicitdiff.ravel import reject_dtype
 from implicitdiff.report import Report
 from implicitdiff.rules import Task
 from implicitdiff.system import System, Told
-from implicitdiff.vectors import ArraySpace, TreeSpace, TreeVector, is_tree_vector
+from implicitdiff.vectors import TreeVector, is_tree_vector
 
 __all__ = ["INLINE", "JaxBackend"]
 
@@ -49,38 +50,6 @@ def _report_whole(static: Any, arrays: Any) -> Report:
 
 
 jax.tree_util.register_pytree_node(Report, _report_parts, _report_whole)
-
-
-class JaxSpace(ArraySpace):
-    """Vectors of shape (..., n); nothing is written in place, and an index may be traced."""
-
-    def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
-        return matrix.at[..., j, :].set(row)
-
-    def copy(self, x: Array) -> Array:
-        return x  # nobody can change it
-
-    def select(self, mask: Array, x: Array, y: Array) -> Array:
-        return super().select(anywhere(mask, x, y), x, y)
-
-    def project(self, basis: Array, j: Any, x: Array) -> Array:
-        return (basis @ x[..., None])[..., 0]  # vectors beyond j are zero
-
-    def combine(self, basis: Array, j: Any, c: Array) -> Array:
-        return (c[..., None, :] @ basis[..., : c.shape[-1], :])[..., 0, :]
-
-
-class JaxTreeSpace(TreeSpace):
-    """Vectors that are tuples of leaves, each with the sharding that it has."""
-
-    def select(self, mask: Array, x: TreeVector, y: TreeVector) -> TreeVector:
-        return x.map(lambda a, b: jnp.where(anywhere(mask, a, b), a, b), y)
-
-    def put_leaf(self, rows: Array, j: Any, leaf: Array) -> Array:
-        return rows.at[j].set(leaf)
-
-    def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
-        return matrix.at[..., j, :].set(row)
 
 
 class JaxBackend(ArrayAPIBackend):

@@ -164,8 +164,8 @@ class SliceSpace(NumpySpace):
     def vanishes(self, x: Array) -> Array:
         return np.bool_(self._sum(float(np.count_nonzero(x))) == 0)
 
-    def project(self, basis: Array, j: Any, x: Array) -> Array:
-        out = super().project(basis, j, x)
+    def project(self, basis: Array, j: Any, x: Array, room: int) -> Array:
+        out = super().project(basis, j, x, room)
         for i in range(j + 1):
             out[i] = self._sum(float(out[i]))
         return out

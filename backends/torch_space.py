@@ -107,12 +107,12 @@ class TorchSpace(ArraySpace):
     def basis(self, k: int) -> Array:
         return torch.zeros((k, *self.shape), dtype=self._tensor_dtype)
 
-    def project(self, basis: Array, j: Any, x: Array) -> Array:
+    def project(self, basis: Array, j: Any, x: Array, room: int) -> Array:
         out = np.zeros(basis.shape[0], dtype=self.dtype)
         out[: j + 1] = torch.mv(basis[: j + 1], x).numpy()
         return out
 
-    def combine(self, basis: Array, j: Any, c: Array) -> Array:
+    def combine(self, basis: Array, j: Any, c: Array, room: int) -> Array:
         return torch.from_numpy(c[: j + 1]) @ basis[: j + 1]
 
 

@@ -172,14 +172,18 @@ class ArraySpace:
         """Row j of a matrix (..., k, l), in memory of its own."""
         return self.copy(matrix[..., j, :])
 
-    def project(self, basis: Array, j: Any, x: Array) -> Array:
-        """Inner products of x with vectors 0 … j, shape (..., k); zeros beyond."""
+    def stages(self, k: int) -> tuple[int, ...]:
+        """Numbers of vectors up to which the work of Arnoldi's process is done alike; the last is k."""
+        return (k,)
+
+    def project(self, basis: Array, j: Any, x: Array, room: int) -> Array:
+        """Inner products of x with vectors 0 … j < room, shape (..., k); zeros beyond."""
         known = (basis[..., : j + 1, :] @ x[..., None])[..., 0]
         rest = self.xp.zeros((*self.items, basis.shape[-2] - j - 1), dtype=self.dtype, device=self.device)
         return self.xp.concat([known, rest], axis=-1)
 
-    def combine(self, basis: Array, j: Any, c: Array) -> Array:
-        """Σ c_i v_i over vectors 0 … j."""
+    def combine(self, basis: Array, j: Any, c: Array, room: int) -> Array:
+        """Σ c_i v_i over vectors 0 … j < room."""
         return (c[..., None, : j + 1] @ basis[..., : j + 1, :])[..., 0, :]
 
     def solve_triangular(self, upper: Array, b: Array) -> Array:
@@ -364,7 +368,7 @@ class TreeSpace(ArraySpace):
     def take(self, basis: TreeVector, j: Any) -> TreeVector:
         return basis.map(lambda rows: rows[j])
 
-    def project(self, basis: TreeVector, j: Any, x: TreeVector) -> Array:
+    def project(self, basis: TreeVector, j: Any, x: TreeVector, room: int) -> Array:
         # vectors beyond j are zero, and so are their inner products
         parts = [
             self.rows_total(rows * leaf[None]) for rows, leaf in zip(basis.leaves, x.leaves, strict=True)
@@ -375,7 +379,7 @@ class TreeSpace(ArraySpace):
         """Sum of each row's entries, shape (k,)."""
         return self.xp.sum(rows, axis=tuple(range(1, len(rows.shape))))
 
-    def combine(self, basis: TreeVector, j: Any, c: Array) -> TreeVector:
+    def combine(self, basis: TreeVector, j: Any, c: Array, room: int) -> TreeVector:
         def leaf(rows: Array) -> Array:
             weights = self.xp.reshape(c, (-1, *(1,) * (len(rows.shape) - 1)))
             return self.xp.sum(weights * rows[: c.shape[0], ...], axis=0)

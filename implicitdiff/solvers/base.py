@@ -284,11 +284,12 @@ class Krylov(Solver):
         huge = float(space.xp.finfo(space.dtype).max) ** 0.5
         relative, one = end.operator_norm / s.unit, space.scalar(1.0)
         outside = ~(relative < huge * space.eps**0.5) | (relative < 1 / (huge * space.eps))
-        few = (s.unit < huge**1.5) & (s.unit > huge**-1.5)
-        lost = failed & outside & few
+        known = space.isfinite(relative) & (relative > 0)
+        # one step into the dark, and one by the norm that is seen from there
+        wide, near = ((s.unit < huge**power) & (s.unit > huge**-power) for power in (1.2, 0.8))
+        lost = failed & outside & space.where(known, wide, near)
         if not needed(backend, lost):
             return end
-        known = space.isfinite(relative) & (relative > 0)
         beyond = space.where(relative == 0, one / huge, huge * one)
         step = space.where(known, relative, beyond)
         return end._replace(

@@ -85,14 +85,18 @@ class GMRES(Krylov):
         def apply(v: Array) -> Array:
             return precondition(product(v)) if left else product(precondition(v))
 
-        def arnoldi(s: _State) -> _State:
-            return _step(s, space, apply, m, target, start.budget)
-
-        first = _first(space, r, beta, start.active, m)
-        end = state.operator.backend.while_loop(lambda s: space.any(s.active), arnoldi, first, limit=m)
+        end, done = _first(space, r, beta, start.active, m), 0
+        for room in space.stages(m + 1):
+            end = state.operator.backend.while_loop(
+                lambda s, room=room: space.any(s.active & (s.j + 1 < room)),
+                lambda s, room=room: _step(s, space, apply, m, target, start.budget, room),
+                end,
+                limit=room - 1 - done,
+            )
+            done = room - 1
         k = end.j if isinstance(end.j, int) else m  # in a compiled program it is not known
         y = _triangular_solve(space, end, beta, k)
-        d = space.combine(end.basis, k - 1, y)
+        d = space.combine(end.basis, end.j - 1, y, m)
         step = d if left else precondition(d)
         norm = end.operator_norm
         noise = accuracy(state, space)
@@ -118,13 +122,13 @@ def _first(space: Any, r: Array, beta: Array, active: Array, m: int) -> _State:
     )
 
 
-def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Array) -> _State:
+def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Array, room: int) -> _State:
     xp, zero, one = space.xp, space.scalar(0.0), space.scalar(1.0)
     w = space.copy(apply(space.take(s.basis, s.j)))
-    h = space.project(s.basis, s.j, w)
-    w = space.subtract(w, space.combine(s.basis, s.j, h))
-    again = space.project(s.basis, s.j, w)  # once more: classical Gram-Schmidt twice is as good as modified
-    w = space.subtract(w, space.combine(s.basis, s.j, again))
+    h = space.project(s.basis, s.j, w, room)
+    w = space.subtract(w, space.combine(s.basis, s.j, h, room))
+    again = space.project(s.basis, s.j, w, room)  # once more: classical Gram-Schmidt twice is as good as modified
+    w = space.subtract(w, space.combine(s.basis, s.j, again, room))
     h = h + again
     size = space.norm(w)
     norm = xp.sqrt(xp.sum(h * h, axis=-1) + size * size)
