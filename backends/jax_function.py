@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from implicitdiff.backends.jax_aux import unknown_tangent
 from implicitdiff.backends.jax_contents import captures_differentiated
 from implicitdiff.backends.jax_programs import call_for, is_traced, looked_at, program_for
 from implicitdiff.backends.jax_rules import arrays_of, functions_of
@@ -70,18 +71,18 @@ def differentiable_call(backend: Any, function: Any, theta: Any, args: tuple[Any
         with function.explaining(y):
             task = Task(backend, function.condition, y, theta, statics.join(arrays)[0], **options)
             w = _tangent(task, _instantiated(theta, theta_dot))
-        return out, (w, _zeros(out[1])) if function.has_aux else w
+        return out, (w, unknown_tangent(_instantiated(theta, theta_dot), out[1])) if function.has_aux else w
 
     run.defjvp(rule, symbolic_zeros=True)
     out = run(theta, statics.arrays)
     if not function.has_aux:
         return out
-    return out if out[1] is not None or not aux else (out[0], aux[0])
+    return out[0], aux[0].join(out[1])
 
 
 # -- the solver ----------------------------------------------------------------------------------------
 def _solution(function: Any, theta: Any, arguments: tuple[Any, Any], aux: list[Any]) -> Any:
-    """y, or the pair (y, aux), as JAX arrays; an aux that JAX cannot carry goes around it."""
+    """y, or y and the arrays of aux, as JAX arrays; what else is in aux goes around JAX."""
     args, kwargs = arguments
     if is_traced(theta, args, kwargs):
         out = _traced(function, theta, args, kwargs)
@@ -91,9 +92,8 @@ def _solution(function: Any, theta: Any, arguments: tuple[Any, Any], aux: list[A
     if not function.has_aux:
         return _arrays(out, theta)
     y, extra = out
-    aux[:] = [extra]
-    carried = all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(extra))
-    return _arrays(y, theta), jax.tree.map(jnp.asarray, extra) if carried else None
+    aux[:] = [statics := _Statics(extra)]
+    return _arrays(y, theta), [jnp.asarray(array) for array in statics.arrays]
 
 
 def _arrays(y: Any, theta: Any) -> Any:
@@ -189,17 +189,6 @@ def _instantiated(theta: Any, tangent: Any) -> Any:
     like, treedef = jax.tree.flatten(theta)
     full = [jnp.zeros_like(x) if _is_zero(t) else t for x, t in zip(like, leaves, strict=True)]
     return jax.tree.unflatten(treedef, full)
-
-
-def _zeros(tree: Any) -> Any:
-    """Tangents of what has no derivative."""
-
-    def zero(leaf: Any) -> Any:
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return jnp.zeros_like(leaf)
-        return np.zeros(leaf.shape, dtype=jax.dtypes.float0)
-
-    return jax.tree.map(zero, tree)
 
 
 def _tangent(task: Task, tangent: Any) -> Any:

@@ -16,6 +16,7 @@ from frameworks import framework
 
 from implicitdiff import (
     CG,
+    DerivativeError,
     FixedPoint,
     NotASolutionWarning,
     Root,
@@ -232,6 +233,22 @@ def test_failed_solve_is_told_by_an_eager_derivative(derivative: str) -> None:
     with pytest.warns(SolveWarning, match="SingularError"):
         assert np.all(np.isnan(take("warn")))
     assert np.all(np.isnan(take("nan")))
+
+
+def test_derivative_of_aux_is_told() -> None:
+    """What the solver returns beside y has no derivative: none is lost in silence, and none is asked for in vain."""
+    _, theta = squares()
+    solve = implicit_function(objective, has_aux=True)(lambda t: (t**2, {"total": jnp.sum(t), "steps": 3}))
+
+    def loss(theta: Any, weight: Any) -> Any:
+        y, aux = solve(theta)
+        assert aux["steps"] == 3
+        return jnp.sum(y) + (0 if weight is None else weight * aux["total"])
+
+    assert np.allclose(jax.jit(lambda t: jax.grad(loss)(t, None))(theta), 2 * theta)
+    with pytest.raises(DerivativeError, match="aux"):
+        jax.grad(loss)(theta, 1.0)
+    assert np.all(np.isnan(jax.jit(lambda t: jax.grad(loss)(t, 1.0))(theta)))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
