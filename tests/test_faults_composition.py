@@ -260,6 +260,9 @@ def test_fault_51_callback_raises_late(lib: Library, solver: str, name: str, lat
     rest = [k for k in ("grad", "hvp", "mixed_vjp") if k != name] if name == "hvp" else []
     bad = case.using(Stationary if name == "hvp" else Root, *rest, **{name: unreliable})
     found = outcome(lambda: run("vjp", bad, solver=solver))
+    while calls < late:  # Torch records a function in one call, and needs no other
+        assert_right(lib, found, case.expected("vjp"), 1e-6)
+        found = outcome(lambda: run("vjp", bad, solver=solver))
     if found.quiet:  # a trial of the complex step may take the error for a "no"
         assert_right(lib, found, case.expected("vjp"), 1e-6)
     else:
