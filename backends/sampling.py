@@ -203,7 +203,7 @@ class Sampler:
         share = xp.where(share > 0, share, xp.ones_like(share))
         if block is None:
             size = xp.abs(self.x)
-            whole = xp.max(xp.where(xp.isfinite(size), size, 0 * size), axis=-1, keepdims=True)
+            whole = xp.max(xp.where(xp.isfinite(size), size, xp.zeros_like(size)), axis=-1, keepdims=True)
             natural = xp.maximum(0.1 * whole / xp.max(xp.abs(w), axis=-1, keepdims=True), 0.1 / share)
             plan = Plan(self.stencil.start(self.eps) + 0 * natural, natural, 0 * self.middle, 1e-9, 0.0)
         else:
@@ -235,7 +235,7 @@ class Sampler:
         moves = xp.any(found.change > 0, axis=-1, keepdims=True)
         shown = found.change > VISIBLE
         visible = xp.any(shown, axis=-1, keepdims=True)
-        error = xp.where(xp.isfinite(found.error), found.error, 0 * found.error)
+        error = xp.where(xp.isfinite(found.error), found.error, xp.zeros_like(found.error))
         rows = found.usual
         ratio = xp.where(rows > 0, noise / xp.where(rows > 0, rows, xp.ones_like(rows)), 0 * rows)
         ratio = xp.where(ratio < 1e-2, ratio, 0 * ratio)
