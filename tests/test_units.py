@@ -153,10 +153,14 @@ def check(problem: Posed, entry: str, found: Outcome, demanded: bool = True) -> 
     assert np.all(report.converged), str(report)
 
 
+FOUND = [Case("tanh_map", "complex step", "auto", "vjp", "numpy", "powers of two", "mixed", "large", False, False)]
+"""What only the long run met, and was wrong."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give the design to the test that runs it."""
     if "case" in metafunc.fixturenames:
-        cases = covering()
+        cases = [*covering(), *FOUND]
         if metafunc.config.getoption("--exhaustive", default=False):
             rng = np.random.default_rng(1)
             cases = list(dict.fromkeys([*cases, *(draw(rng) for _ in range(5000))]))
