@@ -131,7 +131,8 @@ def worst(got: np.ndarray, truth: np.ndarray, case: Case) -> float:
     if not case.items:
         got, truth = got[None], truth[None]
     flat = lambda x: x.reshape(len(x), -1)
-    errors = np.linalg.norm(flat(got - truth), axis=1) / np.linalg.norm(flat(truth), axis=1)
+    with np.errstate(over="ignore"):
+        errors = np.linalg.norm(flat(got - truth), axis=1) / np.linalg.norm(flat(truth), axis=1)
     return float(np.max(np.where(np.isnan(errors), np.inf, errors)))
 
 
