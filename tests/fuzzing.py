@@ -176,6 +176,8 @@ def _mistake_word(case: Case, found: Outcome, error: float) -> str:
     """Whether the mistake was named."""
     mistake = MISTAKES[case.mistake]
     kinds = tuple(getattr(idf, name) for name in mistake.kinds if hasattr(idf, name)) or (idf.DerivativeError,)
+    if case.mistake == "singular" and case.solver == "cholesky":  # rounding may leave a negative eigenvalue
+        kinds += (idf.NotPositiveDefiniteError,)
     if any(isinstance(e, kinds) and re.search(mistake.pattern, str(e), re.IGNORECASE) for e in found.told):
         return "told"
     if mistake.harmless and found.quiet and error <= 0.01:
