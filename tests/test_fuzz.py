@@ -15,18 +15,24 @@ from generated import analytic, make
 from implicitdiff import SingularError
 
 COUNTS = {"numpy": 80, "array_api_strict": 40, "torch": 100, "jax": 24}
+OPEN = {
+    ("numpy", 156): "values with noise of 1e-6 at condition 2e9: zeros of GMRES, without a word",
+    ("numpy", 207): "the units of a diagonal system cannot be read off A: a step of 22 % in a small unit passes",
+}
+"""Failures that are known, by framework and seed, and why; one that is mended has to go from here."""
 PARTS = [(NUMPY, 0), (NUMPY, 1), (NUMPY, 2), (STRICT, 0), *((lib, 0) for lib in (*TORCH, *JAX))]
 
 
-@pytest.mark.xfail(strict=False, reason="core, krylov, diff, point, verify: on their way; see --runxfail")
 @pytest.mark.parametrize(("lib", "part"), PARTS, ids=[f"{lib.name}-{part}" for lib, part in PARTS])
 def test_nothing_is_wrong_in_silence(lib: Library, part: int, request: pytest.FixtureRequest) -> None:
     """Right, or told; no false alarm, and the cause that is named is the cause."""
     long = request.config.getoption("--exhaustive", default=False)
     count = 10_000 if long else COUNTS[lib.name]
     found = list(verdicts(lib.name, count, seed=part * count))
-    failures = [v for v in found if v.failure]
+    failures = [v for v in found if v.failure and (long or (lib.name, v.case.seed) not in OPEN)]
     assert not failures, "\n".join([table(found), *map(str, failures[:20])])
+    mended = [v.case.seed for v in found if not v.failure and (lib.name, v.case.seed) in OPEN]
+    assert not mended, f"no longer open: {mended}"
 
 
 def test_the_truth_is_analytic() -> None:
