@@ -178,7 +178,7 @@ def not_differentiable(what: str, by: str, number: int | None) -> DerivativeErro
     where = f"a direction of {by}" if number is None else f"{by}, entry {number} (in raveled order)"
     return DerivativeError(
         f"{what} has a kink or a jump at the point, along {where}: it has no derivative there.\n"
-        "Likely cause: relu, abs, sign, clip, where or max, exactly where it switches.\n"
+        "Likely cause: relu, abs, sign, clip, where or max, exactly where it switches; or noise that looks like one.\n"
         "Next: move theta, or smooth the function; give the derivative of the side that you mean."
     )
 

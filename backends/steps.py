@@ -29,7 +29,7 @@ from implicitdiff.arrays import Array, any_true
 
 __all__ = ["FIRST", "SECOND", "VISIBLE", "Estimate", "Plan", "Stencil", "search"]
 
-ROUNDS = 14
+ROUNDS = 24
 """Steps that are tried at most."""
 VISIBLE = 10
 """A function moves where it moves by so many times its noise."""
