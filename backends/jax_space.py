@@ -59,6 +59,9 @@ class JaxTreeSpace(TreeSpace):
     def select(self, mask: Array, x: TreeVector, y: TreeVector) -> TreeVector:
         return x.map(lambda a, b: jnp.where(anywhere(mask, a, b), a, b), y)
 
+    def ones(self, leaf: Array) -> Array:
+        return (leaf == leaf).astype(leaf.dtype)  # made of the leaf, so that a compiled program shards it likewise
+
     def put_leaf(self, rows: Array, j: Any, leaf: Array) -> Array:
         return rows.at[j].set(leaf)
 

@@ -321,9 +321,13 @@ class TreeSpace(ArraySpace):
     def probe(self) -> TreeVector:
         return TreeVector([self._wave(leaf, i) for i, leaf in enumerate(self.like.leaves)])
 
+    def ones(self, leaf: Array) -> Array:
+        """Return ones that lie where a leaf does."""
+        return self.xp.ones_like(leaf)
+
     def _wave(self, leaf: Array, number: int) -> Array:
         """Return a leaf of numbers without structure, made axis by axis so that nothing is gathered."""
-        out = self.xp.ones_like(leaf)
+        out = self.ones(leaf)
         for axis, k in enumerate(leaf.shape):
             shape = [1] * len(leaf.shape)
             shape[axis] = k
