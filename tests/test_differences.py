@@ -315,3 +315,13 @@ def test_unidentified_softmax_is_singular(source: str) -> None:
     w = RNG.standard_normal(6)
     with pytest.raises((idf.SingularError, idf.NotPositiveDefiniteError)):
         idf.implicit_grad(condition, lambda w, t: w[0] + np.sum(w**2), w, np.array(1.0), backend=backend_of(source))
+
+
+@SOURCE
+def test_map_that_ignores_y(source: str) -> None:
+    """``T = cos(theta)`` up to rounding: A = I - 0 is known well."""
+    theta = np.array([0.7])
+    found = idf.implicit_jacobian(
+        idf.FixedPoint(lambda y, t: np.cos(t) + (y - (y + 1) + 1)), np.cos(theta), theta, backend=backend_of(source)
+    )
+    np.testing.assert_allclose(found, [[-np.sin(0.7)]], rtol=1e-6)
