@@ -127,6 +127,12 @@ class Along:
         bends = [self.xp.vecdot(u, (self._at(s) - 2 * middle + self._at(-s)) / s) for s in (h, k)]
         return self.xp.abs(h * bends[1] - k * bends[0]) / (h - k)
 
+    def rounding(self, u: Array) -> Array:
+        """How much of u'G is rounding, where G is not zero: below it, G does not change at all."""
+        if self.scalar is not None:
+            return 0 * self.xp.vecdot(u, u)
+        return self.eps * self.xp.vecdot(self.xp.abs(u), self.xp.abs(self._at(0.0)))
+
     def floor(self, u: Array) -> Array:
         """What rounding of a product may come to."""
         if self.scalar is not None:
@@ -182,6 +188,7 @@ def measured(found: Array, along: Along, u: Array, shift: Array | None = None) -
     # In the smallest steps noise prevails. That of G itself is their disagreement times the step, and no step does
     # better than it lets it, even if neighbours happen to agree.
     noise = xp.maximum(*(xp.abs(seen[k] - seen[k + 1]) * along.steps[order[k]] for k in (0, 1)))
+    noise = xp.maximum(noise, along.rounding(u))
     for k in range(1, len(order) - 1):
         error = xp.maximum(xp.abs(seen[k] - seen[k - 1]), xp.abs(seen[k] - seen[k + 1]))
         error = xp.maximum(error, noise / along.steps[order[k]])
