@@ -16,7 +16,6 @@ from implicitdiff import SingularError
 
 COUNTS = {"numpy": 80, "array_api_strict": 40, "torch": 100, "jax": 24}
 OPEN = {
-    ("numpy", 62): "differences of a map T that does not depend on y: the noise is held against 0, and A is I",
     ("numpy", 156): "values with noise of 1e-6 at condition 2e9: zeros of GMRES, without a word",
     ("numpy", 207): "the units of a diagonal system cannot be read off A: a step of 22 % in a small unit passes",
 }
