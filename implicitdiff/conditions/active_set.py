@@ -50,6 +50,8 @@ class ActiveSet(NamedTuple):
     violated: Array
     dependent: Array
     """Whether its gradient is a combination of those of others that are active."""
+    unbalanced: Any = False
+    """Whether the multipliers that were given leave ∇f + Jᵀz, in the units of f."""
 
 
 def candidates(backend: Any, equality: Array, first: Any, units: Units, limits: Limits) -> Array:
@@ -159,6 +161,15 @@ def classified(
         equality, values, xp.where(candidate, multipliers, xp.zeros_like(multipliers)), candidate & ~(held & small),
         held & small, wrong, violated, dependent,
     )  # fmt: skip
+
+
+def unbalanced(xp: Any, first: Any, units: Units, limits: Limits, z: Array) -> Array:
+    """Tell whether ∇f + Jᵀz is far from zero, for all constraints of an item alike."""
+    pull = times(xp.matrix_transpose(first.rows), z)
+    size = units.reach * xp.maximum(xp.abs(first.gradient), xp.abs(pull))
+    scale = xp.max(xp.maximum(size, (units.reach / units.bend) ** 2), axis=-1, keepdims=True)
+    left = xp.max(xp.abs(first.gradient + pull) * units.reach, axis=-1, keepdims=True)
+    return (left > limits.violated * scale) & xp.ones_like(z, dtype=xp.bool)
 
 
 def names(xp: Any, mask: Array, equality: Array) -> list[str]:

@@ -175,6 +175,9 @@ class Constrained(Condition):
         judged = active_set.classified(
             xp, equality, first.values, units, limits, candidate, dependent, z if given is None else given
         )
+        if given is not None and point.y.n:
+            held = xp.where(judged.active, given, xp.zeros_like(given))
+            judged = judged._replace(unbalanced=active_set.unbalanced(xp, first, units, limits, held))
         return _reduced(point, whole, hessian, first.rows, units, judged)
 
     def _given(self, point: Point, first: FirstOrder) -> Array | None:
@@ -225,6 +228,12 @@ class Constrained(Condition):
             messages.append(
                 f"the multiplier of {wrong} is negative (or is not zero, and it is not active): y is no minimum.\n"
                 "Likely cause: f is to be maximised (give -f), or ineq has the other sign."
+            )
+        if found.unbalanced is not False and which(found.unbalanced):
+            messages.append(
+                "y is not a solution with the multipliers that are given: they leave ∇f + Jᵀz.\n"
+                "They are part of the Hessian of the Lagrangian, so that the derivative is off.\n"
+                "Next: check their signs and order, or leave them out: they are recovered from y."
             )
         return None, messages
 
@@ -343,7 +352,7 @@ def _reduced(
         product = matrix_product(xp, matrix)
         A = replace(A, matrix=matrix, forward=product, adjoint=product)
     usable = ~xp.any(found.violated | found.dependent, axis=-1)
-    quiet = usable & ~xp.any(found.weak | found.wrong, axis=-1)
+    quiet = usable & ~xp.any(found.weak | found.wrong | found.unbalanced, axis=-1)
     residual, at = whole.residual, whole.at
     z = xp.where(found.active, found.multipliers, xp.zeros_like(w))
     return Maps(
