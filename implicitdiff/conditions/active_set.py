@@ -50,7 +50,7 @@ class ActiveSet(NamedTuple):
     violated: Array
     dependent: Array
     """Whether its gradient is a combination of those of others that are active."""
-    unbalanced: Any = False
+    unbalanced: Array
     """Whether the multipliers that were given leave ∇f + Jᵀz, in the units of f."""
 
 
@@ -159,7 +159,7 @@ def classified(
     violated = size > limits.violated * units.distance
     return ActiveSet(
         equality, values, xp.where(candidate, multipliers, xp.zeros_like(multipliers)), candidate & ~(held & small),
-        held & small, wrong, violated, dependent,
+        held & small, wrong, violated, dependent, xp.zeros_like(candidate),
     )  # fmt: skip
 
 

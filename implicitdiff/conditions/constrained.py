@@ -229,7 +229,7 @@ class Constrained(Condition):
                 f"the multiplier of {wrong} is negative (or is not zero, and it is not active): y is no minimum.\n"
                 "Likely cause: f is to be maximised (give -f), or ineq has the other sign."
             )
-        if found.unbalanced is not False and which(found.unbalanced):
+        if which(found.unbalanced):
             messages.append(
                 "y is not a solution with the multipliers that are given: they leave ∇f + Jᵀz.\n"
                 "They are part of the Hessian of the Lagrangian, so that the derivative is off.\n"
