@@ -257,7 +257,9 @@ def gradient(sampler: Sampler, *, whole: bool) -> Array:
         parts[-1] = found.value / s.size[..., start:stop]
     if seen and not any(seen):
         raise s.too_noisy(f"the gradient lies below the noise of {s.what}")
-    return parts[0] if len(parts) == 1 else s.backend.concat(parts)
+    whole_gradient = parts[0] if len(parts) == 1 else s.backend.concat(parts)
+    known = xp.isfinite(s.middle)  # of a value that is NaN no change is seen, and no derivative is known
+    return xp.where(known, whole_gradient, xp.full_like(whole_gradient, float("nan")))
 
 
 def sweep(s: Sampler, block: Block, coordinates: range) -> Estimate:
