@@ -233,12 +233,15 @@ def _bad_item(lib: Library, kind: str, *, symmetric: bool = True) -> Case:
     one, bad, mark = lib.array(1.0), lib.array(factor), lib.array(lib.numpy(case.theta)[ITEM, 0])
 
     def scale(theta: Any) -> Any:  # of one item, or of all along the leading axis
-        return lib.xp.where(theta[..., :1] == mark, bad, one)
+        return lib.xp.where(lib.xp.abs(theta[..., :1] - mark) < 1e-3, bad, one)  # near by, too: F is differenced
 
     name = {"zero": "hvp", "negative": "hvp", "product": "hvp"}.get(kind, kind)
     broken = {name: lambda *args: case.products[name](*args) * scale(args[1])}
     if kind == "zero":  # F is zero there, too, to the last bit: that y solves it is not in question
         broken["grad"] = lambda *args: case.products["grad"](*args) * scale(args[1])
+    if kind == "negative":  # all of −F: what is given has to belong together
+        broken |= {k: lambda *args, k=k: case.products[k](*args) * scale(args[1])
+                   for k in ("grad", "mixed_vjp", "mixed_jvp")}  # fmt: skip
     rest = ["grad", "mixed_vjp", "mixed_jvp", *(() if name == "hvp" else ("hvp",))]
     if not symmetric:
         broken |= {"vjp": lambda *args: case.products["vjp"](*args) * scale(args[1])} if name == "hvp" else {}
