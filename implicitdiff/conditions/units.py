@@ -29,6 +29,8 @@ __all__ = ["ASSEMBLED", "Units", "center", "curvature_units", "energy", "leaf_si
 
 ASSEMBLED = 256
 """Up to this order of the whole system, H is assembled where the leaves of y leave a doubt."""
+NOISE = 1e-12
+"""Part of the other coordinates' energy below which that between one of them and a flat one is rounding."""
 APART = 1e-3
 """Ratio below which two sizes are not taken for one."""
 
@@ -172,7 +174,8 @@ def curvature_units(xp: Any, y: Array, slope: Array, leaf: Array, hessian: Array
     curved = diagonal > 0
     d = xp.where(curved, one / xp.sqrt(xp.where(curved, diagonal, one)), zero)
     across = xp.max(size * d[..., None, :], axis=-1)  # no curvature of its own: by those that it goes with
-    linked = ~curved & (across > 0)
+    far = xp.max(xp.where(curved, xp.maximum(y / xp.where(curved, d, one), slope * d), zero), axis=-1, keepdims=True)
+    linked = ~curved & (across * leaf > NOISE * far)
     d = xp.where(linked, one / xp.where(linked, across, one), d)
     curved = curved | linked
     safe = xp.where(curved, d, one)
