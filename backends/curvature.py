@@ -98,7 +98,11 @@ class GradientDifferences(Differences):
             row = xp.zeros_like(s.x[..., : s.n])
             row[..., i] = axes.value[..., i] / along.step[..., 0] ** 2
             if i + 1 < s.n:
-                row[..., i + 1 :] = self._cross(d, along, "y", i + 1) / along.step
+                beside = self._pairs(d, along, "y", i + 1)
+                # what its own error hides is no link: equilibrated, a row of such entries would be a row like others
+                known = xp.abs(beside.value) > beside.error
+                linked = xp.where(known, beside.value, xp.zeros_like(beside.value))
+                row[..., i + 1 :] = linked / beside.step / along.step
             rows.append(row)
         upper = xp.stack(rows, axis=-2)
         strict = upper - xp.eye(s.n, dtype=upper.dtype, device=s.backend.device(upper)) * upper
