@@ -95,7 +95,7 @@ class DTensorSpace(TreeSpace):
     def _wave(self, leaf: Array, number: int) -> Array:
         out = torch.ones_like(leaf)
         for axis, k in enumerate(leaf.shape):
-            wave = probe_vector(xp, k + number, leaf.dtype, leaf.device)[number:]
+            wave = probe_vector(xp, k, leaf.dtype, leaf.device, number)
             out = out * _everywhere(wave.reshape([k if i == axis else 1 for i in range(leaf.ndim)]), leaf)
         return out
 

@@ -78,13 +78,13 @@ def needed(backend: Any, mask: Array) -> bool:
     return backend.traced or any_true(backend.xp, mask)
 
 
-def probe_vector(xp: Any, n: int, dtype: Any, device: Any) -> Array:
-    """Return a fixed vector without structure, shape (n,), entries of order one.
+def probe_vector(xp: Any, n: int, dtype: Any, device: Any, start: int = 0) -> Array:
+    """Return n entries of a fixed sequence without structure, from number ``start`` on, of order one.
 
     A quasi-random sequence needs no generator, hence no seed and no state to touch, and is made on
     the device itself.
     """
-    index = xp.arange(1, n + 1, dtype=dtype, device=device)
+    index = xp.arange(start + 1, start + n + 1, dtype=dtype, device=device)
     z = index * index
     z *= math.sqrt(3.0)  # in place, where the library can: this must not need more memory than the solve
     z += 1.0

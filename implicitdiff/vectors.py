@@ -331,7 +331,7 @@ class TreeSpace(ArraySpace):
         for axis, k in enumerate(leaf.shape):
             shape = [1] * len(leaf.shape)
             shape[axis] = k
-            wave = probe_vector(self.xp, k + number, leaf.dtype, None)[number:]
+            wave = probe_vector(self.xp, k, leaf.dtype, None, number)  # a slice of a spread vector gathers
             out = out * self.xp.reshape(wave, tuple(shape))
         return out
 
