@@ -184,10 +184,12 @@ class Operator(LinearMap):
         """Relative error of A itself: what is smaller than that, against ‖A‖, is not known to be different from zero.
 
         A product that is derived is computed in the precision of the data, and rounded at each step of the way. One
-        that is given may be exact (a matrix, say), but for the rounding of its entries.
+        that is given may be exact (a matrix, say), but for the rounding of its entries; what cancels in it, for the
+        rounding of that.
         """
         eps = float(self.backend.xp.finfo(self.dtype).eps)
-        return max(self.accuracy, GIVEN * eps if self.kind == "given" else 0.5 * eps)
+        given = 0.5 if self.offset else GIVEN
+        return max(self.accuracy, given * eps if self.kind == "given" else eps)
 
     @property
     def n(self) -> int:
