@@ -43,7 +43,8 @@ def saddle(n: int, rng: np.random.Generator) -> Instance:
 
     given = {"grad": gradient, "hvp": product, "mixed_vjp": lambda y, theta, u, d: -u[2 * k :]}
     return Instance(
-        3 * k, y, theta, v, (d,), truth, lambda autodiff: Stationary(objective) if autodiff else Stationary(**given),
+        3 * k, y, theta, v, (d,), truth,
+        lambda autodiff: Stationary(objective, kind="saddle") if autodiff else Stationary(**given, kind="saddle"),
         product, solvers=("minres", "auto", "gmres", "ldlt"),
     )  # fmt: skip
 
