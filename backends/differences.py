@@ -51,7 +51,8 @@ class Differences:
         self.backend, self.xp, self.function = backend, backend.xp, function
         self.dtype, self.theta_dtype = y.dtype, theta.dtype
         self.y, self.theta = backend.widen(y), backend.widen(theta)
-        self.sampler = self._sampler(FIRST, rounding=rounding)
+        self.piecewise = getattr(getattr(function, "point", None), "piecewise", False)
+        self.sampler = self._sampler(FIRST, rounding=rounding or self.piecewise)
         # a part of a larger F (a projection, say) may bend: whoever composes it looks for kinks
         self.strict = getattr(getattr(function, "point", None), "whole", True)
         self._columns: dict[str, Array] = {}
@@ -71,7 +72,7 @@ class Differences:
         if 0 in self.y.shape:
             return 0.0
         best = float(s.eps ** (s.stencil.accuracy))
-        return max(s.accuracy(s.by_y), best)
+        return best if self.piecewise else max(s.accuracy(s.by_y), best)
 
     def value(self) -> Array:
         """G(y, θ)."""

@@ -165,7 +165,11 @@ def _indefinite(operator: Operator, solver: str) -> Text:
 
 
 def _asymmetric(operator: Operator, solver: str) -> Text:
-    said = "was declared symmetric, and it is not" if operator.symmetric else "is not symmetric, which the method needs"
+    said = (
+        "was declared symmetric, and it is not"
+        if operator.symmetric
+        else f"was declared symmetric, and it is not: {solver} takes it to be"
+    )
     return (
         f"{{solver}}: {{A}} {said}.",
         "hvp or hessian has an error, or a Root was given to a method for symmetric matrices.",

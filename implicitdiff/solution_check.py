@@ -39,7 +39,7 @@ SLACK = 0.1
 
 def levels(xp: Any, dtype: Any) -> tuple[float, float]:
     """Return the relative tolerance of a coordinate, and the floor relative to the vector."""
-    return (2e-5, 1e-6) if float(xp.finfo(dtype).eps) < 1e-10 else (1e-3, 3e-5)
+    return (2e-5, 3e-7) if float(xp.finfo(dtype).eps) < 1e-10 else (1e-3, 3e-5)
 
 
 class Step(NamedTuple):

@@ -76,8 +76,8 @@ def test_59_items_of_a_batch(lib, solver):
     condition = Stationary(
         grad=lambda y, t: 2.0 * (y - t), hvp=lambda y, t, v: 2.0 * v, mixed_vjp=lambda y, t, u: -2.0 * u
     )
-    theta = np.array([[1e5, 1.0], [2e5, 3.0], [1e-6, 2.0]])
-    y = theta + np.array([[0.0, 0.0], [0.0, 0.9], [4e-7, 0.0]])
+    theta = np.array([[1e5, 1.0], [2e5, 3.0], [1e-5, 2.0]])
+    y = theta + np.array([[0.0, 0.0], [0.0, 0.9], [4e-6, 0.0]])
     arrays = [lib.array(x) for x in (y, theta, np.ones((3, 2)))]
     found = outcome(lambda: vjp(condition, *arrays, solver=solver, batched=True, return_report=True))
     assert_told(found, NotASolutionWarning, r"items 1, 2[\s\S]*y\[1, 1\] = 3\.9 is -0\.9:")

@@ -65,14 +65,18 @@ class Point:
     def __init__(self, backend: Any, y: Ravel, theta: Ravel, args: tuple[Any, ...]) -> None:
         self.backend, self.y, self.theta, self.args = backend, y, theta, args
         self.items, self.whole = y.items, True
+        self.piecewise = False
         self._one: Point | None = None
         if self.items and backend.vmap is not None:
             self._one = Point(backend, y.of_one_item(), theta.of_one_item(), args)
 
-    def part(self) -> Point:
-        """Return the same point for functions that make up F together, of which not each has to depend on θ."""
+    def part(self, *, piecewise: bool = False) -> Point:
+        """Return the same point for functions that make up F together, of which not each has to depend on θ.
+
+        ``piecewise`` ones have kinks everywhere, as projections do: no reason to take what they do for noise.
+        """
         found = copy.copy(self)
-        found.whole = False
+        found.whole, found.piecewise = False, piecewise
         return found
 
     @property

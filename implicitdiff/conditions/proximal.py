@@ -105,7 +105,7 @@ class _Composite(Condition):
         slope = cast("Callable[[], Array]", smooth.residual)()  # there is fun or grad
 
         def outer_at(metric: Metric) -> tuple[Callable[[Array, Array], Array], Array, Maps]:
-            outer, x = self._outer(part, metric.number), y - metric.step * slope
+            outer, x = self._outer(point.part(piecewise=True), metric.number), y - metric.step * slope
             derive = lambda: backend.differentiate(outer, x, theta)  # noqa: E731
             return outer, x, maps_from(part, Given(), outer, derive, what=self._name)
 
