@@ -71,7 +71,7 @@ class Scaling(NamedTuple):
         return _times(_reciprocal(self.rows), r)
 
     def told(self, backend: Any, converged: Array, judged: tuple[Array, Any], r: Any, b: Any) -> Array:
-        """Return ‖b − A x‖ / ‖b‖ for a scaled r and b; what was judged in scaled norms where that is not a success."""
+        """Return ‖b − A x‖ / ‖b‖ for a scaled r and b; the scaled ones where they disagree on success."""
         xp, space = backend.xp, backend.space(b)
 
         def number(x: Any) -> Array:  # scalars of a space may be the host's own numbers
@@ -80,7 +80,7 @@ class Scaling(NamedTuple):
         size = number(space.size(self.residual(b)))
         relative = number(space.size(self.residual(r))) / xp.where(size > 0, size, xp.ones_like(size))
         residual, tolerance = map(number, judged)
-        return xp.where(xp.asarray(converged) & (relative <= tolerance), relative, residual)
+        return xp.where(xp.asarray(converged) == (relative <= tolerance), relative, residual)
 
 
 def _reciprocal(scale: Any) -> Any:

@@ -20,8 +20,8 @@ __all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map", 
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]
-GIVEN = 1 / 6
-"""Part of the machine epsilon that counts as the error of a product of which nothing else is known."""
+ROUNDING = 0.1
+"""Part of the machine epsilon that counts as the error of a product: ten entries of one size average to less."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,11 @@ class Operator(LinearMap):
     def resolution(self) -> float:
         """Relative error of A itself: what is smaller than that, against ‖A‖, is not known to be different from zero.
 
-        A product that is derived is computed in the precision of the data, and rounded at each step of the way. One
-        that is given may be exact (a matrix, say), but for the rounding of its entries; what cancels in it, for the
-        rounding of that.
+        It is not the worst that rounding may do, but what it usually does: a product may be exact (of a matrix, say),
+        but for the rounding of its entries. What cancels in I − ∂T is known to the rounding of 1.
         """
         eps = float(self.backend.xp.finfo(self.dtype).eps)
-        given = 0.5 if self.offset else GIVEN
-        return max(self.accuracy, given * eps if self.kind == "given" else eps)
+        return max(self.accuracy, (0.5 if self.offset else ROUNDING) * eps)
 
     @property
     def n(self) -> int:

@@ -103,8 +103,8 @@ class Report:
     iterations, matvecs : int or array of int
         Iterations and products with A (one per vector).
     residual : float or array
-        True residual ``‖b − A x‖ / ‖b‖`` of the linear system, recomputed at exit; where that is above the tolerance,
-        which is held against the equilibrated system, the residual of that one.
+        True residual ``‖b − A x‖ / ‖b‖`` of the linear system, recomputed at exit; where the equilibrated system, on
+        which it is judged, is on the other side of the tolerance, the residual of that one.
     stationarity : float or array
         ``‖F(y, theta)‖``; NaN where the condition gives no way to evaluate F.
     solved : bool, array of bool or None

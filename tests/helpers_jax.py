@@ -34,10 +34,10 @@ def _quadratic(y: Any, theta: Any, A: Any, C: Any) -> Any:
 
 CONDITIONS = {
     "root": Root(_fun),
-    "objective": Stationary(_quadratic),
+    "objective": Stationary(_quadratic, kind="saddle"),
     "hvp": Stationary(grad=_fun, hvp=lambda y, t, v, A, C: A @ v, mixed_vjp=lambda y, t, u, A, C: -C.T @ u,
-                      mixed_jvp=lambda y, t, d, A, C: -C @ d),
-    "hessian": Stationary(grad=_fun, hessian=lambda y, t, A, C: A),
+                      kind="saddle", mixed_jvp=lambda y, t, d, A, C: -C @ d),
+    "hessian": Stationary(grad=_fun, hessian=lambda y, t, A, C: A, kind="saddle"),
     "jacobian": Root(_fun, jacobian=lambda y, t, A, C: A),
     "adjoint": Root(_fun, vjp=lambda y, t, u, A, C: A.T @ u),
     "fixed-point": FixedPoint(lambda y, t, A, C: y - _fun(y, t, A, C)),
