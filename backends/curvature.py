@@ -18,7 +18,7 @@ from implicitdiff.backends.differences import Differences, Function, gradient, g
 from implicitdiff.backends.sampling import Block
 from implicitdiff.backends.steps import FIRST, SECOND, Plan, search
 
-__all__ = ["GradientDifferences"]
+__all__ = ["GradientDifferences", "SecondDerivatives"]
 
 SMALL = 32
 """Up to this order the Hessian is made for the first product."""
@@ -35,7 +35,38 @@ class _Curved(NamedTuple):
     step: Array
 
 
-class GradientDifferences(Differences):
+class SecondDerivatives:
+    """Products with H = ∂²f/∂y² and B = ∂²f/∂θ∂y, made of H v and of what ``_crossed`` makes of one vector."""
+
+    dtype: Any
+    theta_dtype: Any
+
+    def jvp_y(self, v: Array) -> Array:
+        """H v for v of shape (*rhs, *items, n)."""
+        raise NotImplementedError
+
+    def _crossed(self, v: Array, by: str, onto: str, dtype: Any) -> Array:
+        """vᵀ ∂²f/∂(by)∂(onto) for every right-hand side."""
+        raise NotImplementedError
+
+    def hvp(self, v: Array) -> Array:
+        """H v."""
+        return self.jvp_y(v)
+
+    def vjp_y(self, u: Array) -> Array:
+        """H u."""
+        return self.jvp_y(u)
+
+    def jvp_theta(self, t: Array) -> Array:
+        """B t for t of shape (*rhs, *items, m)."""
+        return self._crossed(t, "theta", "y", self.dtype)
+
+    def vjp_theta(self, u: Array) -> Array:
+        """Bᵀ u for u of shape (*rhs, *items, n)."""
+        return self._crossed(u, "y", "theta", self.theta_dtype)
+
+
+class GradientDifferences(SecondDerivatives, Differences):
     """Derivatives of ∇_y f for a scalar f of which only values are known.
 
     Parameters
@@ -71,20 +102,6 @@ class GradientDifferences(Differences):
         if "matrix" in self.__dict__ or n <= SMALL or (many and 2 * v.shape[0] >= n and n <= LARGE):
             return self.backend.astype(times(self.matrix, self.backend.widen(v)), self.dtype)
         return self._crossed(v, "y", "y", self.dtype)
-
-    hvp = jvp_y
-
-    def vjp_y(self, u: Array) -> Array:
-        """H u."""
-        return self.jvp_y(u)
-
-    def jvp_theta(self, t: Array) -> Array:
-        """B t for t of shape (*rhs, *items, m)."""
-        return self._crossed(t, "theta", "y", self.dtype)
-
-    def vjp_theta(self, u: Array) -> Array:
-        """Bᵀ u for u of shape (*rhs, *items, n)."""
-        return self._crossed(u, "y", "theta", self.theta_dtype)
 
     @cached_property
     def matrix(self) -> Array:

@@ -19,6 +19,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from implicitdiff.arrays import Array, probe_vector, times
+from implicitdiff.backends.curvature import SecondDerivatives
 from implicitdiff.backends.differences import name_of, not_differentiable, sweep, unit_vectors
 from implicitdiff.backends.sampling import Sampler, leaf_sizes, sizes_of
 
@@ -90,7 +91,7 @@ class ComplexStep:
         return self.backend.astype(np.stack(parts, axis=-1) if parts else np.zeros((*u.shape[:-1], 0)), dtype)
 
 
-class ComplexGradientDifferences:
+class ComplexGradientDifferences(SecondDerivatives):
     """Derivatives of ∇_y f for an analytic scalar f: differences of its slopes, which are exact.
 
     The slope along w, φ = ∂f·w, costs one value of f, and wᵀ ∂²f e_i four: two differences of φ along e_i.
@@ -133,22 +134,6 @@ class ComplexGradientDifferences:
         if "matrix" in self.__dict__ or (many and 2 * v.shape[0] >= n and 0 not in v.shape):
             return self.backend.astype(times(self.matrix, self.backend.widen(v)), self.dtype)
         return self._crossed(v, "y", "y", self.dtype)
-
-    def hvp(self, v: Array) -> Array:
-        """H v."""
-        return self.jvp_y(v)
-
-    def vjp_y(self, u: Array) -> Array:
-        """H u."""
-        return self.jvp_y(u)
-
-    def jvp_theta(self, t: Array) -> Array:
-        """B t for t of shape (*rhs, *items, m)."""
-        return self._crossed(t, "theta", "y", self.dtype)
-
-    def vjp_theta(self, u: Array) -> Array:
-        """Bᵀ u for u of shape (*rhs, *items, n)."""
-        return self._crossed(u, "y", "theta", self.theta_dtype)
 
     @cached_property
     def matrix(self) -> Array:

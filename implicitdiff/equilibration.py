@@ -21,6 +21,7 @@ D. Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -113,7 +114,11 @@ def of_matrix(backend: Any, matrix: Array, *, symmetric: bool, definite: bool = 
     rows, columns = _inverse(xp, xp.max(size, axis=-1)), _inverse(xp, xp.max(size, axis=-2))
     if not backend.traced and _alike(xp, rows) and _alike(xp, columns):
         return None
-    return _checked(backend, *_general(xp, size))
+
+    def over(d: Array, axis: int) -> Array:
+        return xp.max(size * (d[..., None, :] if axis else d[..., :, None]), axis=axis - 2)
+
+    return _checked(backend, *_general(xp, over, xp.ones_like(columns)))
 
 
 def _symmetric(backend: Any, size: Array) -> Array:
@@ -131,11 +136,16 @@ def _symmetric(backend: Any, size: Array) -> Array:
     return d
 
 
-def _general(xp: Any, size: Array) -> tuple[Array, Array]:
-    columns = xp.ones_like(size[..., 0, :])
+def _general(xp: Any, over: Callable[[Array, int], Array], columns: Array) -> tuple[Array, Array]:
+    """Scale rows and columns in turn.
+
+    ``over(d, axis)`` is the largest entry of each row (1), with columns times d, or of each column (0), with rows times
+    d.
+    """
+    rows = columns
     for _ in range(SWEEPS):
-        rows = _inverse(xp, xp.max(size * columns[..., None, :], axis=-1))
-        columns = _inverse(xp, xp.max(size * rows[..., :, None], axis=-2))
+        rows = _inverse(xp, over(columns, 1))
+        columns = _inverse(xp, over(rows, 0))
     return rows, columns
 
 
@@ -143,16 +153,12 @@ def of_sparse(matrix: Any, *, symmetric: bool) -> Scaling | None:
     """Scale a SciPy sparse matrix (n, n); None where its rows and columns are alike already."""
     size = abs(matrix).tocsr()
 
-    def over(d: Array, axis: int) -> Array:  # largest entry of each row (1) or column (0), the other axis scaled
+    def over(d: Array, axis: int) -> Array:
         scaled = size.multiply(d[None, :] if axis else d[:, None]).tocsr()
         return scaled.max(axis=axis).toarray().ravel()
 
-    n = size.shape[0]
     if not symmetric:
-        columns = np.ones(n)
-        for _ in range(SWEEPS):
-            rows = _inverse(np, over(columns, 1))
-            columns = _inverse(np, over(rows, 0))
+        rows, columns = _general(np, over, np.ones(size.shape[0]))
         return None if _alike(np, rows) and _alike(np, columns) else _powers(np, rows, columns)
     diagonal = size.diagonal()
     d = np.where(diagonal > 0, _inverse_root(np, diagonal), 0.0)
@@ -214,9 +220,7 @@ def _found(op: Operator, symmetric: bool) -> Scaling | None:
         return None
     if op.sparse is not None:
         return of_sparse(op.sparse, symmetric=symmetric)
-    if op.matrix is not None or op.assembled:
-        return of_matrix(op.backend, op.dense(), symmetric=symmetric)
-    if _mixed(op):
+    if op.matrix is not None or op.assembled or _mixed(op):
         return of_matrix(op.backend, op.dense(), symmetric=symmetric)
     return _by_leaves(op, symmetric) if len(op.leaves) > 1 else None
 
