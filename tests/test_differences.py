@@ -200,6 +200,24 @@ def test_dropout_is_told(source: str) -> None:
         idf.implicit_jacobian(condition, np.linalg.solve(A, T), T, backend=backend_of(source))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("source", ["autograd", *SOURCES])
+def test_rounding_that_changes_from_call_to_call_is_not_told(source: str, dtype: str) -> None:
+    """Vectorised sums add in another order where memory is aligned otherwise; at a solution that is all there is."""
+    calls = iter(range(10**6))
+    M, t = A.astype(dtype), T.astype(dtype)
+
+    def fun(y: Any, t: Any) -> Any:
+        a, b, c = M[:, 0] * y[0], M[:, 1] * y[1], M[:, 2] * y[2]
+        return (a + b) + (c - t) if next(calls) % 2 else a + (b + c) - t
+
+    if source == "autograd":
+        pytest.importorskip("autograd.numpy")  # the backend uses it once it is imported
+    backend = "numpy" if source == "autograd" else backend_of(source)
+    found = idf.implicit_jacobian(idf.Root(fun), np.linalg.solve(M, t), t, backend=backend)
+    np.testing.assert_allclose(found, np.linalg.inv(A), rtol=1e-2 if dtype == "float32" else 1e-6)
+
+
 @SOURCE
 @pytest.mark.parametrize("size", [1e7, 1.0, 1e-7])
 def test_absolute_values_far_from_their_kinks(size: float, source: str) -> None:
