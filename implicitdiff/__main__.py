@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=20, metavar="K", help="most outer steps (default: 20)")
     demo.add_argument("--seed", type=_natural, default=0, metavar="S", help="seed of the split (default: 0)")
     demo.add_argument("--plot", type=Path, metavar="FILE", help="write a figure; the suffix says which kind")
-    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    demo.add_argument("--quiet", action="store_true", help="no progress bar (which needs tqdm)")
     return parser
 
 
@@ -87,7 +87,7 @@ def demo(options: argparse.Namespace) -> int:
     # Loaded here: `info` needs none of it.
     from implicitdiff import demo, demo_plot
 
-    absent = demo.missing(plotting=options.plot is not None)
+    absent = demo.missing(plotting=options.plot is not None, quiet=options.quiet)
     if absent is not None:
         return _fail(absent, 1)
     if options.plot is not None:

@@ -12,10 +12,10 @@ all θ_j. The test set is looked at, and never used.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -66,15 +66,15 @@ class Data:
         return f"{self.name}: {len(self.features)} features, {self.train.Y.shape[1]} classes; {samples}"
 
 
-def missing(plotting: bool) -> str | None:
-    """Say what to install where a package that the demo needs is not there."""
-    extra, needed = "demo", {"sklearn": "scikit-learn", "tqdm": "tqdm"}
-    if plotting:
-        extra, needed = "demo,plot", {**needed, "matplotlib": "matplotlib"}
-    absent = [package for module, package in needed.items() if find_spec(module) is None]
+def missing(*, plotting: bool, quiet: bool) -> str | None:
+    """Say which packages to install that are needed and not there, by a command that works in a checkout as well."""
+    needed = {"sklearn": True, "tqdm": not quiet, "matplotlib": plotting}
+    absent = [name for name, used in needed.items() if used and find_spec(name) is None]
     if not absent:
         return None
-    return f'the demo needs {" and ".join(absent)}: pip install "implicitdiff[{extra}]"'
+    packages = [name.replace("sklearn", "scikit-learn") for name in absent]
+    instead = ", or --quiet" if absent == ["tqdm"] else ""
+    return f"the demo needs {' and '.join(packages)}: python -m pip install {' '.join(packages)}{instead}"
 
 
 def load(name: str, seed: int) -> Data:
@@ -293,11 +293,36 @@ class Outcome:
     seconds: float
 
 
-def run(name: str = "digits", solver: str = "auto", steps: int = 20, seed: int = 0, quiet: bool = False) -> Outcome:
-    """Tune the shared penalty, then one per feature starting from it, then check the gradient at the end."""
+@contextlib.contextmanager
+def _counter(quiet: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a count of steps: a function to call after each, with what to say of it."""
+    if quiet:
+        yield lambda text: None
+        return
     from tqdm import tqdm
 
-    progress = partial(tqdm, disable=quiet)
+    with tqdm(total=total, desc="outer steps", unit="step") as bar:
+
+        def step(text: str) -> None:
+            bar.set_postfix_str(text)
+            bar.update()
+
+        yield step
+
+
+def _shown(quiet: bool) -> Progress:
+    """What goes through values and shows how far it is; with ``quiet``, without tqdm, goes through them alone."""
+    if quiet:
+        return lambda values, **_: values
+    from tqdm import tqdm
+
+    progress: Progress = tqdm
+    return progress
+
+
+def run(name: str = "digits", solver: str = "auto", steps: int = 20, seed: int = 0, quiet: bool = False) -> Outcome:
+    """Tune the shared penalty, then one per feature starting from it, then check the gradient at the end."""
+    progress = _shown(quiet)
     began = time.perf_counter()
     data = load(name, seed)
     p = len(data.features)
@@ -305,13 +330,12 @@ def run(name: str = "digits", solver: str = "auto", steps: int = 20, seed: int =
     shared = Model(theta, fit(np.zeros((p + 1, data.train.Y.shape[1])), theta, data.train))
     problem = Hypergradient(data, solver, shared.W)
     history = [(loss(shared.W, *data.validation), loss(shared.W, *data.test))]
-    with progress(total=steps, desc="outer steps", unit="step") as bar:
+    with _counter(quiet, steps) as count:
 
         def each(theta: Floats) -> None:
             W = problem.weights = fit(problem.weights, theta, data.train)
             history.append((loss(W, *data.validation), loss(W, *data.test)))
-            bar.set_postfix_str(f"validation loss {history[-1][0]:.4f}")
-            bar.update()
+            count(f"validation loss {history[-1][0]:.4f}")
 
         theta = tune(problem, np.arange(p), theta, steps, each)
     tuned = Model(theta, fit(problem.weights, theta, data.train))
