@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
-import array_api_compat
-import numpy as np
-
 from implicitdiff.arrays import Array, any_true
+from implicitdiff.backends.base import Backend
 from implicitdiff.backends.curvature import GradientDifferences
 from implicitdiff.backends.differences import Differences, scalar_gradients
 from implicitdiff.errors import BackendError
 from implicitdiff.pytree import hint
 from implicitdiff.ravel import reject_dtype
-from implicitdiff.vectors import ArraySpace
 
 __all__ = ["ArrayAPIBackend"]
 
@@ -23,7 +19,7 @@ LOOK_EVERY = 10
 """Bodies of a loop between two looks at its condition on an accelerator, where each look waits for the device."""
 
 
-class ArrayAPIBackend:
+class ArrayAPIBackend(Backend):
     """Backend of a namespace that follows the array API standard.
 
     Parameters
@@ -33,8 +29,6 @@ class ArrayAPIBackend:
     """
 
     name = "array_api"
-    traced = False
-    composable = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -59,49 +53,6 @@ class ArrayAPIBackend:
         """Whether it is an array of this framework."""
         return framework(x) == self._root and hasattr(x, "shape")
 
-    def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
-        if isinstance(x, (int, float)) and not hasattr(x, "dtype"):
-            return self.xp.asarray(x, dtype=dtype, device=device)
-        return x if self.is_array(x) else None
-
-    def common_dtype(self, dtypes: Sequence[Any]) -> Any:
-        return self.xp.result_type(*dtypes) if dtypes else self.xp.float64
-
-    def common_device(self, arrays: Sequence[Array], name: str) -> Any:
-        devices = list(dict.fromkeys(self.device(a) for a in arrays))
-        if len(devices) > 1:
-            raise BackendError(f"{name} lies on several devices: {', '.join(map(str, devices))}. Move it to one.")
-        return devices[0] if devices else None
-
-    def device(self, x: Array) -> Any:
-        return array_api_compat.device(x)
-
-    def number(self, x: Array) -> Any:
-        return x
-
-    def guard(self, x: Array) -> Array:
-        return self.xp.asarray(x, copy=True)  # the standard has no read-only arrays
-
-    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
-        return self.xp.reshape(x, shape)
-
-    def concat(self, parts: Sequence[Array]) -> Array:
-        return self.xp.concat(list(parts), axis=-1)
-
-    def astype(self, x: Array, dtype: Any) -> Array:
-        return self.xp.astype(x, dtype, copy=False)
-
-    # -- the user's functions ------------------------------------------------------------------------
-    vmap: Any = None
-
-    def computing(self) -> AbstractContextManager[Any]:
-        # A NaN or an overflow in NumPy arithmetic is found in the result and told by name, with its cause; NumPy's
-        # own warning about it would come first, and from a line of ours.
-        return np.errstate(all="ignore")
-
-    def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
-
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
         return Differences(self, function, y, theta)
@@ -112,24 +63,7 @@ class ArrayAPIBackend:
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         return scalar_gradients(self, function, y, theta)
 
-    def check_dependence(self, function: Callable[[Array], Array], theta: Array) -> None:
-        """Nothing to do: whether F sees θ is asked where a result makes one doubt it."""
-
-    def combined(self, maps: Any, y: Array, theta: Array) -> Any:
-        return maps
-
     # -- loops and linear algebra ----------------------------------------------------------------------
-    def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
-        def many(x: Array) -> Array:
-            if len(x.shape) == len(items) + 1:
-                return product(x)
-            if not x.shape[0]:
-                return product(self.xp.zeros(x.shape[1:], dtype=x.dtype, device=self.device(x)))[None, ...][:0, ...]
-            # a callback may return the same buffer each time
-            return self.xp.stack([self.xp.asarray(product(x[i, ...]), copy=True) for i in range(x.shape[0])])
-
-        return many
-
     def while_loop(
         self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
     ) -> Any:
@@ -151,45 +85,6 @@ class ArrayAPIBackend:
         """Whether to look at a condition is to wait for an accelerator: then it is done now and then only."""
         return False
 
-    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
-        return function(value) if any_true(self.xp, wanted) else value
-
-    def synchronize(self, tree: Any) -> None:
-        """Wait until a result is there: at once, where nothing runs ahead of the host."""
-
-    def peak_memory(self, function: Callable[[], Any]) -> int | None:
-        return None
-
-    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
-        return prepared.solve(b, x0, transposed=transposed)
-
-    def local(self, y: Any, theta: Any) -> bool:
-        return True
-
-    def look_at(self, x: Array) -> Array:
-        return x
-
-    def put_back(self, x: Array) -> Array:
-        return x
-
-    def detached(self, x: Array) -> Array:
-        return x
-
-    def trees(self, y: Any, theta: Any) -> bool:
-        return False
-
-    def is_vector(self, tree: Any) -> bool:
-        return len(getattr(tree, "shape", ())) == 1
-
-    def space(self, x: Array) -> Any:
-        return self.vector_space(x.shape, x.dtype, self.device(x))
-
-    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
-        return ArraySpace(self.xp, shape, dtype, device)
-
-    def widen(self, x: Array) -> Array:
-        return self.xp.astype(x, self.xp.float64, copy=False)
-
     def lu_factor(self, matrix: Array) -> Any:
         # The standard has no LU. The inverse, computed once, serves every right-hand side; the step of
         # refinement that follows each solve makes up for its larger residual.
@@ -210,15 +105,6 @@ class ArrayAPIBackend:
     def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
         inverse = self.xp.matrix_transpose(factor) if transposed else factor
         return inverse @ b
-
-    def has_ldl(self, matrix: Array) -> bool:
-        return False
-
-    def ldl_factor(self, matrix: Array) -> Any:
-        return self.lu_factor(matrix)
-
-    def ldl_solve(self, factor: Any, b: Array) -> Array:
-        return self.lu_solve(factor, b, False)
 
     def cho_factor(self, matrix: Array) -> Array:
         if matrix.ndim == 2:

@@ -44,7 +44,7 @@ class ImplicitFunction:
     def _solution(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         backend = self.options["backend"]
         engine = get_backend(backend) if backend is not None else backend_for({"theta": theta})
-        custom = getattr(engine, "custom_derivative", None)
+        custom = engine.custom_derivative
         return self.run(theta, args, kwargs) if custom is None else custom(self, theta, args, kwargs)
 
     @untraced

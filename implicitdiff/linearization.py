@@ -228,4 +228,4 @@ def linearized(
         engine = backend_for({"y": y, "theta": theta}, (options.get("args", ()), vector))
     else:
         engine = get_backend(backend)
-    return getattr(engine, "linearization", Linearization)(condition, y, theta, backend=engine, **options)
+    return (engine.linearization or Linearization)(condition, y, theta, backend=engine, **options)

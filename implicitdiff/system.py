@@ -138,7 +138,7 @@ def _solved(A: Any, b: Any, backend: Any, options: tuple[Any, ...]) -> tuple[Arr
     system = System(get_backend(backend) if backend is not None else backend_for({"b": [b]}, A), A, b, *options)
     check_mode(system.on_failure)
     get_solver(system.solver)
-    found: tuple[Array, Report] = getattr(system.backend, "solve_system", solve_system)(system)
+    found: tuple[Array, Report] = (system.backend.solve_system or solve_system)(system)
     return found
 
 

@@ -22,7 +22,7 @@ CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
 # From the leaves up. A module may import what stands on an earlier line, and of its own line what makes no cycle.
 LAYERS = (
     ("errors", "report", "arrays", "pytree", "compilers", "closures", "namespaces", "projections", "proxes"),
-    ("protocols", "vectors", "ravel", "registry"),
+    ("vectors", "ravel", "registry"),
     ("operator",),
     ("saddle", "equilibration"),
     ("preconditioner", "failure"),
@@ -46,7 +46,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BUILD_ON_ARRAY_API = {"numpy", "torch_arrays", "torch_composable", "jax", "cupy"}
-HELPERS = {"curvature", "differences", "lending", "noise", "sampling", "steps", "tape"}
+HELPERS = {"base", "curvature", "differences", "lending", "noise", "sampling", "steps", "tape"}
 
 
 def module_name(path: Path) -> str:
@@ -85,8 +85,11 @@ def resolve(name: str, node: ast.Import | ast.ImportFrom) -> set[str]:
 
 
 def imports(name: str) -> set[str]:
-    """Modules of this package that a module imports, at its top or inside its functions."""
-    nodes = [n for n in ast.walk(parsed(name)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    """Modules of this package that a module imports when it runs, at its top or inside its functions."""
+    tree = parsed(name)
+    for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    never_run = {id(n) for block in for_types for n in ast.walk(block)}
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and id(n) not in never_run]
     return set().union(*(resolve(name, node) for node in nodes))
 
 

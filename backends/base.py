@@ -1,0 +1,269 @@
+"""What a backend is: an abstract class of some ten methods, and a default for the rest.
+
+A backend holds what the array standard lacks, and no mathematics. All methods here see flat vectors of shape
+(*items, n), where ``items`` is ``()`` or ``(number of items,)``; products take vectors with one more leading axis of
+right-hand sides. Arithmetic goes through ``xp``. Of another library, `implicitdiff.testing.check_backend` says what is
+missing, and `implicitdiff.register_backend` makes it known.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
+
+import array_api_compat
+import numpy as np
+
+from implicitdiff.arrays import Array, any_true
+from implicitdiff.errors import BackendError
+from implicitdiff.vectors import ArraySpace
+
+__all__ = ["Backend", "Derivatives"]
+
+
+class Derivatives(Protocol):
+    """The derivatives of a vector function G(y, θ) at one point."""
+
+    @property
+    def kind(self) -> str:
+        """``"autodiff"``, ``"complex step"`` or ``"finite differences"``."""
+
+    @property
+    def accuracy(self) -> float:
+        """Relative error of a product, beyond rounding: 0 for exact derivatives."""
+
+    def value(self) -> Array:
+        """G(y, θ)."""
+
+    def jvp_y(self, v: Array) -> Array:
+        """(∂G/∂y) v."""
+
+    def vjp_y(self, u: Array) -> Array:
+        """(∂G/∂y)ᵀ u."""
+
+    def hvp(self, v: Array) -> Array:
+        """(∂G/∂y) v for a symmetric ∂G/∂y: the cheaper of the two products."""
+
+    def jvp_theta(self, t: Array) -> Array:
+        """(∂G/∂θ) t."""
+
+    def vjp_theta(self, u: Array) -> Array:
+        """(∂G/∂θ)ᵀ u."""
+
+
+class Backend(ABC):
+    """One framework.
+
+    Attributes
+    ----------
+    xp : module
+        The array namespace, from array-api-compat.
+    """
+
+    name: str = "backend"
+    traced: ClassVar[bool] = False
+    """Whether values are never seen, only their shapes: nothing can be branched on, raised or warned about."""
+    tells: ClassVar[bool] = True
+    """Whether what was seen on the way can be told afterwards."""
+    composable: ClassVar[bool] = False
+    """Whether what is computed may be differentiated again."""
+    xp: Any
+
+    # -- arrays at the border ------------------------------------------------------------------------
+    @abstractmethod
+    def is_array(self, x: Any) -> bool:
+        """Whether it is an array of this framework."""
+
+    @abstractmethod
+    def as_leaf(self, leaf: Any, where: str) -> Array:
+        """Return a leaf of the user's tree as an array of the framework; raise for a wrong type or dtype."""
+
+    def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
+        """Return what a callback returned as an array; None where it is none."""
+        if isinstance(x, (int, float)) and not hasattr(x, "dtype"):
+            return self.xp.asarray(x, dtype=dtype, device=device)
+        return x if self.is_array(x) else None
+
+    def common_dtype(self, dtypes: Sequence[Any]) -> Any:
+        """Return the dtype of the vector that holds leaves of these dtypes."""
+        return self.xp.result_type(*dtypes) if dtypes else self.xp.float64
+
+    def common_device(self, arrays: Sequence[Array], name: str) -> Any:
+        """Return the device of the arrays; raise where there are several."""
+        devices = list(dict.fromkeys(self.device(a) for a in arrays))
+        if len(devices) > 1:
+            raise BackendError(f"{name} lies on several devices: {', '.join(map(str, devices))}. Move it to one.")
+        return devices[0] if devices else None
+
+    def device(self, x: Array) -> Any:
+        """Device of an array."""
+        return array_api_compat.device(x)
+
+    def number(self, x: Array) -> Any:
+        """Return a 0-d array as the framework's scalar, for leaves that came as Python floats."""
+        return x
+
+    def guard(self, x: Array) -> Array:
+        """Return what a callback may see of our own memory: read-only, where the framework can say so."""
+        return self.xp.asarray(x, copy=True)
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Reshape, also a value that is being traced."""
+        return self.xp.reshape(x, shape)
+
+    def concat(self, parts: Sequence[Array]) -> Array:
+        """Concatenate along the last axis, also values that are being traced."""
+        return self.xp.concat(list(parts), axis=-1)
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        """Cast, also a value that is being traced."""
+        return self.xp.astype(x, dtype, copy=False)
+
+    def widen(self, x: Array) -> Array:
+        """Return the array in double precision, where the framework has it."""
+        return self.xp.astype(x, self.xp.float64, copy=False)
+
+    # -- the user's functions ------------------------------------------------------------------------
+    vmap: Callable[[Callable[..., Array]], Callable[..., Array]] | None = None
+    """Turns a function of arrays into one over a leading axis of all of them; None where the framework cannot."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return the context in which everything of ours is computed: no warnings, no recording of derivatives."""
+        # A NaN or an overflow in NumPy arithmetic is found in the result and told by name, with its cause; NumPy's
+        # own warning about it would come first, and from a line of ours.
+        return np.errstate(all="ignore")
+
+    def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a user's function as it is to be called from within that context."""
+        return function
+
+    # -- derivatives ---------------------------------------------------------------------------------
+    @abstractmethod
+    def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Derivatives:
+        """Derivatives of a vector function."""
+
+    @abstractmethod
+    def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Derivatives:
+        """Derivatives of ∇_y f for a scalar function f (one scalar per item)."""
+
+    @abstractmethod
+    def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
+        """∂L/∂y, ∂L/∂θ and their kind, for a scalar function L (one scalar per item)."""
+
+    custom_derivative: Callable[..., Any] | None = None
+    """``(function, theta, args, kwargs)``: runs the solver of an `ImplicitFunction`, whose solution the framework then
+    differentiates; None where it has no autodiff."""
+    linearization: Callable[..., Any] | None = None
+    """Makes a `Linearization` that records what is done with its results; None: there is nothing to record."""
+    solve_system: Callable[[Any], Any] | None = None
+    """Solves a linear system so that the framework can differentiate the solution; None: in numbers."""
+
+    def check_dependence(self, function: Callable[[Array], Array], theta: Array) -> None:  # noqa: B027
+        """Raise for an F that does not use θ, where nothing could be told once a result is there."""
+
+    def combined(self, maps: Any, y: Array, theta: Array) -> Any:
+        """Return the maps of the whole problem, where this process holds a part of it."""
+        return maps
+
+    def detached(self, x: Array) -> Array:
+        """Return an array through which nothing is differentiated."""
+        return x
+
+    # -- vectors -------------------------------------------------------------------------------------
+    def space(self, x: Array) -> Any:
+        """Return the space of a vector, in which the iterative solvers work."""
+        return self.vector_space(x.shape, x.dtype, self.device(x))
+
+    def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        """Return the space of the vectors of that shape (*items, n)."""
+        return ArraySpace(self.xp, shape, dtype, device)
+
+    def trees(self, y: Any, theta: Any) -> bool:
+        """Whether products alone may work on the leaves of the trees, so that nothing is concatenated."""
+        return False
+
+    def is_vector(self, tree: Any) -> bool:
+        """Whether a tree is a bare array of one axis, and a vector as it is."""
+        return len(getattr(tree, "shape", ())) == 1
+
+    def local(self, y: Any, theta: Any) -> bool:
+        """Whether y and theta are here as a whole, with numbers to look at."""
+        return True
+
+    def look_at(self, x: Array) -> Array:
+        """Return an array in whose library a few operations, each done once, cost little."""
+        return x
+
+    def put_back(self, x: Array) -> Array:
+        """Return such an array as one of the framework."""
+        return x
+
+    # -- loops ---------------------------------------------------------------------------------------
+    @abstractmethod
+    def while_loop(
+        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
+    ) -> Any:
+        """``while cond(state): state = body(state)``.
+
+        ``limit`` is the most bodies that may run. Where it is given, a body that runs after the condition has become
+        false does no harm, and the condition may be looked at now and then only.
+        """
+
+    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+        """``function(value)`` where any of the mask holds, else ``value``: work that is seldom needed."""
+        return function(value) if any_true(self.xp, wanted) else value
+
+    def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
+        """Let a function of (*items, n) take (k, *items, n), too."""
+
+        def many(x: Array) -> Array:
+            if len(x.shape) == len(items) + 1:
+                return product(x)
+            if not x.shape[0]:
+                return product(self.xp.zeros(x.shape[1:], dtype=x.dtype, device=self.device(x)))[None, ...][:0, ...]
+            # a callback may return the same buffer each time
+            return self.xp.stack([self.xp.asarray(product(x[i, ...]), copy=True) for i in range(x.shape[0])])
+
+        return many
+
+    def synchronize(self, tree: Any) -> None:  # noqa: B027
+        """Wait until a result is there: at once, where nothing runs ahead of the host."""
+
+    def peak_memory(self, function: Callable[[], Any]) -> int | None:
+        """Run a function, and return the most bytes that it held at once; None where that cannot be seen."""
+        return None
+
+    # -- linear algebra ------------------------------------------------------------------------------
+    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
+        """``prepared.solve``, differentiable where the framework is tracing."""
+        return prepared.solve(b, x0, transposed=transposed)
+
+    @abstractmethod
+    def lu_factor(self, matrix: Array) -> Any:
+        """LU factors of (*items, n, n)."""
+
+    @abstractmethod
+    def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
+        """Solve with columns b, shape (*items, n, k)."""
+
+    @abstractmethod
+    def cho_factor(self, matrix: Array) -> Array:
+        """Lower Cholesky factors; NaN in the items that are not positive definite."""
+
+    @abstractmethod
+    def cho_solve(self, factor: Array, b: Array) -> Array:
+        """Solve with columns b, shape (*items, n, k)."""
+
+    def has_ldl(self, matrix: Array) -> bool:
+        """Whether `ldl_factor` of such a matrix is an LDLᵀ factorisation, and not LU in its place."""
+        return False
+
+    def ldl_factor(self, matrix: Array) -> Any:
+        """LDLᵀ factors of symmetric (*items, n, n)."""
+        return self.lu_factor(matrix)
+
+    def ldl_solve(self, factor: Any, b: Array) -> Array:
+        """Solve with columns b, shape (*items, n, k)."""
+        return self.lu_solve(factor, b, False)
