@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from conftest import JAX, NUMPY, STRICT, TORCH
-from families import FAMILIES
+from families import FAMILIES, transpose
 from generated import Instance, Posed
 from problems import SOLVERS_FOR
 
@@ -49,15 +50,16 @@ class Case:
 
 
 # -- what is drawn ---------------------------------------------------------------------------------------
-BLOCK = 12
-"""Cases on JAX that follow one another are of one shape, and share a compiled program."""
+BLOCK, STRUCTURES = 12, 200
+"""On JAX, cases that follow one another are of one structure, and share its compiled program: so many cases, so many
+structures before they come again."""
 
 
 def draw(framework: str, seed: int) -> Case:
     """Return the case of that seed."""
     jax, key = framework == "jax", zlib.crc32(framework.encode())
-    rng, shape = np.random.default_rng([seed, key]), np.random.default_rng([seed // BLOCK, key, 1])
-    shape = shape if jax else rng
+    rng = np.random.default_rng([seed, key])
+    shape = np.random.default_rng([seed // 10**5, seed // BLOCK % STRUCTURES, key]) if jax else rng
 
     def one(*choices: Any, of: Any = rng) -> Any:
         return choices[of.integers(len(choices))]
@@ -69,17 +71,18 @@ def draw(framework: str, seed: int) -> Case:
     structure = {"definite": "positive definite", "negative": "negative definite"}.get(kind, kind)
     solver = one("auto", *SOLVERS_FOR[structure], of=shape)
     dtype = "float64" if framework == "array_api_strict" else one("float64", "float64", "float32", of=shape)
-    entry = one("vjp", "jvp", "jacobian", *(() if jax else ("grad",)), of=shape)  # a loss is compiled for each case
-    tree, n = bool(shape.random() < 0.3), 4 if jax else int(one(1, 2, 3, 5, 8, 8, 20))
-    items = 0 if jax or source == "sparse" else int(one(0, 0, 0, 3))
+    entry = one("vjp", "jvp", "jacobian", "grad of logs" if jax else "grad", of=shape)
+    tree, n = bool(shape.random() < 0.3), int(one(*((1, 4, 4, 9) if jax else (1, 2, 3, 5, 8, 8, 20)), of=shape))
+    items = 0 if source == "sparse" else int(one(0, 0, 0, 3, of=shape))
     condition = 10.0 ** rng.uniform(0, one(4, 4, 12 if dtype == "float64" else 8))
     units = [one("one", "one", "small", "large", "mixed", "few") for _ in range(3)]
     noise = one(*NOISES) if rng.random() < 0.15 and derived(framework, source) else ""
     case = Case(
         seed, framework, family, dtype, n, kind, condition, source, solver, entry, *units, tree, items, noise, ""
     )
-    able = [name for name, mistake in MISTAKES.items() if mistake.able(case) and not (jax and mistake.changed)]
-    if rng.random() < (0.1 if jax else 0.35) and not noise and able:
+    if rng.random() < 0.35 and not noise:
+        costly = not jax or rng.random() < 0.2
+        able = [name for name, m in MISTAKES.items() if m.able(case) and (costly or not m.compiled)]
         case = MISTAKES[one(*able)].prepared(case, rng)
     return case
 
@@ -141,6 +144,7 @@ NOISES = ("random 1e-8", "random 1e-6", "random 1e-4", "random 1e-2", "fixed 1e-
 
 
 # -- mistakes --------------------------------------------------------------------------------------------
+REVERSE = ("vjp", "grad", "grad of logs")
 INCONSISTENT = ("InconsistentDerivativesError",)
 
 
@@ -159,7 +163,12 @@ class Mistake:
     @property
     def in_functions(self) -> bool:
         """Whether the functions are wrong, and not the numbers."""
-        return self.kinds[:1] == INCONSISTENT or "DerivativeError" in self.kinds
+        return self.kinds[:1] == INCONSISTENT or self.name == "closure"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether JAX has to compile another program for it."""
+        return self.name == "closure" or self.name.startswith("precond") or bool({"kind", "solver"} & {*self.changed})
 
     def prepared(self, case: Case, rng: np.random.Generator) -> Case:
         """Return the case with this mistake, otherwise healthy."""
@@ -190,7 +199,7 @@ MISTAKES: dict[str, Mistake] = {
         lambda c: _given(c) and _several(c) and _kind(c) is not Stationary and c.family != "kepler",
         INCONSISTENT, "jvp|vjp|jacobian",
     ),
-    "mixed_vjp negated": Mistake(lambda c: _given(c) and c.entry in {"vjp", "grad"}, INCONSISTENT, "mixed_vjp"),
+    "mixed_vjp negated": Mistake(lambda c: _given(c) and c.entry in REVERSE, INCONSISTENT, "mixed_vjp"),
     "mixed_jvp doubled": Mistake(lambda c: _given(c) and c.entry == "jvp", INCONSISTENT, "mixed_jvp"),
     "y - T for T": Mistake(lambda c: _given(c) and _kind(c) is FixedPoint, INCONSISTENT, "jvp|vjp|jacobian"),
     "hvp asymmetric": Mistake(
@@ -224,48 +233,59 @@ MISTAKES = {name: replace(mistake, name=name) for name, mistake in MISTAKES.item
 
 def preconditioner(case: Case) -> Any:
     """Return a preconditioner that is none."""
-    n = case.n
+    return _preconditioner(case.framework, case.dtype, case.n, case.mistake.split()[-1])
+
+
+@functools.cache  # a program that was compiled is found by it
+def _preconditioner(framework: str, dtype: str, n: int, kind: str) -> Any:
     M = {"NaN": np.full(n, np.nan), "0": np.zeros(n), "negative": -np.ones(n),
-         "asymmetric": np.eye(n) + 5 * np.eye(n, k=1)}[case.mistake.split()[-1]]  # fmt: skip
-    return FRAMEWORKS[case.framework].array(M.astype(case.dtype))
+         "asymmetric": np.eye(n) + 5 * np.eye(n, k=1)}[kind]  # fmt: skip
+    return FRAMEWORKS[framework].array(M.astype(dtype))
 
 
-def wrong(case: Case) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
-    """Return what distorts the functions of the maker."""
+def wrong_numbers(it: Instance, E: np.ndarray, mistake: str) -> dict[str, Any]:
+    """Return what says to `wrong` and `replaced` which mistake to make, if any: numbers, so that no program differs."""
+    is_ = mistake.__eq__
+    return {
+        "doubled": 1.0 + is_("A doubled"), "lopsided": 0.5 * is_("hvp asymmetric"),
+        "transposed": 1.0 * is_("A transposed"), "y - T": 1.0 * is_("y - T for T"),
+        "mixed_vjp": 1.0 - 2 * is_("mixed_vjp negated"), "mixed_jvp": 1.0 + is_("mixed_jvp doubled"),
+        **({"at": it.theta * E} if is_("closure") else {}),
+    }  # fmt: skip
 
-    def distort(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
-        if case.mistake == "A doubled" and name == "A":
-            return lambda Y, T, d: 2 * f(Y, T, d)
-        if case.mistake == "hvp asymmetric" and name == "A":
 
-            def lopsided(Y: Any, T: Any, d: Any) -> Any:
-                A = f(Y, T, d)
-                return A + 0.5 * (A[..., :1] * d["eye"][0])  # its first column counts half as much again
+def wrong(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Distort A as the numbers say: its first column may count half as much again."""
 
-            return lopsided
-        return f
+    def lopsided(Y: Any, T: Any, d: Any) -> Any:
+        A = d["doubled"] * f(Y, T, d)
+        return A + d["lopsided"] * (A[..., :1] * d["eye"][0])
 
-    return distort
+    return lopsided if name == "A" else f
 
 
 def replaced(problem: Posed, mistake: str) -> dict[str, Any]:
-    """Functions of the condition that are wrong."""
-    f = problem.functions()
-    if mistake == "A transposed":
-        jacobian = f["jacobian"]
-        return {"jvp": f["vjp"], "vjp": f["jvp"], "jacobian": lambda Y, T, d: jacobian(Y, T, d).T}
-    if mistake == "mixed_vjp negated":
-        g = f["mixed_vjp"]
-        return {"mixed_vjp": lambda Y, T, u, d: _mapped(g(Y, T, u, d), lambda x: -x)}
-    if mistake == "mixed_jvp doubled":
-        g = f["mixed_jvp"]
-        return {"mixed_jvp": lambda Y, T, t, d: _mapped(g(Y, T, t, d), lambda x: 2 * x)}
-    if mistake == "y - T for T":
-        jvp, vjp, jacobian = f["jvp"], f["vjp"], f["jacobian"]
-        less = lambda v, out: problem.split(problem.join(v) - problem.join(out), problem.cuts[0])
-        return {"jvp": lambda Y, T, v, d: less(v, jvp(Y, T, v, d)), "vjp": lambda Y, T, u, d: less(u, vjp(Y, T, u, d)),
-                "jacobian": lambda Y, T, d: problem.sparse(d["eye"]) - jacobian(Y, T, d)}  # fmt: skip
+    """Functions of the condition that are wrong where the numbers say so, or that use a theta of their own."""
+    f, (cut_y, cut_t) = problem.functions(), problem.cuts
     if mistake == "closure":
-        value, fun, at = f["value"], f["fun"], problem.point()[1]
-        return {"value": lambda Y, T, d: value(Y, at, d), "fun": lambda Y, T, d: fun(Y, at, d)}
-    return {}
+        own = lambda d: problem.split(d["at"], cut_t)
+        return {name: (lambda Y, T, d, f=f[name]: f(Y, own(d), d)) for name in ("value", "fun")}
+
+    def product(name: str, other: str) -> Callable[..., Any]:
+        def found(Y: Any, T: Any, v: Any, d: Any) -> Any:
+            out, swapped = (problem.join(f[each](Y, T, v, d)) for each in (name, other))
+            out = out + (swapped - out) * d["transposed"]
+            return problem.split(out + (problem.join(v) - 2 * out) * d["y - T"], cut_y)
+
+        return found
+
+    def jacobian(Y: Any, T: Any, d: Any) -> Any:
+        J = f["jacobian"](Y, T, d)
+        J = J + ((J.T if problem.source == "sparse" else transpose(problem.xp, J)) - J) * d["transposed"]
+        return J + (problem.sparse(d["eye"]) - 2 * J) * d["y - T"]
+
+    def mixed(name: str) -> Callable[..., Any]:
+        return lambda Y, T, x, d: _mapped(f[name](Y, T, x, d), lambda out: d[name] * out)
+
+    return {"jvp": product("jvp", "vjp"), "vjp": product("vjp", "jvp"), "jacobian": jacobian,
+            "mixed_vjp": mixed("mixed_vjp"), "mixed_jvp": mixed("mixed_jvp")}  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from problems import columns, matvec, rows
 
 from implicitdiff import FixedPoint, Stationary, implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp
 from implicitdiff.backends.numpy import NumpyBackend
+
+LOGS = partial(np.linspace, 1.0, 2.0)
+"""Weights of a loss that is the same for every problem of a size."""
 
 
 # -- an instance, in the units of the maker --------------------------------------------------------------
@@ -91,6 +95,9 @@ class Instance:
             return np.stack([exact_solve(A, -b) for b in B.T], axis=-1)
         if entry == "vjp":
             return -B.T @ exact_solve(A.T, self.cotangent)
+        if entry == "grad of logs":
+            direct = np.concatenate([LOGS(K) / self.theta[:K], np.zeros(self.n)])
+            return direct - B.T @ exact_solve(A.T, LOGS(self.n) / self.y)
         return self.powers - B.T @ exact_solve(A.T, self.weights * self.y)
 
     def item(self, i: int) -> Instance:
@@ -142,6 +149,8 @@ class Posed:
     distort: Callable[[str, Callable[..., Any]], Callable[..., Any]] = field(default=lambda name, f: f)
     """Called with the name of each function in base units, to make it noisy or wrong."""
     options: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+    """More numbers, for ``distort``."""
 
     @property
     def xp(self) -> Any:
@@ -156,7 +165,7 @@ class Posed:
 
     def numbers(self) -> dict[str, Any]:
         """All numbers of the problem and of its units."""
-        return {name: self.array(x) for name, x in {**self.instance.data, **self.units.arrays}.items()}
+        return {name: self.array(x) for name, x in {**self.instance.data, **self.units.arrays, **self.more}.items()}
 
     def split(self, x: Any, cut: int) -> Any:
         """The structure of y or theta: one array, or a dict of two; cut at that coordinate."""
@@ -254,7 +263,13 @@ class Posed:
         w, p, xp = self.array(self.instance.weights), self.array(self.instance.powers), self.xp
         return lambda Y, T: xp.sum(w * (self.join(Y) / D) ** 2, axis=-1) / 2 + xp.sum(p * self.join(T) / E, axis=-1)
 
-    def call(self, condition: Any, entry: str, **options: Any) -> Callable[[], Any]:
+    def logs(self) -> Callable[[Any, Any], Any]:
+        """L = Σ w log |y| + Σ w log |s|: another unit adds a constant, and it sees no number of the problem."""
+        xp = self.xp
+        total = lambda x: xp.sum(self.array(LOGS(x.shape[-1])) * xp.log(x * x), axis=-1) / 2
+        return lambda Y, T: total(self.join(Y)) + total(self.join(T)[..., :K])
+
+    def call(self, condition: Any, entry: str, outer: Any = None, **options: Any) -> Callable[[], Any]:
         """The call to be made; its result goes to `base`."""
         D, E, it, (cut_y, cut_t) = self.units.D, self.units.E, self.instance, self.cuts
         y, theta = self.point()
@@ -268,7 +283,7 @@ class Posed:
             return lambda: implicit_jvp(condition, y, theta, t, **options)
         if entry == "jacobian":
             return lambda: implicit_jacobian(condition, y, theta, **options)
-        outer = self.outer()
+        outer = outer or self.outer()
         return lambda: implicit_grad(condition, outer, y, theta, **options)
 
     def base(self, entry: str, value: Any) -> np.ndarray:
