@@ -19,10 +19,10 @@ from implicitdiff.backends.numpy_complex import (
     complex_gradients,
     is_analytic,
 )
-from implicitdiff.backends.numpy_space import NumpyBatchSpace, NumpySpace, Slices, SliceSpace
+from implicitdiff.backends.numpy_space import Slices, SliceSpace, space_of
 from implicitdiff.errors import DerivativeError, InputError, UnknownNameError
 
-__all__ = ["NumpyBackend", "NumpySpace"]
+__all__ = ["NumpyBackend"]
 
 _MODES = ("auto", "autograd", "complex_step", "finite_differences", *LENDERS)
 
@@ -197,9 +197,7 @@ class NumpyBackend(ArrayAPIBackend):
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         if self.slices is not None:
             return SliceSpace(shape, dtype, self.slices)
-        if len(shape) == 1:
-            return NumpySpace(shape, dtype)
-        return NumpyBatchSpace(xp, shape, dtype, "cpu")
+        return space_of(tuple(shape), dtype)
 
     def widen(self, x: Array) -> Array:
         return x.astype(np.float64, copy=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -16,8 +16,10 @@ from implicitdiff.errors import BackendError, InputError
 from implicitdiff.solvers.base import Krylov
 from implicitdiff.vectors import ArraySpace
 
-__all__ = ["NumpyBatchSpace", "NumpySpace", "SliceSpace", "Slices"]
+__all__ = ["NumpyBatchSpace", "NumpySpace", "SliceSpace", "Slices", "space_of"]
 
+KEPT = 1024
+"""Up to so many entries a probe vector is kept for the next call."""
 _AXPY = {np.dtype(np.float64): blas.daxpy, np.dtype(np.float32): blas.saxpy}
 
 
@@ -74,6 +76,21 @@ class NumpySpace(ArraySpace):
     def maximum(self, a: Array, b: Array) -> Array:
         return b if b > a or b != b else a
 
+    def finite(self, x: Array) -> Array:
+        return np.isfinite(np.dot(x, x)) or np.isfinite(x).all()  # one pass where squares do not overflow
+
+    def vanishes(self, x: Array) -> Array:
+        return ~x.any()
+
+    def probe(self) -> Array:
+        return self._probe if self.shape[0] <= KEPT else super().probe()
+
+    @cached_property
+    def _probe(self) -> Array:
+        z = super().probe()
+        z.setflags(write=False)
+        return z
+
 
 class NumpyBatchSpace(ArraySpace):
     """Many vectors, shape (..., n), worked on in place."""
@@ -87,6 +104,12 @@ class NumpyBatchSpace(ArraySpace):
 
     def scale(self, a: Any, x: Array) -> Array:
         return np.multiply(x, a[..., None], out=x)
+
+
+@lru_cache(maxsize=256)
+def space_of(shape: tuple[int, ...], dtype: Any) -> ArraySpace:
+    """Return the space of vectors of that shape, which keeps nothing of any of them."""
+    return NumpySpace(shape, dtype) if len(shape) == 1 else NumpyBatchSpace(xp, shape, dtype, "cpu")
 
 
 class Slices:

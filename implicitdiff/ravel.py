@@ -230,11 +230,11 @@ class Ravel:
 
     def finite(self, vector: Any) -> Array:
         """Whether a vector is finite, per item."""
-        return functools.reduce(operator.and_, (self.backend.space(x).finite(x) for x in self._looked_at(vector)))
+        return functools.reduce(operator.and_, [self.backend.space(x).finite(x) for x in self._looked_at(vector)])
 
     def vanishes(self, vector: Any) -> Array:
         """Whether a vector is exactly zero in every item."""
-        return functools.reduce(operator.and_, (self.backend.space(x).vanishes(x) for x in self._looked_at(vector)))
+        return functools.reduce(operator.and_, [self.backend.space(x).vanishes(x) for x in self._looked_at(vector)])
 
     def _looked_at(self, vector: Any) -> list[Any]:
         # In a compiled program the leaves are looked at one by one, and need not be concatenated for it.

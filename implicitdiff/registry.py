@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from implicitdiff.errors import BackendError, UnknownNameError
@@ -68,20 +69,20 @@ def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Any:
     BackendError
         Where no backend knows an array, or the trees mix frameworks.
     """
-    found: dict[str, tuple[str, Any]] = {}
+    found: dict[str, tuple[Callable[[], str], Any]] = {}
     for name, tree in trees.items():
         flat = flatten(tree)
         for i, leaf in enumerate(flat.leaves):
             key = _framework(leaf, name)
             if key is not None and key not in found:
-                found[key] = (flat.path(i, name), leaf)
+                found[key] = (functools.partial(flat.path, i, name), leaf)
     if "jax" in found or (found.keys() <= {"numpy"} and _holds_jax(beside)):
         found.pop("numpy", None)
-        found = found or {"jax": ("", None)}
+        found = found or {"jax": (str, None)}
     if len(found) > 1:
         (a, (where_a, _)), (b, (where_b, _)) = list(found.items())[:2]
         raise BackendError(
-            f"{where_a} is a {a} array, {where_b} a {b} array.\n"
+            f"{where_a()} is a {a} array, {where_b()} a {b} array.\n"
             "Convert one of them: nothing is copied between frameworks."
         )
     if not found:

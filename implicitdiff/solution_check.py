@@ -135,9 +135,8 @@ class SolutionCheck:
 
     def _quiet(self, size: Array, finite: Array) -> Step:
         xp = self.xp
-        size = xp.asarray(size)
-        no, zero = xp.zeros_like(size, dtype=xp.bool), xp.zeros_like(size)
-        return Step(size, finite, no, no, no, xp.zeros_like(size, dtype=xp.int32) - 1, zero, zero)
+        no, zero = size < size, xp.zeros_like(size)
+        return Step(size, finite, no, no, no, xp.astype(zero, xp.int32) - 1, zero, zero)
 
     # -- without a product ---------------------------------------------------------------------------
     def _inverse(self, solution: Any, b: Any, transposed: bool) -> Array:

@@ -51,7 +51,7 @@ def _key_of(task: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, 
 
 def _form(leaf: Any) -> Any:
     shape = getattr(leaf, "shape", None)
-    return type(leaf) if shape is None else (tuple(shape), str(leaf.dtype))
+    return type(leaf) if shape is None else (tuple(shape), leaf.dtype)
 
 
 def _identity(function: Any, held: list[Any]) -> Any:

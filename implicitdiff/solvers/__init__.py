@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _FACTORIES: dict[str, Callable[[], Any]] = {
-    solver.name: solver for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES)
+    solver.name: functools.cache(solver) for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES)
 }
 
 
@@ -79,6 +80,8 @@ def get_solver(solver: Any) -> Any:
         solver = _FACTORIES[solver]()
     elif isinstance(solver, type):
         raise InputError(f"solver is the class {solver.__name__}; pass an instance, {solver.__name__}().")
+    if isinstance(solver, Solver):
+        return solver
     missing = [m for m in ("init", "solve", "transpose") if not callable(getattr(solver, m, None))]
     if missing:
         raise InputError(f"solver of type {type(solver).__name__} has no method {', '.join(missing)}.")

@@ -29,6 +29,7 @@ __all__ = ["Auto"]
 
 SMALL = 256
 DENSE_LIMIT = 4096
+_LU, _LDLT, _CHOLESKY = LU(), LDLT(), Cholesky()
 
 
 @dataclass
@@ -114,19 +115,19 @@ class Auto(Solver):
         op = state.operator
         if not op.symmetric:
             state.methods = [("lu", f"{why}; {_symmetry(op)}")]
-            return self._run(state, LU(), b, None)
+            return self._run(state, _LU, b, None)
         if op.positive_definite is False:
-            result = self._run(state, LDLT(), b, None)
-            name = LDLT().describe(state.prepared["ldlt"])[0][0]
+            result = self._run(state, _LDLT, b, None)
+            name = _LDLT.describe(state.prepared["ldlt"])[0][0]
             state.methods = [(name, f"{why}; A is symmetric and indefinite")]
             return result
         if op.backend.traced:  # one factorisation, and no loop with LAPACK calls in it
             state.methods = [("lu", f"{why}; compiled, where nothing is tried first")]
-            return self._run(state, LU(), b, None)
-        first = self._run(state, Cholesky(), b, None)
+            return self._run(state, _LU, b, None)
+        first = self._run(state, _CHOLESKY, b, None)
         why_not = "A is not positive definite" if _indefinite(state) else "cholesky did not reach the tolerance"
         state.methods = [("cholesky", f"{why}; A is symmetric"), ("lu", f"{why}; {why_not}")]
-        return self._rescue(state, _fallible(op.backend.xp, first[1]), LU(), b, first, 1)
+        return self._rescue(state, _fallible(op.backend.xp, first[1]), _LU, b, first, 1)
 
     def _iterative(self, state: _State, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         op = state.operator
@@ -197,17 +198,17 @@ def _indefinite(state: _State) -> bool:
 def _first_direct(op: Operator) -> Solver:
     """Return the direct method that is tried first."""
     if not op.symmetric:
-        return LU()
+        return _LU
     if op.positive_definite is False:
-        return LDLT()
-    return LU() if op.backend.traced else Cholesky()
+        return _LDLT
+    return _LU if op.backend.traced else _CHOLESKY
 
 
 def _after_iterations(op: Operator) -> tuple[Solver, ...]:
     """Return the direct methods for what no iterative one solved."""
     if not op.symmetric:
-        return (LU(),)
-    return (LDLT(),) if op.positive_definite is False else (Cholesky(), LU())
+        return (_LU,)
+    return (_LDLT,) if op.positive_definite is False else (_CHOLESKY, _LU)
 
 
 def _dense_reason(op: Operator, rhs: int) -> str | None:

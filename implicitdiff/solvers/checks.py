@@ -16,9 +16,8 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
     A backward-stable solve leaves at most about eps κ; more than a hundredfold of that is a defect.
     """
     eps = float(xp.finfo(residual.dtype).eps)
-    safe = xp.where(rcond > 0, rcond, xp.ones_like(rcond))
-    tolerance = xp.where(rcond > 0, 100 * eps / safe, 0 * safe)
-    tolerance = xp.where(tolerance > 1e-10, tolerance, 0 * tolerance + 1e-10)
+    well = 1e12 * eps  # from there on 1e-10 is what counts
+    tolerance = 100 * eps / xp.where((rcond > 0) & (rcond < well), rcond, xp.full_like(rcond, well))
     good = residual <= tolerance
     failed = xp.broadcast_to(failed, residual.shape)
     stagnated = xp.full_like(failed, int(Status.STAGNATED))

@@ -99,8 +99,8 @@ class DenseSolver(Solver):
         state = DenseState(operator, matrix, scaling, factor, False, norm, size, None, failed)
         if backend.traced:
             return state
-        w = self.apply(backend, factor, _probe(state)[..., None], False)[..., 0]
-        return _with_condition(state, w)
+        z = _probe(state)
+        return _with_condition(state, z, self.apply(backend, factor, z[..., None], False)[..., 0])
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         if not isinstance(state, DenseState):
@@ -173,14 +173,14 @@ class DenseSolver(Solver):
         xp = backend.xp
         product = matrix_product(xp, state.matrix, transposed=state.transposed)
         many = len(b.shape) > lead + 1
-        rows = xp.concat([b if many else b[None, ...], _probe(state)[None, ...]], axis=0)
-        rows = self._apply_rows(state, rows)
+        z = _probe(state)
+        rows = self._apply_rows(state, xp.concat([b if many else b[None, ...], z[None, ...]], axis=0))
         x, w = (rows[:-1, ...] if many else rows[0, ...]), rows[-1, ...]
         r = b - product(x)
         if float(xp.finfo(state.operator.dtype).eps) > 1e-10:
             x = x + self._apply_rows(state, r)
             r = b - product(x)
-        return _with_condition(state, w), x, r
+        return _with_condition(state, z, w), x, r
 
     def _apply_rows(self, state: DenseState, b: Array) -> Array:
         """Solve for b of shape (*rhs, *items, n), whose right-hand sides are columns to LAPACK."""
@@ -204,17 +204,17 @@ def _probe(state: DenseState) -> Array:
     """Return a vector without structure for every item, shape (*items, n)."""
     op = state.operator
     z = probe_vector(op.backend.xp, op.n, state.matrix.dtype, op.device)
-    return op.backend.xp.broadcast_to(z, (*op.items, op.n))
+    return op.backend.xp.broadcast_to(z, (*op.items, op.n)) if op.items else z
 
 
-def _with_condition(state: DenseState, w: Array) -> DenseState:
-    """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the image of the probe vector under A⁻¹.
+def _with_condition(state: DenseState, z: Array, w: Array) -> DenseState:
+    """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the image of the probe vector z under A⁻¹.
 
     ‖A‖ is the Frobenius norm and ‖A⁻¹‖ that of the image of a unit vector without structure, about the Frobenius norm
     over √n: together what an error of A without structure, of relative size ε, does to a solution, in units of ε.
     """
     xp = state.operator.backend.xp
-    product = state.norm * item_norm(xp, w) / item_norm(xp, _probe(state))
+    product = state.norm * item_norm(xp, w) / item_norm(xp, z)
     usable = xp.isfinite(product) & (product > 0)
     one = xp.ones_like(product)
     rcond = xp.where(usable, one / xp.where(usable, product, one), 0 * one)
