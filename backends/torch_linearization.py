@@ -25,6 +25,7 @@ from implicitdiff.failure import check_mode
 from implicitdiff.linearization import Linearization
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
+from implicitdiff.rules import Task
 
 __all__ = ["TorchLinearization"]
 
@@ -46,11 +47,13 @@ class TorchLinearization(Linearization):
         refuse_recorded(args)
         options = {"solver": solver, "on_failure": on_failure, "batched": batched}
         self.y, self.theta, self._run = y, theta, None
+        self._task = Task(backend, condition, y, theta, args, solver, on_failure, batched, own)
         self._problem = Problem(backend, Composable(), condition, options, theta, args, {})
         self._engine = collecting(backend)
         refuse_captured(condition)
         if not under_transform():
             super().__init__(condition, y, theta, args=args, backend=self._engine, own=own, **options)
+        self._origin = backend
 
     @untraced
     def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:

@@ -15,6 +15,7 @@ from implicitdiff.arrays import item_norm, to_python
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import ImplicitDiffWarning, InputError, SolveError
 from implicitdiff.ravel import Ravel
+from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report, Status
 from implicitdiff.solvers import get_solver
@@ -109,16 +110,8 @@ class Comparison(Sequence[SolverRow]):
         return "\n".join([self._about(), lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
     def _repr_html_(self) -> str:
-        import html
-
         head, *body = self._cells()
-
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        rows = "".join(line(cells, "td") for cells in body)
-        caption = f"<caption>{html.escape(self._about())}</caption>"
-        return f"<table>{caption}<thead>{line(head, 'th')}</thead><tbody>{rows}</tbody></table>"
+        return html_table(head, body, self._about())
 
     def _about(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.facts.items())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from implicitdiff.closures import Memory
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization, linearized
+from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend
 
 __all__ = ["ImplicitFunction", "implicit_function"]
@@ -33,6 +35,18 @@ class ImplicitFunction:
         self.has_aux = has_aux is True
         self.aux = has_aux if callable(has_aux) else None
         self.shapes = Memory()  # of solutions, by the form of the arguments
+
+    def __repr__(self) -> str:
+        return f"<implicit_function {_name(self.solve)} of {brief(self.condition)}>"
+
+    def __reduce__(self) -> Any:
+        """Pickle a decorated function as functions are, by its name; any other by what it is made of."""
+        path, found = getattr(self, "__qualname__", ""), cast("Any", sys.modules.get(self.__module__))
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is self:
+            return path
+        return type(self), (self.solve, self.condition, self.aux or self.has_aux, self.options)
 
     @untraced
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:

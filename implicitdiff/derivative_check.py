@@ -12,6 +12,7 @@ from implicitdiff.conditions.base import Checked
 from implicitdiff.mistakes import Wrong, cause_of
 from implicitdiff.namespaces import namespace
 from implicitdiff.probes import TOLERANCE, Along, Gap, draw, measured, units
+from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
 from implicitdiff.trials import Trial
@@ -20,6 +21,7 @@ __all__ = ["CheckRow", "DerivativeCheck", "check_derivatives"]
 
 UNKNOWN = 0.5
 """A comparison that allows more than this says nothing."""
+_NOTHING = "nothing to compare: no derivative is given, and none comes from autodiff"
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,20 @@ class DerivativeCheck(Sequence[CheckRow]):
 
     def __str__(self) -> str:
         if not self.rows:
-            return "nothing to compare: no derivative is given, and none comes from autodiff"
-        head = ("callable", "compared with", "difference", "allowed", "verdict", "looks like")
-        body = [(r.callable, r.against, f"{r.difference:.1e}", f"{r.allowed:.1e}", r.verdict, r.cause) for r in self]
+            return _NOTHING
+        head, *body = self._cells()
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+    def _repr_html_(self) -> str:
+        head, *body = self._cells()
+        return html_table(head, body, "" if body else _NOTHING)
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        yield "callable", "compared with", "difference", "allowed", "verdict", "looks like"
+        for r in self:
+            yield r.callable, r.against, f"{r.difference:.1e}", f"{r.allowed:.1e}", r.verdict, r.cause
 
 
 def check_derivatives(

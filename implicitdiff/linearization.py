@@ -11,7 +11,8 @@ from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, Sin
 from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
 from implicitdiff.pytree import copied, map_leaves
-from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.records import brief
+from implicitdiff.registry import backend_for, get_backend, portable
 from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.solve import make_report, method_of
@@ -50,6 +51,19 @@ class Linearization:
         with engine.computing():
             self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
         self._run: Run | None = None
+        self._origin = engine
+
+    def __repr__(self) -> str:
+        task = self._task
+        report = self.report  # of the latest solve
+        shown = [f"condition={brief(task.condition)}", f"backend={task.backend.name!r}", f"solver={brief(task.solver)}"]
+        return f"Linearization({', '.join(shown if report is None else [*shown, f'report={report!r}'])})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle what it is made of, and the report; factors and programs are made again."""
+        t = self._task
+        made_of = (t.condition, t.y, t.theta, t.args, t.solver, t.on_failure, portable(self._origin), t.batched, t.own)
+        return _restored, made_of, {"_shown": self.report}
 
     @property
     @untraced
@@ -214,6 +228,11 @@ class Linearization:
         return make_report(
             e.solution, run.damping, run.methods, run.seconds, e.step.size, run.derivatives, see, ~e.step.unsolved
         )
+
+
+def _restored(condition: Any, y: Any, theta: Any, *rest: Any) -> Linearization:
+    names = ("args", "solver", "on_failure", "backend", "batched", "own")
+    return linearized(condition, y, theta, **dict(zip(names, rest, strict=True)))
 
 
 @untraced

@@ -11,7 +11,7 @@ from typing import Any
 from implicitdiff.errors import BackendError, UnknownNameError
 from implicitdiff.pytree import flatten, hint
 
-__all__ = ["BACKENDS", "backend_for", "get_backend"]
+__all__ = ["BACKENDS", "backend_for", "get_backend", "portable"]
 
 BACKENDS: dict[str, str] = {
     "numpy": "implicitdiff.backends.numpy:NumpyBackend",
@@ -45,6 +45,12 @@ def get_backend(backend: Any) -> Any:
     if backend not in _cache:
         _cache[backend] = _load(backend)()
     return _cache[backend]
+
+
+def portable(engine: Any) -> Any:
+    """What stands for a backend in a pickle or a copy: its name, None where the arrays tell it, else itself."""
+    cached = next((key for key, known in _cache.items() if known is engine), None)
+    return engine if cached is None else cached if cached in BACKENDS else None
 
 
 def _load(name: str) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import listed
+from implicitdiff.records import Record, brief, html_table
 
 __all__ = ["Counts", "Report", "Status", "tally"]
 
@@ -86,8 +88,8 @@ class Counts(NamedTuple):
     method: Any = None
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, eq=False, repr=False)
+class Report(Record):
     """How far to trust a derivative. With ``batched=True`` the fields are arrays over the items.
 
     Attributes
@@ -137,12 +139,18 @@ class Report:
     rcond: Any = None
     damping: float = 0.0
     solved: Any = None
-    solution: Any = field(default=None, repr=False, compare=False)
+    solution: Any = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Report({tally(self.status)}, solver={self.solver!r}, residual={brief(self.residual)})"
 
     def __str__(self) -> str:
-        lines = ["Report"]
+        return "\n".join(["Report", *(f"  {name:<13} {value}" for name, value in self._rows())])
+
+    def _repr_html_(self) -> str:
+        return html_table((), list(self._rows()), "Report")
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
         for name, value in self.__dict__.items():
             if name != "solution" and value is not None:
-                shown = tally(value) if name == "status" else value
-                lines.append(f"  {name:<13} {shown}")
-        return "\n".join(lines)
+                yield name, tally(value) if name == "status" else str(value)

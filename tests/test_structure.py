@@ -21,7 +21,7 @@ CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
 
 # From the leaves up. A module may import what stands on an earlier line, and of its own line what makes no cycle.
 LAYERS = (
-    ("errors", "report", "arrays", "pytree", "compilers", "closures", "namespaces", "projections", "proxes"),
+    ("errors", "report", "arrays", "pytree", "compilers", "closures", "namespaces", "records", "projections", "proxes"),
     ("vectors", "ravel", "registry"),
     ("operator",),
     ("saddle", "equilibration"),

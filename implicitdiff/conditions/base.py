@@ -16,6 +16,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
 from implicitdiff.operator import LinearMap, Operator, Product, matrix_map
+from implicitdiff.records import Record
 from implicitdiff.vectors import is_tree_vector
 
 __all__ = [
@@ -95,7 +96,7 @@ class Maps(NamedTuple):
     checked: Checked | None = None
 
 
-class Condition:
+class Condition(Record):
     """A condition F(y, θ) = 0; subclasses say how F and its derivatives come from the user's functions."""
 
     @property

@@ -14,7 +14,7 @@ from implicitdiff.operator import LinearMap, Product
 __all__ = ["FixedPoint", "identity_minus"]
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class FixedPoint(Root):
     """A fixed point of a map: F(y, θ) = y − T(y, θ) = 0, hence A = I − ∂T/∂y and B = −∂T/∂θ.
 

@@ -13,7 +13,7 @@ from implicitdiff.errors import InputError
 __all__ = ["KKT"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class KKT(Constrained):
     """A solution y of min f(y, θ) subject to eq(y, θ) = 0 and ineq(y, θ) <= 0.
 

@@ -24,7 +24,7 @@ from implicitdiff.pytree import flatten
 __all__ = ["LogBarrier"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LogBarrier(Constrained):
     """A minimum of t f(y, θ) − Σ log(−g_i(y, θ)), subject to eq(y, θ) = 0 where there are equalities.
 

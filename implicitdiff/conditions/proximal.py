@@ -40,7 +40,7 @@ from implicitdiff.vectors import is_tree_vector
 __all__ = ["ProjectedGradient", "ProximalGradient"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Composite(Condition):
     """What the two conditions share: f and its derivatives, and the step."""
 
@@ -201,7 +201,7 @@ def _kinds(*maps: LinearMap) -> str:
     return ", ".join(dict.fromkeys(m.kind for m in maps))
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class ProjectedGradient(_Composite):
     """A minimum of f over a convex set: y = P(y − step ∇_y f(y, θ), θ), with P the projection onto the set.
 
@@ -289,7 +289,7 @@ class ProjectedGradient(_Composite):
         return point.vector_function(lambda x, theta, *_: projection(x, theta), self._name)
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class ProximalGradient(_Composite):
     """A minimum of f + r with a convex r: y = prox(y − step ∇_y f(y, θ)), with the proximal operator of step · r.
 

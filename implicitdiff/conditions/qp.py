@@ -20,7 +20,7 @@ _NAMES = ("Q", "q", "A", "b", "G", "h")
 _AXES = {"Q": 2, "q": 1, "A": 2, "b": 1, "G": 2, "h": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class QP(Constrained):
     """The solution y of min ½ yᵀQy + qᵀy subject to Ay = b, Gy <= h, from whatever solver.
 
@@ -86,6 +86,9 @@ class QP(Constrained):
     @property
     def arrays(self) -> dict[str, Any]:
         return {"data": self.data, **super().arrays}
+
+    def _shown(self) -> dict[str, Any]:
+        return {**self.data, **super()._shown()}
 
     def without_bounds(self, theta: Any) -> Any:
         names = theta.tree.unflatten(list(range(len(theta.leaves))))

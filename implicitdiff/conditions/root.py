@@ -13,7 +13,7 @@ from implicitdiff.errors import InputError
 __all__ = ["Root"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Root(Condition):
     """A root of a vector function with as many components as unknowns: F(y, θ) = 0.
 

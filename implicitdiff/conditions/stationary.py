@@ -15,7 +15,7 @@ __all__ = ["Stationary"]
 KINDS = (None, "minimum", "maximum", "saddle")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stationary(Condition):
     """A stationary point of a scalar function: F(y, θ) = ∇_y f(y, θ) = 0.
 

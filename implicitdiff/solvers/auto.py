@@ -42,7 +42,7 @@ class _State:
     methods: list[tuple[str, str]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Auto(Solver):
     """Choose the method from size and structure, and climb to a sturdier one where it fails.
 

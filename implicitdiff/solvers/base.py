@@ -10,6 +10,7 @@ from implicitdiff.arrays import Array, needed
 from implicitdiff.equilibration import Scaling, equilibrated
 from implicitdiff.operator import Operator
 from implicitdiff.preconditioner import Preconditioner, as_preconditioner, is_sound
+from implicitdiff.records import Record
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
@@ -29,7 +30,7 @@ LOOSE, LOOSE_ITERATIONS = 1e-2, 100
 """Residual and iterations of a solution of which one or two digits are needed."""
 
 
-class Solver:
+class Solver(Record):
     """A method for A x = b: a small frozen object whose fields are its options.
 
     Subclass it to add a method, then name it with ``register_solver``. ``init`` sees the operator once
@@ -150,7 +151,7 @@ def without_preconditioner(space: Any, norm: Array, square: Array, image: Array)
     return norm * space.where(known, square / space.where(known, image, space.scalar(1.0)), space.scalar(0.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Krylov(Solver):
     """Options that every iterative method here reads.
 

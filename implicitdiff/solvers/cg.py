@@ -42,7 +42,7 @@ class _State(NamedTuple):
     operator_norm: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CG(Krylov):
     """Conjugate gradients: symmetric positive definite A, products only.
 

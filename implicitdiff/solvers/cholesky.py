@@ -16,7 +16,7 @@ from implicitdiff.solvers.dense import DenseSolver
 __all__ = ["Cholesky"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cholesky(DenseSolver):
     """Cholesky: half the work of LU, and a proof that A is positive definite.
 

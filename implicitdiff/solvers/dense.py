@@ -47,7 +47,7 @@ class DenseState(NamedTuple):
     failed: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseSolver(Solver):
     """Base of the direct methods on an assembled matrix.
 

@@ -38,7 +38,7 @@ class _State(NamedTuple):
     least: Array  # smallest ‖A v‖ over the basis: an upper bound of the least singular value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GMRES(Krylov):
     """Generalised minimum residuals, restarted: any A, products only.
 

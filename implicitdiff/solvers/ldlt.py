@@ -19,7 +19,7 @@ from implicitdiff.solvers.dense import DenseSolver, DenseState
 __all__ = ["LDLT"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LDLT(DenseSolver):
     """LDLᵀ by Bunch and Kaufman: half the work of LU for a symmetric A that need not be positive definite.
 

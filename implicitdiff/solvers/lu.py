@@ -16,7 +16,7 @@ from implicitdiff.solvers.dense import DenseSolver
 __all__ = ["LU"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LU(DenseSolver):
     """LU with partial pivoting: factored once, for all right-hand sides and the transposed system.
 

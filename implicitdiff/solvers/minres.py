@@ -44,7 +44,7 @@ class _State(NamedTuple):
     operator_norm: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MINRES(Krylov):
     """Minimum residuals: symmetric A, indefinite or singular but consistent, products only.
 

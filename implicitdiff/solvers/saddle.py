@@ -58,7 +58,7 @@ class _State(NamedTuple):
     status: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Blockwise(Solver):
     """A method that solves a saddle system through a smaller one.
 
@@ -129,7 +129,7 @@ class _Blockwise(Solver):
         return status, counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Schur(_Blockwise):
     """H first, then the Schur complement J H⁻¹ Jᵀ + D of order k."""
 
@@ -159,7 +159,7 @@ class Schur(_Blockwise):
         return op.backend.concat([x, z]), worst, _counts(counts, state.spent.take())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class NullSpace(_Blockwise):
     """The reduced Hessian on null(J), by the orthogonal projector on it."""
 

@@ -101,7 +101,7 @@ class _State(NamedTuple):
     transposed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class OnSupport(Solver):
     """A method that solves for the coordinates of the support.
 
