@@ -32,7 +32,7 @@ __all__ = ["TorchLinearization"]
 Tensors = Sequence[Array]
 
 
-class TorchLinearization(Linearization):
+class TorchLinearization(Linearization[Any, Any]):
     """A linearisation whose products Torch differentiates where it records y, θ or the vector.
 
     y and θ are then independent of each other, as they are as arguments. The numbers are those of the core. Only under

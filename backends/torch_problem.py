@@ -168,7 +168,7 @@ class Problem:
         self.aux: Any = None
         self.report: Any = None
         self._recording = torch.is_grad_enabled()
-        self._latest: tuple[list[Any], Linearization] | None = None
+        self._latest: tuple[list[Any], Linearization[Any, Any]] | None = None
         self._collected: list[Any] | None = None
 
     # -- trees and tensors ---------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Problem:
         yield
         self.aux, self._collected = self._collected, outer
 
-    def _linearized(self, y: Array, tensors: Sequence[Array]) -> Linearization:
+    def _linearized(self, y: Array, tensors: Sequence[Array]) -> Linearization[Any, Any]:
         theta, args, _ = self._trees([plain(x) for x in tensors])
         return Linearization(self.condition, self.y.unravel(y.detach()), theta, args=args, **self.options)
 

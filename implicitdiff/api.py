@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
-from implicitdiff.arrays import Array
-from implicitdiff.compilers import untraced
+from implicitdiff.compilers import public
 from implicitdiff.linearization import Linearization, linearized
+from implicitdiff.report import Report
+from implicitdiff.typing import DEFAULTS, ConditionLike, Options, StartedOptions, T, Y
 
 __all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize"]
 
 
-def linearize(
-    condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-    on_failure: str = "raise", backend: Any = None, batched: bool = False,
-) -> Linearization:  # fmt: skip
+@public(Options, DEFAULTS)
+def linearize(condition: ConditionLike, y: Y, theta: T, **options: Unpack[Options]) -> Linearization[Y, T]:
     """Linearise a condition at a solution: factor once, then ``.vjp(v)``, ``.jvp(t)``, ``.jacobian()``, ``.report``.
 
     Parameters
@@ -47,17 +46,39 @@ def linearize(
     >>> np.round(lin.jvp(np.array([12.0])), 6), np.round(lin.jacobian(), 6)
     (array([1.]), array([[0.083333]]))
     """
-    return linearized(
-        condition, y, theta, args=args, solver=solver, on_failure=on_failure, backend=backend,
-        batched=batched, own=True,
-    )  # fmt: skip
+    return linearized(condition, y, theta, own=True, **options)
 
 
+@overload
 def implicit_vjp(
-    condition: Any, y: Any, theta: Any, cotangent: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
-    x0: Array | None = None,
-) -> Any:  # fmt: skip
+    condition: ConditionLike,
+    y: Any,
+    theta: T,
+    cotangent: Any,
+    *,
+    return_report: Literal[False] = False,
+    **options: Unpack[StartedOptions],
+) -> T: ...
+@overload
+def implicit_vjp(
+    condition: ConditionLike,
+    y: Any,
+    theta: T,
+    cotangent: Any,
+    *,
+    return_report: Literal[True],
+    **options: Unpack[StartedOptions],
+) -> tuple[T, Report]: ...
+@public(StartedOptions, DEFAULTS)
+def implicit_vjp(
+    condition: ConditionLike,
+    y: Any,
+    theta: Any,
+    cotangent: Any,
+    *,
+    return_report: bool = False,
+    **options: Unpack[StartedOptions],
+) -> Any:
     """Pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v.
 
     Parameters
@@ -89,17 +110,40 @@ def implicit_vjp(
     >>> np.round(g, 6)
     array([2., 4.])
     """
-    return _derivative(
-        lambda lin: lin.vjp(cotangent, x0=x0), condition, y, theta, return_report, args=args, solver=solver,
-        on_failure=on_failure, backend=backend, batched=batched, vector=cotangent,
-    )  # fmt: skip
+    x0 = options.pop("x0", None)
+    return _derivative(lambda lin: lin.vjp(cotangent, x0=x0), condition, y, theta, cotangent, return_report, options)
 
 
+@overload
 def implicit_jvp(
-    condition: Any, y: Any, theta: Any, tangent: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
-    x0: Array | None = None,
-) -> Any:  # fmt: skip
+    condition: ConditionLike,
+    y: Y,
+    theta: Any,
+    tangent: Any,
+    *,
+    return_report: Literal[False] = False,
+    **options: Unpack[StartedOptions],
+) -> Y: ...
+@overload
+def implicit_jvp(
+    condition: ConditionLike,
+    y: Y,
+    theta: Any,
+    tangent: Any,
+    *,
+    return_report: Literal[True],
+    **options: Unpack[StartedOptions],
+) -> tuple[Y, Report]: ...
+@public(StartedOptions, DEFAULTS)
+def implicit_jvp(
+    condition: ConditionLike,
+    y: Any,
+    theta: Any,
+    tangent: Any,
+    *,
+    return_report: bool = False,
+    **options: Unpack[StartedOptions],
+) -> Any:
     """Derivative of y along a tangent of theta: w with A w = −B θ̇.
 
     Parameters
@@ -130,15 +174,28 @@ def implicit_jvp(
     >>> np.round(dy, 6)
     array([2.])
     """
-    return _derivative(
-        lambda lin: lin.jvp(tangent, x0=x0), condition, y, theta, return_report, args=args, solver=solver,
-        on_failure=on_failure, backend=backend, batched=batched, vector=tangent,
-    )  # fmt: skip
+    x0 = options.pop("x0", None)
+    return _derivative(lambda lin: lin.jvp(tangent, x0=x0), condition, y, theta, tangent, return_report, options)
 
 
+@overload
 def implicit_jacobian(
-    condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
+    condition: ConditionLike, y: Any, theta: Any, *, return_report: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Any: ...  # fmt: skip
+
+
+@overload
+def implicit_jacobian(
+    condition: ConditionLike, y: Any, theta: Any, *, return_report: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Any, Report]: ...  # fmt: skip
+
+
+@public(Options, DEFAULTS)
+def implicit_jacobian(
+    condition: ConditionLike, y: Any, theta: Any, *, return_report: bool = False,
+    **options: Unpack[Options],
 ) -> Any:  # fmt: skip
     """Dense dy/dθ; all columns solved together, forward for m <= n and in reverse otherwise.
 
@@ -170,17 +227,39 @@ def implicit_jacobian(
     array([[-0.333333,  0.      ],
            [ 0.      , -0.666667]])
     """
-    return _derivative(
-        lambda lin: lin.jacobian(), condition, y, theta, return_report, args=args, solver=solver,
-        on_failure=on_failure, backend=backend, batched=batched,
-    )  # fmt: skip
+    return _derivative(lambda lin: lin.jacobian(), condition, y, theta, None, return_report, options)
 
 
+@overload
 def implicit_grad(
-    condition: Any, outer: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-    on_failure: str = "raise", backend: Any = None, return_report: bool = False, batched: bool = False,
-    x0: Array | None = None,
-) -> Any:  # fmt: skip
+    condition: ConditionLike,
+    outer: Any,
+    y: Any,
+    theta: T,
+    *,
+    return_report: Literal[False] = False,
+    **options: Unpack[StartedOptions],
+) -> T: ...
+@overload
+def implicit_grad(
+    condition: ConditionLike,
+    outer: Any,
+    y: Any,
+    theta: T,
+    *,
+    return_report: Literal[True],
+    **options: Unpack[StartedOptions],
+) -> tuple[T, Report]: ...
+@public(StartedOptions, DEFAULTS)
+def implicit_grad(
+    condition: ConditionLike,
+    outer: Any,
+    y: Any,
+    theta: Any,
+    *,
+    return_report: bool = False,
+    **options: Unpack[StartedOptions],
+) -> Any:
     """Total gradient of an outer loss through a solution: dL/dθ = ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
 
     Parameters
@@ -215,18 +294,17 @@ def implicit_grad(
     >>> round(float(g), 6)
     12.0
     """
-    return _derivative(
-        lambda lin: lin.gradient(outer, x0=x0) if callable(outer) else lin.vjp(outer, x0=x0),
-        condition, y, theta, return_report, args=args, solver=solver,
-        on_failure=on_failure, backend=backend, batched=batched, vector=None if callable(outer) else outer,
-    )  # fmt: skip
+    x0 = options.pop("x0", None)
+    if callable(outer):
+        return _derivative(lambda lin: lin.gradient(outer, x0=x0), condition, y, theta, None, return_report, options)
+    return _derivative(lambda lin: lin.vjp(outer, x0=x0), condition, y, theta, outer, return_report, options)
 
 
-@untraced
 def _derivative(
-    product: Callable[[Linearization], Any], condition: Any, y: Any, theta: Any, return_report: bool, **options: Any
-) -> Any:
+    product: Callable[[Linearization[Any, Any]], Any], condition: Any, y: Any, theta: Any, vector: Any,
+    return_report: bool, options: Options,
+) -> Any:  # fmt: skip
     """Linearise, take one product, and add the report where it is asked for."""
-    lin = linearized(condition, y, theta, **options)
+    lin = linearized(condition, y, theta, vector=vector, **options)
     value = product(lin)
     return (value, lin.report) if return_report else value

@@ -7,21 +7,25 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, cast, overload
 
 from implicitdiff.closures import Memory
-from implicitdiff.compilers import untraced
+from implicitdiff.compilers import public, untraced
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.typing import DEFAULTS, ConditionLike, T, WrapperOptions, Y, completed
 
 __all__ = ["ImplicitFunction", "implicit_function"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Aux = TypeVar("Aux")
 _EMPTY = inspect.Parameter.empty
 
 
-class ImplicitFunction:
+class ImplicitFunction(Generic[P, R, Y]):
     """A solver whose solution can be differentiated; made by `implicit_function`.
 
     Calling it runs the solver, and where the framework has autodiff, that differentiates the result. ``vjp``, ``jvp``
@@ -49,11 +53,12 @@ class ImplicitFunction:
         return type(self), (self.solve, self.condition, self.aux or self.has_aux, self.options)
 
     @untraced
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the solver: ``y``, or ``(y, aux)`` where there is an aux."""
-        theta, args, kwargs = self._bound(args, kwargs)
-        out = self._solution(theta, args, kwargs)
-        return out if self.aux is None else (out, self.aux(out, theta, *args))
+        theta, data, options = self._bound(args, kwargs)
+        out: Any = self._solution(theta, data, options)
+        found: Any = out if self.aux is None else (out, self.aux(out, theta, *data))
+        return found
 
     def _solution(self, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         backend = self.options["backend"]
@@ -62,13 +67,13 @@ class ImplicitFunction:
         return self.run(theta, args, kwargs) if custom is None else custom(self, theta, args, kwargs)
 
     @untraced
-    def linearize(self, /, *args: Any, **kwargs: Any) -> Linearization:
+    def linearize(self, /, *args: P.args, **kwargs: P.kwargs) -> Linearization[Y, Any]:
         """Solve, and linearise the condition at the solution (``.y`` of the result)."""
-        theta, args, kwargs = self._bound(args, kwargs)
-        out = self._solution(theta, args, kwargs)
-        y = out[0] if self.has_aux else out
+        theta, data, options = self._bound(args, kwargs)
+        out = self._solution(theta, data, options)
+        y: Y = out[0] if self.has_aux else out
         with self.explaining(y):
-            return linearized(self.condition, y, theta, args=args, own=True, **self.options)
+            return linearized(self.condition, y, theta, args=data, own=True, **self.options)
 
     @contextlib.contextmanager
     def explaining(self, y: Any) -> Iterator[None]:
@@ -79,6 +84,12 @@ class ImplicitFunction:
             if type(y) is tuple and len(y) == 2 and not self.has_aux:
                 error.args = (f"{error}\n{_name(self.solve)} returned a pair: if it is (y, aux), say has_aux=True.",)
             raise
+
+    @overload
+    def vjp(self, theta: T, /, *args: Any, **kwargs: Any) -> T: ...
+
+    @overload
+    def vjp(self, /, **kwargs: Any) -> Any: ...
 
     @untraced
     def vjp(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +106,7 @@ class ImplicitFunction:
             return lin.vjp(cotangent)
 
     @untraced
-    def jvp(self, /, *args: Any, **kwargs: Any) -> Any:
+    def jvp(self, /, *args: Any, **kwargs: Any) -> Y:
         """Solve and push a tangent of theta, the second argument, forward: dy along θ̇, structured like y.
 
         Parameters
@@ -109,7 +120,7 @@ class ImplicitFunction:
             return lin.jvp(tangent)
 
     @untraced
-    def jacobian(self, /, *args: Any, **kwargs: Any) -> Any:
+    def jacobian(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Solve and return the dense dy/dθ, shape y.shape + theta.shape."""
         lin = self.linearize(*args, **kwargs)
         with self.explaining(lin.y):
@@ -196,10 +207,26 @@ def _refuse_record(name: str, y: Any) -> None:
         )
 
 
+@overload
 def implicit_function(
-    condition: Any, *, solver: Any = "auto", has_aux: Any = False, on_failure: str = "raise", backend: Any = None,
-    batched: bool = False,
-) -> Callable[[Callable[..., Any]], ImplicitFunction]:  # fmt: skip
+    condition: ConditionLike, *, has_aux: Literal[False] = False, **options: Unpack[WrapperOptions]
+) -> Callable[[Callable[P, Y]], ImplicitFunction[P, Y, Y]]: ...
+
+
+@overload
+def implicit_function(
+    condition: ConditionLike, *, has_aux: Literal[True], **options: Unpack[WrapperOptions]
+) -> Callable[[Callable[P, tuple[Y, Aux]]], ImplicitFunction[P, tuple[Y, Aux], Y]]: ...
+
+
+@overload
+def implicit_function(
+    condition: ConditionLike, *, has_aux: Callable[..., Aux], **options: Unpack[WrapperOptions]
+) -> Callable[[Callable[P, Y]], ImplicitFunction[P, tuple[Y, Aux], Y]]: ...
+
+
+@public(WrapperOptions, DEFAULTS)
+def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **options: Unpack[WrapperOptions]) -> Any:
     """Decorate a solver ``y = solve(theta, *args, **kwargs)`` so that its solution can be differentiated.
 
     The solver is a black box: SciPy, a loop, a compiled program. Only the condition that its solution satisfies is
@@ -242,11 +269,11 @@ def implicit_function(
         raise InputError("condition is None; expected Stationary(f), Root(F), FixedPoint(T), or the objective f.")
     if not (isinstance(has_aux, bool) or callable(has_aux)):
         raise InputError(f"has_aux is {type(has_aux).__name__}; expected a bool or a function aux(y, theta, *args).")
-    options = {"solver": solver, "on_failure": on_failure, "backend": backend, "batched": batched}
+    given = completed(WrapperOptions, options)
 
-    def decorate(solve: Callable[..., Any]) -> ImplicitFunction:
+    def decorate(solve: Callable[..., Any]) -> ImplicitFunction[Any, Any, Any]:
         if not callable(solve):
             raise InputError(f"implicit_function decorates a solver; got {type(solve).__name__}.")
-        return ImplicitFunction(solve, condition, has_aux, options)
+        return ImplicitFunction(solve, condition, has_aux, given)
 
     return decorate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.compilers import untraced
@@ -16,6 +16,7 @@ from implicitdiff.registry import backend_for, get_backend, portable
 from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.solve import make_report, method_of
+from implicitdiff.typing import T, Y
 from implicitdiff.verification import verify
 
 __all__ = ["Linearization", "linearized"]
@@ -23,7 +24,7 @@ __all__ = ["Linearization", "linearized"]
 BLAMED_ON_A = (NotConvergedError, NotPositiveDefiniteError, SingularError)
 
 
-class Linearization:
+class Linearization(Generic[Y, T]):
     """A condition linearised at (y, θ); made by `implicitdiff.linearize`.
 
     A is factored (or its preconditioner built) at the first solve and serves every later one, forward and reverse.
@@ -40,7 +41,7 @@ class Linearization:
     _verified: bool = False
 
     def __init__(
-        self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
+        self, condition: Any, y: Y, theta: T, *, args: tuple[Any, ...] = (), solver: Any = "auto",
         on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
     ) -> None:  # fmt: skip
         check_mode(on_failure)
@@ -75,7 +76,7 @@ class Linearization:
 
     # -- public --------------------------------------------------------------------------------------
     @untraced
-    def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
+    def vjp(self, cotangent: Any, *, x0: Array | None = None) -> T:
         """−Bᵀ A⁻ᵀ v.
 
         Parameters
@@ -97,7 +98,7 @@ class Linearization:
         return self._call("vjp", cotangent, x0)
 
     @untraced
-    def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
+    def jvp(self, tangent: Any, *, x0: Array | None = None) -> Y:
         """Derivative of y along a tangent of θ: the solution w of A w = −B θ̇.
 
         Parameters
@@ -137,7 +138,7 @@ class Linearization:
         return self._call("jacobian", None, None)
 
     @untraced
-    def gradient(self, outer: Any, x0: Array | None = None) -> Any:
+    def gradient(self, outer: Any, x0: Array | None = None) -> T:
         """Total gradient of a loss ``L(y, theta) -> scalar``: ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
 
         Parameters
@@ -230,15 +231,15 @@ class Linearization:
         )
 
 
-def _restored(condition: Any, y: Any, theta: Any, *rest: Any) -> Linearization:
+def _restored(condition: Any, y: Any, theta: Any, *rest: Any) -> Linearization[Any, Any]:
     names = ("args", "solver", "on_failure", "backend", "batched", "own")
     return linearized(condition, y, theta, **dict(zip(names, rest, strict=True)))
 
 
 @untraced
 def linearized(
-    condition: Any, y: Any, theta: Any, *, backend: Any = None, vector: Any = None, **options: Any
-) -> Linearization:
+    condition: Any, y: Y, theta: T, *, backend: Any = None, vector: Any = None, **options: Any
+) -> Linearization[Y, T]:
     """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results.
 
     ``vector`` is a cotangent or tangent that follows; like ``args`` it may be an array of JAX beside NumPy's.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 from implicitdiff.arrays import Array, any_true
-from implicitdiff.compilers import untraced
+from implicitdiff.compilers import public
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.failure import check_mode, explain, settle
 from implicitdiff.operator import Operator, checked_product, matrix_map
@@ -14,6 +14,7 @@ from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report
 from implicitdiff.solve import Prepared, Solution, make_report, method_of, poison, prepare
 from implicitdiff.solvers import get_solver
+from implicitdiff.typing import DEFAULTS, SystemOptions, Y, completed
 
 __all__ = ["System", "Told", "linear_solve", "solve_system"]
 
@@ -79,11 +80,20 @@ class System:
         return Told(solution, facts, not mute)
 
 
+@overload
 def linear_solve(
-    A: Any, b: Array, *, solver: Any = "auto", symmetric: bool | None = None, positive_definite: bool | None = None,
-    transpose: Any = None, x0: Array | None = None, batched: bool = False, on_failure: str = "raise",
-    backend: Any = None, return_report: bool = False,
-) -> Any:  # fmt: skip
+    A: Any, b: Y, *, return_report: Literal[False] = False, **options: Unpack[SystemOptions]
+) -> Y: ...  # fmt: skip
+
+
+@overload
+def linear_solve(
+    A: Any, b: Y, *, return_report: Literal[True], **options: Unpack[SystemOptions]
+) -> tuple[Y, Report]: ...  # fmt: skip
+
+
+@public(SystemOptions, DEFAULTS)
+def linear_solve(A: Any, b: Any, *, return_report: bool = False, **options: Unpack[SystemOptions]) -> Any:
     """Solve A x = b with a solver named at the call.
 
     Parameters
@@ -128,14 +138,13 @@ def linear_solve(
     >>> linear_solve(A, np.array([3.0, 4.0]), solver="cholesky")
     array([1., 1.])
     """
-    options = (x0, solver, symmetric, positive_definite, transpose, batched, on_failure)
-    x, report = _solved(A, b, backend, options)
+    given = completed(SystemOptions, options)
+    named = given.pop("backend")
+    x, report = _solved(System(backend_for({"b": [b]}, A) if named is None else get_backend(named), A, b, **given))
     return (x, report) if return_report else x
 
 
-@untraced
-def _solved(A: Any, b: Any, backend: Any, options: tuple[Any, ...]) -> tuple[Array, Report]:
-    system = System(get_backend(backend) if backend is not None else backend_for({"b": [b]}, A), A, b, *options)
+def _solved(system: System) -> tuple[Array, Report]:
     check_mode(system.on_failure)
     get_solver(system.solver)
     found: tuple[Array, Report] = (system.backend.solve_system or solve_system)(system)

@@ -36,6 +36,7 @@ LAYERS = (
         "verification",
         "curvature",
         "rules",
+        "typing",
         "judgement",
         "linearization",
         "system",

@@ -1,0 +1,89 @@
+"""Types of what users hand over, and the options that many functions take by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
+
+from implicitdiff.arrays import Array
+from implicitdiff.conditions import Condition
+
+__all__ = [
+    "DEFAULTS",
+    "ConditionLike",
+    "OnFailure",
+    "Options",
+    "SolverLike",
+    "SolverName",
+    "StartedOptions",
+    "SystemOptions",
+    "T",
+    "WrapperOptions",
+    "Y",
+    "completed",
+]
+
+Y = TypeVar("Y")
+"""A solution: what comes back like y."""
+T = TypeVar("T")
+"""Parameters: what comes back like theta."""
+
+SolverName: TypeAlias = Literal["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres"]
+OnFailure: TypeAlias = Literal["raise", "warn", "nan", "ignore"]
+ConditionLike: TypeAlias = Condition | Callable[..., Any]
+"""A bare callable is the inner objective."""
+
+
+class SolverLike(Protocol):
+    """Any object with the three methods of `implicitdiff.Solver`."""
+
+    def init(self, operator: Any) -> Any:
+        """Prepare for an operator."""
+
+    def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Any]:
+        """Solve A x = b."""
+
+    def transpose(self, state: Any) -> Any:
+        """Return the state for Aᵀ."""
+
+
+class WrapperOptions(TypedDict, total=False):
+    """Options of every linear solve."""
+
+    solver: SolverName | str | SolverLike
+    on_failure: OnFailure
+    backend: Any
+    batched: bool
+
+
+class Options(WrapperOptions, total=False):
+    """... of a condition at a point."""
+
+    args: tuple[Any, ...]
+
+
+class StartedOptions(Options, total=False):
+    """... of one product there, which may be given a start."""
+
+    x0: Array | None
+
+
+class SystemOptions(WrapperOptions, total=False):
+    """... of a linear system."""
+
+    symmetric: bool | None
+    positive_definite: bool | None
+    transpose: Callable[[Array], Array] | None
+    x0: Array | None
+
+
+DEFAULTS: dict[str, Any] = {
+    "solver": "auto", "on_failure": "raise", "backend": None, "batched": False, "args": (), "x0": None,
+    "symmetric": None, "positive_definite": None, "transpose": None,
+}  # fmt: skip
+"""What an option is where it is not given."""
+
+
+def completed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a kind, with the defaults of those that are not given."""
+    return {name: options.get(name, DEFAULTS[name]) for name in kind.__annotations__}
