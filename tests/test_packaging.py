@@ -111,3 +111,17 @@ def test_installed_wheel_works_outside_and_at_the_root(wheel: Path, tmp_path: Pa
     assert Path(at_root) == ROOT / "implicitdiff" / "__init__.py"
     assert modules.split() == modules_at_root.split()
     assert "implicitdiff.backends.numpy" in modules.split()
+
+
+def test_editable_install_is_a_path(builder: Path, tmp_path: Path) -> None:
+    """Type checkers and editors follow a folder that is named, and run no code to find a package."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    with zipfile.ZipFile(
+        tmp_path / run(builder, "-c", BUILD, "build_editable", tmp_path, cwd=source).split()[-1]
+    ) as wheel:
+        (path,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+        named = Path(wheel.read(path).decode().strip())
+    assert named.samefile(source)
+    assert (named / "implicitdiff" / "py.typed").is_file()
+    assert (named / "implicitdiff" / "backends" / "__init__.py").is_file()
