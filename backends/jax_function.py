@@ -33,6 +33,11 @@ _OPAQUE = (
     jax.errors.NonConcreteBooleanIndexError,
 )  # fmt: skip
 """What JAX raises where a solver needs to see numbers."""
+_FORWARD = (
+    "a second derivative of the solution is taken in forward mode, and the condition has none: it uses a custom_vjp.\n"
+    "Likely cause: jax.hessian, which is forward over reverse.\n"
+    "Next: jax.jacrev(jax.grad(loss)) in its place, or jax.custom_jvp in place of custom_vjp."
+)
 
 
 class _Statics:
@@ -199,7 +204,12 @@ def _tangent(task: Task, tangent: Any) -> Any:
     watch = Watch(task) if known else None
     tangent = tangent if watch is None else watch.pass_through(tangent, "theta")
     call = call_for(task, "tangent of what was told" if known else "tangent", (task.y, task.theta), tangent)
-    w = program_for(call, _build_tangent)(call)
+    try:
+        w = program_for(call, _build_tangent)(call)
+    except TypeError as error:  # what differentiates is JAX, through the functions of the condition
+        if "custom_vjp" not in str(error):
+            raise
+        raise DerivativeError(_FORWARD) from error
     return w if watch is None else watch.pass_through(w, "y")
 
 

@@ -31,7 +31,7 @@ from implicitdiff.arrays import Array, any_true, item_norm, needed
 from implicitdiff.operator import Operator, Product
 from implicitdiff.vectors import TreeVector, is_tree_vector
 
-__all__ = ["Scaling", "equilibrated", "of_matrix", "of_operator", "of_sparse", "scaled_sparse"]
+__all__ = ["TINY", "Scaling", "equilibrated", "of_matrix", "of_operator", "of_sparse", "scaled_sparse"]
 
 SWEEPS = 3
 """Each halves the logarithm of what is left; scales of 1e±9 need no more where the pattern is not sparse."""

@@ -24,6 +24,7 @@ from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import suspicion
+from implicitdiff.equilibration import TINY
 from implicitdiff.errors import ShapeError
 from implicitdiff.judgement import check_loss, reject_non_finite
 from implicitdiff.ravel import LeafRavel, Ravel
@@ -350,8 +351,10 @@ def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:
     """Whether the leaves of y and theta need not be concatenated: products alone, and a method that needs no more."""
     if task.batched or condition.has_matrix or not task.backend.trees(task.y, task.theta):
         return False
-    matrix_free = getattr(solver, "matrix_free", None)
-    return bool(matrix_free and matrix_free(LeafRavel.length(task.y)))
+    matrix_free, n = getattr(solver, "matrix_free", None), LeafRavel.length(task.y)
+    if task.backend.traced and n <= TINY:  # assembled for the units within leaves, which cannot be looked for there
+        return False
+    return bool(matrix_free and matrix_free(n))
 
 
 def _border(keep: bool, engine: Any, tree: Any) -> type[Ravel]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 from conftest import JAX, NUMPY, STRICT, TORCH, Library, relative_error, with_condition
+from generated import Posed, make
 
 from implicitdiff import Root, SingularError, Stationary, implicit_jacobian, implicit_vjp, linear_solve
 from implicitdiff.equilibration import of_matrix
@@ -148,3 +149,12 @@ def test_asymmetry_by_rounding_is_no_failure(solver: str) -> None:
     noise = 4e-11 * np.random.default_rng(12).standard_normal((12, 12))
     found = linear_solve(A + np.triu(noise, 1), b, solver=solver, symmetric=True)
     assert relative_error(NUMPY, found, np.linalg.solve(A + (np.triu(noise, 1) + np.triu(noise, 1).T) / 2, b)) <= 1e-9
+
+
+@pytest.mark.skipif(not JAX, reason="needs JAX")
+def test_small_trees_in_mixed_units_are_assembled() -> None:
+    """In a compiled program nothing is seen of units within a leaf; a small system is assembled for them."""
+    it = make("quadratic", np.random.default_rng(0), 4, 300.0)
+    p = Posed(it, it.units(np.array([1e3, 1e-3, 1e2, 1e-2])), JAX[0], "autodiff", "float32", tree=True)
+    found = p.base("vjp", p.call(p.condition(), "vjp", solver="gmres")())
+    assert relative_error(NUMPY, found, it.truth("vjp")) < 1e-4

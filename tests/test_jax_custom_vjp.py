@@ -10,6 +10,7 @@ import pytest
 from frameworks import framework
 
 from implicitdiff import (
+    DerivativeError,
     FixedPoint,
     Root,
     Stationary,
@@ -76,10 +77,10 @@ def test_forward_and_reverse(kind: str) -> None:
 
 def test_dense_jacobian_of_trees() -> None:
     """Leaves that are kept apart, and a Jacobian of all of them."""
-    condition = Root(lambda y, theta: {"a": residual(y["a"], theta)})
-    got = implicit_jvp(condition, {"a": Y}, THETA, ONES, solver="gmres")
-    assert np.allclose(got["a"], TRUTH @ ONES, rtol=1e-9)
-    assert np.allclose(implicit_jacobian(condition, {"a": Y}, THETA)["a"], TRUTH, rtol=1e-9)
+    condition = Root(lambda y, theta: {"a": jax.vmap(residual, (0, None))(y["a"], theta)})
+    y = {"a": jnp.tile(Y, (20, 1))}
+    assert np.allclose(implicit_jvp(condition, y, THETA, ONES, solver="gmres")["a"], TRUTH @ ONES, rtol=1e-9)
+    assert np.allclose(implicit_jacobian(condition, y, THETA)["a"], TRUTH, rtol=1e-9)
 
 
 def test_symmetric() -> None:
@@ -98,3 +99,10 @@ def test_wrapped_solver() -> None:
     assert np.allclose(jax.jacfwd(solve)(THETA), TRUTH, rtol=1e-9)
     many = jax.vmap(jax.grad(lambda theta: solve(theta).sum()))
     assert np.allclose(many(jnp.stack([THETA, THETA])), ONES @ TRUTH, rtol=1e-9)
+
+
+def test_second_derivative_in_forward_mode_is_explained() -> None:
+    """`jax.hessian` is forward over reverse; reverse over reverse is there."""
+    solve = implicit_function(Root(residual))(lambda theta: jax.lax.stop_gradient(Y) + 0 * theta)
+    with pytest.raises(DerivativeError, match=r"custom_vjp.*\n.*\n.*jacrev"):
+        jax.hessian(lambda theta: solve(theta).sum())(THETA)

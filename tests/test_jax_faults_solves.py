@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from conftest import ITERATIVE, SYMMETRIC_ONLY, assert_right, assert_right_or_told, assert_told, with_condition
+from conftest import (
+    ITERATIVE,
+    SYMMETRIC_ONLY,
+    assert_right,
+    assert_right_or_told,
+    assert_told,
+    outcome,
+    with_condition,
+)
 from helpers_jax import (
     GENERAL_DOORS,
     LIB,
@@ -15,6 +25,8 @@ from helpers_jax import (
     assert_compiled_right,
     assert_compiled_right_or_nan,
     compiled,
+    jax,
+    jnp,
     solved,
     through,
     truth_at,
@@ -29,6 +41,7 @@ from implicitdiff import (
     NotSymmetricError,
     SingularError,
     SolveError,
+    implicit_vjp,
 )
 
 N = 6  # one shape throughout: each program is compiled once
@@ -172,6 +185,38 @@ def test_10_modes_of_failure(door: str, on_failure: str) -> None:
     assert np.all(np.isnan(LIB.numpy(value))) is np.bool_(on_failure == "nan")
     if on_failure != "nan":
         assert report.residual == pytest.approx(solved(A, b, door, value), rel=1e-6)
+
+
+def _places(x: Any) -> Any:
+    """0, 1, 2, … in the shape of an array."""
+    return jnp.reshape(jnp.arange(x.size, dtype=x.dtype), x.shape)
+
+
+def _flat_at_first(y: Any, theta: Any) -> Any:
+    """Σ i y_i²/2 − y·θ over each leaf: A = diag(0, 1, …)."""
+    pairs = zip(*map(jax.tree.leaves, (y, theta)), strict=True)
+    return sum(jnp.sum(_places(a) * a**2 / 2 - a * b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "y", "on_failure"),
+    [
+        ("cg", {"a": np.ones(40), "b": np.ones(())}, "raise"),
+        ("gmres", np.ones(()), "warn"),
+        ("minres", np.ones((2, 3)), "nan"),
+        ("cg", np.ones(()), "ignore"),
+    ],
+)
+def test_10_modes_of_failure_of_any_shape(name: str, y: Any, on_failure: str) -> None:
+    """The diagnosis is that of the vectors that were solved for, be they a tree's leaves."""
+    y = jax.tree.map(jnp.asarray, y)
+    found = outcome(
+        lambda: implicit_vjp(_flat_at_first, y, jax.tree.map(_places, y), y, solver=name, on_failure=on_failure)
+    )
+    assert isinstance(found.error, SingularError) is (on_failure == "raise")
+    assert bool(found.warnings) is (on_failure == "warn")
+    if on_failure != "raise":
+        assert all(bool(jnp.isnan(x).all()) is (on_failure == "nan") for x in jax.tree.leaves(found.value))
 
 
 @two_doors
