@@ -95,6 +95,22 @@ def lowest(*extras: str) -> list[str]:
 
 
 @nox.session
+def quick(session: nox.Session) -> None:
+    """Run each choice of each test once, in a minute: without JAX, or on what ``-- --backend jax`` names."""
+    install(session, "-e", ".[test,torch,jax]")
+    chosen = any(option.startswith("--backend") for option in session.posargs)
+    libraries = () if chosen else ("--backend", "numpy", "--backend", "array_api_strict", "--backend", "torch")
+    run_tests(session, "--cover", "1", "-m", "not slow", *libraries)
+
+
+@nox.session
+def exhaustive(session: nox.Session) -> None:
+    """Run the full product of what the tests choose from, and the generated cases of ``fuzz``; takes hours."""
+    install(session, "-e", ".[test,torch,jax]")
+    run_tests(session, "--exhaustive")
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Run 10 000 random problems on each framework, and some thousand in random units; takes an hour or two."""
     install(session, "-e", ".[test,torch,jax]")

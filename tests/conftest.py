@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.sparse
+from selection import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 from implicitdiff import (
     CG,
@@ -86,11 +88,19 @@ def _torch() -> tuple[Library, ...]:
     return (Framework("torch", array_api_compat.torch, per_item=True),)
 
 
+def compile_fast() -> None:
+    """Let JAX compile in a third of the time: that takes most of the tests' time, and running next to none."""
+    flags = "--xla_backend_optimization_level=0"
+    if version("jaxlib").startswith(("0.9.", "0.10.")):  # XLA ends the process at a flag that it does not know
+        flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", flags)
+
+
 def _jax() -> tuple[Library, ...]:
     if not importlib.util.find_spec("jax"):
         return ()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of the time goes into compilation
+    compile_fast()
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -103,11 +113,6 @@ TORCH, JAX = _torch(), _jax()
 """Empty where the framework is not installed."""
 PLAIN = (NUMPY, STRICT, *TORCH)
 LIBRARIES = (NUMPY, STRICT, READONLY, *TORCH)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the generated tests run for long."""
-    parser.addoption("--exhaustive", action="store_true", help="some thousand generated cases in place of some dozen")
 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda lib: lib.name)

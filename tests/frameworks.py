@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -11,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import compile_fast
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of the time goes into compilation
+compile_fast()
 
 
 class Torch:

@@ -32,6 +32,8 @@ from implicitdiff import (
     linearize,
 )
 
+pytestmark = pytest.mark.cover(1)  # each choice once: every case compiles
+
 ONE = jnp.ones(3)
 K = jnp.asarray([[3.0, 1.0, 0.0], [-1.0, 2.0, 0.5], [0.0, 0.3, 4.0]])
 MIXED = Root(lambda y, th: K @ y + y**3 - th**2)

@@ -44,6 +44,8 @@ from implicitdiff import (
     implicit_vjp,
 )
 
+pytestmark = pytest.mark.cover(1)  # each choice once: every case compiles
+
 N = 6  # one shape throughout: each program is compiled once
 LAPLACIAN = 6 * np.eye(N) - np.ones((N, N))
 UNSOLVABLE = (SingularError, NotPositiveDefiniteError, NotConvergedError)

@@ -21,7 +21,7 @@ LINE = re.compile(r"(\w+): error (\S+), sharding kept: (\w+), gathers in the pro
 
 def printed(script: Path, devices: int) -> str:
     """What a script prints, on that many devices made of the CPU."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False, timeout=500
