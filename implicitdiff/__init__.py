@@ -49,6 +49,7 @@ from implicitdiff.errors import (
     UnknownNameError,
 )
 from implicitdiff.linearization import Linearization
+from implicitdiff.registry import register_backend
 from implicitdiff.regularity import Regularity, check_regularity
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import (
@@ -131,6 +132,7 @@ __all__ = [
     "linearize",
     "projections",
     "proxes",
+    "register_backend",
     "register_solver",
     "solver_names",
 ]

@@ -18,11 +18,9 @@ from implicitdiff.ravel import Ravel
 from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report, Status
-from implicitdiff.solvers import get_solver
+from implicitdiff.solvers import get_solver, suitable
 
 __all__ = ["Comparison", "SolverRow", "compare_solvers"]
-
-SOLVERS = ("auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres")
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ class Comparison(Sequence[SolverRow]):
 
 
 def compare_solvers(
-    condition: Any, outer: Any, y: Any, theta: Any, *, solvers: Sequence[Any] = SOLVERS, args: tuple[Any, ...] = (),
+    condition: Any, outer: Any, y: Any, theta: Any, *, solvers: Sequence[Any] | None = None, args: tuple[Any, ...] = (),
     backend: Any = None, batched: bool = False, repeats: int = 3, memory: bool = True,
 ) -> Comparison:  # fmt: skip
     """Compute the gradient of a loss through a solution with several linear solvers, and compare them.
@@ -175,8 +173,8 @@ def compare_solvers(
     ----------
     condition, outer, y, theta, args, backend, batched
         As for `implicit_grad`.
-    solvers : sequence of str or Solver
-        Names, or instances with their own options.
+    solvers : sequence of str or Solver, optional
+        Names, or instances with their own options. Default: ``"auto"`` and every registered method that is exact.
     repeats : int
         Timed calls after the first; the median counts.
     memory : bool
@@ -204,6 +202,7 @@ def compare_solvers(
     >>> [(row.solver, row.status) for row in found]
     [('lu', 'CONVERGED'), ('cholesky', 'NOT_POSITIVE_DEFINITE'), ('minres', 'CONVERGED')]
     """
+    solvers = ["auto", *suitable("positive definite")] if solvers is None else solvers
     if isinstance(solvers, str) or not solvers:
         raise InputError(f"solvers = {solvers!r}: expected a sequence of names or instances.")
     if repeats < 1:

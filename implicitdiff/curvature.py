@@ -18,11 +18,11 @@ from implicitdiff.arrays import Array, any_true, named_items
 from implicitdiff.errors import RegularityWarning
 from implicitdiff.failure import warn
 from implicitdiff.operator import Operator
+from implicitdiff.solvers import suitable
 
 __all__ = ["suspicion", "tell_kind"]
 
 DENSE_LIMIT = 4096
-DEFINITE, INDEFINITE = {"cholesky", "cg"}, {"lu", "ldlt", "minres"}
 
 
 def suspicion(kind: str | None, prepared: Any, solution: Any, b: Any) -> Array | None:
@@ -31,7 +31,7 @@ def suspicion(kind: str | None, prepared: Any, solution: Any, b: Any) -> Array |
     if kind == "saddle" or not op.symmetric or not op.n or 0 in b.shape:
         return None
     names = [name for name, _ in prepared.methods]
-    tried = names[0] in DEFINITE
+    tried = names[0] not in suitable("symmetric")
     chosen = getattr(prepared.solver, "name", "") == "auto"
     if kind is None and (not chosen or (tried and len(names) == 1)):
         return None
@@ -52,7 +52,7 @@ def _fell_back(op: Operator, solution: Any, names: list[str]) -> Array:
     code = xp.asarray(0 if solution.method is None else solution.method, device=op.device)
     found = xp.zeros(op.items, dtype=xp.bool, device=op.device)
     for i, name in enumerate(names):
-        found = found | (code == i) if name in INDEFINITE else found
+        found = found | (code == i) if name in suitable("symmetric") else found
     return found
 
 

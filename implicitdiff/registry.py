@@ -5,30 +5,86 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from implicitdiff.errors import BackendError, UnknownNameError
+from implicitdiff.errors import BackendError, InputError, UnknownNameError
 from implicitdiff.pytree import flatten, hint
 
-__all__ = ["BACKENDS", "backend_for", "get_backend", "portable"]
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
-BACKENDS: dict[str, str] = {
-    "numpy": "implicitdiff.backends.numpy:NumpyBackend",
-    "jax": "implicitdiff.backends.jax:JaxBackend",
-    "torch": "implicitdiff.backends.torch:TorchBackend",
-    "cupy": "implicitdiff.backends.cupy:CupyBackend",
-    "array_api": "implicitdiff.backends.array_api:ArrayAPIBackend",
-}
-"""Name to ``module:class``. A backend is loaded when its arrays, or its name, are first met."""
+__all__ = ["BACKENDS", "backend_for", "get_backend", "portable", "register_backend"]
 
-_ROOTS = {"numpy": "numpy", "jax": "jax", "jaxlib": "jax", "torch": "torch", "cupy": "cupy"}
+BACKENDS: dict[str, str | Callable[[], Backend]] = {}
+"""Name to ``module:class`` or a factory. A backend is loaded when its arrays, or its name, are first met."""
+
+_ROOTS: dict[str, str] = {}
 """Top-level module of an array type to the name of its backend."""
 
-_cache: dict[str, Any] = {}
+_TAKES: dict[str, tuple[str, ...]] = {}
+"""Name of a backend to those whose arrays it takes for its own."""
+
+_cache: dict[str, Backend] = {}
 
 
-def get_backend(backend: Any) -> Any:
+def register_backend(
+    name: str, module: str | Callable[[], Backend], roots: Sequence[str] | None = None, takes: Sequence[str] = ()
+) -> None:
+    """Make a backend known by name, and by the arrays that it serves.
+
+    Parameters
+    ----------
+    name : str
+        What ``backend=`` will accept.
+    module : str or callable
+        ``"module:class"``, imported when the backend is first needed, or a callable without arguments that returns an
+        instance. The class is a subclass of ``implicitdiff.backends.base.Backend``.
+    roots : sequence of str, optional
+        Top-level modules of the types of its arrays: an array whose type comes from one of them is served by this
+        backend. Default: ``name``.
+    takes : sequence of str, optional
+        Backends whose arrays this one takes for its own, where both are met in one call.
+
+    Raises
+    ------
+    InputError
+        Where the name or a root is taken, or ``module`` is neither of the two.
+
+    See Also
+    --------
+    implicitdiff.testing.check_backend : what a backend has to fulfil.
+
+    Examples
+    --------
+    >>> from implicitdiff import register_backend
+    >>> register_backend("mine", "my_package.adapter:MyBackend", roots=("my_arrays",))  # doctest: +SKIP
+    """
+    roots = (name,) if roots is None else roots
+    if not isinstance(name, str) or not name:
+        raise InputError(f"name = {name!r}: expected a non-empty string.")
+    if name in BACKENDS:
+        raise InputError(f"name = {name!r} is taken; registered backends: {', '.join(BACKENDS)}.")
+    if not (callable(module) or (isinstance(module, str) and all(module.partition(":")))):
+        raise InputError(f"module = {module!r}: expected 'module:class', or a callable that returns a backend.")
+    if isinstance(roots, str) or not all(isinstance(root, str) and root.isidentifier() for root in roots):
+        raise InputError(f"roots = {roots!r}: expected a sequence of names of top-level modules.")
+    for root in roots:
+        if root in _ROOTS:
+            raise InputError(f"roots: the arrays of {root!r} are served by the backend {_ROOTS[root]!r}.")
+    unknown = [other for other in takes if other not in BACKENDS]
+    if unknown:
+        raise UnknownNameError(f"takes: {unknown[0]!r} is not known; expected some of {', '.join(BACKENDS)}.")
+    BACKENDS[name] = module
+    _ROOTS.update(dict.fromkeys(roots, name))
+    _TAKES[name] = tuple(takes)
+
+
+for _name, _entry in importlib.import_module("implicitdiff.backends").BUILT_IN.items():
+    register_backend(_name, *_entry)
+
+
+def get_backend(backend: Any) -> Backend:
     """Return the backend of that name, or the instance itself.
 
     Raises
@@ -53,22 +109,26 @@ def portable(engine: Any) -> Any:
     return engine if cached is None else cached if cached in BACKENDS else None
 
 
-def _load(name: str) -> Any:
-    module, _, attribute = BACKENDS[name].partition(":")
+def _load(name: str) -> Callable[..., Backend]:
+    target = BACKENDS[name]
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Any:
+def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Backend:
     """Backend of the arrays in the trees, given by the names that the user knows them under.
 
-    JAX takes NumPy's arrays for its own, so where both are met the backend is JAX's.
+    Where a backend takes another's arrays for its own (JAX those of NumPy) and both are met, it is that one.
 
     Parameters
     ----------
     trees : mapping of str to pytree
         What decides: y, theta.
     beside : pytree
-        Data, or a vector, that may belong to JAX where all of the trees are NumPy's or plain numbers.
+        Data, or a vector: where all of the trees are arrays that another backend takes, or plain numbers, and that
+        backend's are among these, it is that one.
 
     Raises
     ------
@@ -82,9 +142,9 @@ def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Any:
             key = _framework(leaf, name)
             if key is not None and key not in found:
                 found[key] = (functools.partial(flat.path, i, name), leaf)
-    if "jax" in found or (found.keys() <= {"numpy"} and _holds_jax(beside)):
-        found.pop("numpy", None)
-        found = found or {"jax": (str, None)}
+    for taker, taken in _TAKES.items():
+        if taken and (taker in found or (found.keys() <= set(taken) and _holds(beside, taker))):
+            found = {key: at for key, at in found.items() if key not in taken} or {taker: (str, None)}
     if len(found) > 1:
         (a, (where_a, _)), (b, (where_b, _)) = list(found.items())[:2]
         raise BackendError(
@@ -94,30 +154,29 @@ def backend_for(trees: Mapping[str, Any], beside: Any = ()) -> Any:
     if not found:
         return get_backend("numpy")  # Python floats only
     key, (_, leaf) = next(iter(found.items()))
-    if key in _ROOTS:
-        return get_backend(_ROOTS[key])
-    return _generic(leaf)
+    return get_backend(key) if key in BACKENDS else _generic(leaf)
 
 
 def _framework(leaf: Any, name: str) -> str | None:
     """Name of the framework of an array; None for a number or a leaf that is no array at all."""
     root = type(leaf).__module__.partition(".")[0]
     if root in _ROOTS or hasattr(leaf, "__array_namespace__"):
-        return _ROOTS.get(root, root)  # arrays of JAX come from jaxlib, what it traces from jax
+        return _ROOTS.get(root, root)
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
         raise BackendError(f"no backend for arrays of type {kind}.{hint(leaf, name)}")
     return None
 
 
-def _holds_jax(tree: Any) -> bool:
-    """Whether a tree holds an array of JAX; whatever else there is in it is none of our business."""
-    if "jax" not in sys.modules:
+def _holds(tree: Any, name: str) -> bool:
+    """Whether a tree holds an array of that backend; whatever else there is in it is none of our business."""
+    roots = [root for root, backend in _ROOTS.items() if backend == name]
+    if not any(root in sys.modules for root in roots):
         return False
-    return any(_ROOTS.get(type(leaf).__module__.partition(".")[0]) == "jax" for leaf in flatten(tree).leaves)
+    return any(type(leaf).__module__.partition(".")[0] in roots for leaf in flatten(tree).leaves)
 
 
-def _generic(leaf: Any) -> Any:
+def _generic(leaf: Any) -> Backend:
     import array_api_compat
 
     xp = array_api_compat.array_namespace(leaf)

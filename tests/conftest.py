@@ -31,12 +31,13 @@ from implicitdiff import (
     implicit_vjp,
     linear_solve,
 )
+from implicitdiff.solvers import suitable
 
 SOLVERS = ("lu", "cholesky", "cg", "minres", "gmres", "auto")
-DIRECT = ("lu", "cholesky")
-ITERATIVE = ("cg", "minres", "gmres")
-SYMMETRIC_ONLY = ("cholesky", "cg", "minres")
-GENERAL = ("lu", "gmres", "auto")
+DIRECT = tuple(name for name in suitable("positive definite", direct=True) if name in SOLVERS)
+ITERATIVE = tuple(suitable("positive definite", direct=False))
+GENERAL = (*suitable(), "auto")
+SYMMETRIC_ONLY = tuple(name for name in SOLVERS if name not in GENERAL)
 SHORT = {"cg": CG(maxiter=100), "minres": MINRES(maxiter=100)}
 """For solves that are meant to fail: the same methods, without their 1 000 iterations."""
 

@@ -28,6 +28,7 @@ __all__ = [
     "get_solver",
     "register_solver",
     "solver_names",
+    "suitable",
 ]
 
 _FACTORIES: dict[str, Callable[[], Any]] = {
@@ -44,6 +45,31 @@ def solver_names() -> list[str]:
         The built-in ones first, then those registered since.
     """
     return list(_FACTORIES)
+
+
+def suitable(structure: str = "general", *, direct: bool | None = None) -> list[str]:
+    """List the registered methods that are exact for a square A of that structure, `Auto` not among them.
+
+    Parameters
+    ----------
+    structure : {"general", "symmetric", "positive definite"}
+        What is known of A.
+    direct : bool, optional
+        Whether to list the ones that factor a matrix, or the ones that do not; both by default.
+
+    Returns
+    -------
+    list of str
+    """
+    order = ("general", "symmetric", "positive definite")
+
+    def fits(name: str) -> bool:
+        solver = get_solver(name)
+        needs = getattr(solver, "structure", "general")
+        exact = not getattr(solver, "approximate", False) and order.index(needs) <= order.index(structure)
+        return exact and direct in (None, getattr(solver, "direct", False)) and not isinstance(solver, Auto)
+
+    return [name for name in _FACTORIES if fits(name)]
 
 
 def register_solver(name: str, factory: Callable[[], Any]) -> None:

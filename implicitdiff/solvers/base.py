@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, needed
 from implicitdiff.equilibration import Scaling, equilibrated
@@ -26,6 +26,8 @@ __all__ = [
     "without_preconditioner",
 ]
 
+Structure = Literal["general", "symmetric", "positive definite"]
+
 LOOSE, LOOSE_ITERATIONS = 1e-2, 100
 """Residual and iterations of a solution of which one or two digits are needed."""
 
@@ -40,10 +42,21 @@ class Solver(Record):
 
     name: ClassVar[str] = "solver"
     damping: float = 0.0
-    symmetric_only: ClassVar[bool] = False
-    """Whether the method is wrong on an operator that is not symmetric."""
+    structure: ClassVar[Structure] = "general"
+    """What A has to be; on any other the method is wrong, or breaks down."""
+    square: ClassVar[bool] = True
+    """Whether A has to be square."""
+    direct: ClassVar[bool] = False
+    """Whether the method factors an assembled matrix; one that does not needs products only."""
+    approximate: ClassVar[bool] = False
+    """Whether it is an approximation by design, which ends as `Status.APPROXIMATE`."""
     verified: ClassVar[bool] = False
     """Whether the residual that the solver reports is the true one; that of any other is recomputed."""
+
+    @property
+    def symmetric_only(self) -> bool:
+        """Whether the method is wrong on an operator that is not symmetric."""
+        return self.structure != "general"
 
     def __post_init__(self) -> None:
         check_options(self)

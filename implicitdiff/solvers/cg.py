@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.report import Status
-from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy, without_preconditioner
+from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, Structure, accuracy, without_preconditioner
 
 __all__ = ["CG"]
 
@@ -60,7 +60,7 @@ class CG(Krylov):
     """
 
     name: ClassVar[str] = "cg"
-    symmetric_only: ClassVar[bool] = True
+    structure: ClassVar[Structure] = "positive definite"
 
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run CG from x with residual r until the recursive residual reaches the target."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from implicitdiff.arrays import Array
+from implicitdiff.solvers.base import Structure
 from implicitdiff.solvers.dense import DenseSolver
 
 __all__ = ["Cholesky"]
@@ -36,7 +37,7 @@ class Cholesky(DenseSolver):
     name: ClassVar[str] = "cholesky"
     symmetric: ClassVar[bool] = True
     definite: ClassVar[bool] = True
-    symmetric_only: ClassVar[bool] = True
+    structure: ClassVar[Structure] = "positive definite"
 
     def factor(self, backend: Any, matrix: Array) -> Any:
         return backend.cho_factor(matrix)

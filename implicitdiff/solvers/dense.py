@@ -58,6 +58,7 @@ class DenseSolver(Solver):
     """
 
     damping: float = 0.0
+    direct: ClassVar[bool] = True
 
     verified: ClassVar[bool] = True
     symmetric: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from implicitdiff.arrays import Array
 from implicitdiff.operator import Operator
 from implicitdiff.solvers import sparse
+from implicitdiff.solvers.base import Structure
 from implicitdiff.solvers.dense import DenseSolver, DenseState
 
 __all__ = ["LDLT"]
@@ -41,7 +42,7 @@ class LDLT(DenseSolver):
 
     name: ClassVar[str] = "ldlt"
     symmetric: ClassVar[bool] = True
-    symmetric_only: ClassVar[bool] = True
+    structure: ClassVar[Structure] = "symmetric"
 
     def init(self, operator: Operator) -> Any:
         if operator.sparse is not None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.report import Status
-from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, without_preconditioner
+from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, Structure, without_preconditioner
 
 __all__ = ["MINRES"]
 
@@ -62,7 +62,7 @@ class MINRES(Krylov):
     """
 
     name: ClassVar[str] = "minres"
-    symmetric_only: ClassVar[bool] = True
+    structure: ClassVar[Structure] = "symmetric"
 
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run MINRES from x with residual r until φ reaches the target."""
