@@ -20,7 +20,7 @@ from implicitdiff.failure import warn
 from implicitdiff.operator import Operator
 from implicitdiff.solvers import suitable
 
-__all__ = ["suspicion", "tell_kind"]
+__all__ = ["refuted", "suspicion", "tell_kind"]
 
 DENSE_LIMIT = 4096
 
@@ -44,6 +44,13 @@ def suspicion(kind: str | None, prepared: Any, solution: Any, b: Any) -> Array |
     if kind == "maximum" and tried and fallen is not None:
         return seen | ~fallen
     return seen if fallen is None or kind == "maximum" else seen | fallen
+
+
+def refuted(kind: str | None, op: Operator, x: Any, b: Any) -> Array | None:
+    """Items in which the solution of A x = b shows that y is not of that kind; None where nothing was said."""
+    if kind not in {"minimum", "maximum"} or not op.symmetric or not op.n or 0 in b.shape:
+        return None
+    return _against(op, x, b, -1.0 if kind == "maximum" else 1.0)
 
 
 def _fell_back(op: Operator, solution: Any, names: list[str]) -> Array:

@@ -28,6 +28,8 @@ class Status(IntEnum):
     BAD_PRECONDITIONER = 7
     """It holds NaN or Inf, is singular, or not symmetric positive definite where the method needs that."""
     NON_FINITE = 8
+    CONTRADICTED = 9
+    """Under the user's own jit, where it cannot be an error: what was given or said of derivatives is not so."""
 
     @property
     def ok(self) -> bool:

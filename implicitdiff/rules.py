@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
-from implicitdiff.curvature import suspicion
+from implicitdiff.consistency import contradicted
+from implicitdiff.curvature import refuted, suspicion
 from implicitdiff.equilibration import TINY
 from implicitdiff.errors import ShapeError
 from implicitdiff.judgement import check_loss, reject_non_finite
@@ -171,8 +173,9 @@ class Rules:
         one = backend.xp.ones(p.items, dtype=p.y.dtype, device=p.y.device)
         usable = self.inputs if self.findings is None else self.inputs & self.findings.usable
         if not told:
-            step = self.check.look()
+            step, wrong = self.check.look(), self._contradicted
             one, usable = 1 + 0 * step.step, usable & ~step.far
+            usable = usable if wrong is None else usable & ~wrong
         return backend.detached(backend.xp.where(usable, one, one * float("nan")))
 
     def gradient(self, outer: Any, x0: Any = None) -> tuple[Any, Evidence]:
@@ -260,7 +263,25 @@ class Rules:
             code = xp.full_like(solution.status, int(Status.NON_FINITE))
             x = space.select(xp.broadcast_to(bad, space.items), space.nan(), solution.x)
             solution = solution._replace(status=xp.where(bad, code, solution.status), x=x)
-        return solution
+        wrong = self._wrong(solution, b)
+        if wrong is None:
+            return solution
+        code = xp.full_like(solution.status, int(Status.CONTRADICTED))
+        return solution._replace(status=xp.where(wrong, code, solution.status))
+
+    @cached_property
+    def _contradicted(self) -> Array | None:
+        """Items in which what was given of derivatives is wrong; None where nobody looks, or others do."""
+        silent = self.mute and self.task.backend.traced and self.task.on_failure != "ignore"
+        return contradicted(self.checked) if silent and getattr(self.condition, "to_verify", ()) else None
+
+    def _wrong(self, solution: Solution, b: Any) -> Array | None:
+        """Items in which what the user says is not so, where nothing can be told of it."""
+        if not self.mute or self.task.on_failure == "ignore":
+            return None
+        found = (self._contradicted, refuted(self.condition.point_kind, self.prepared.operator, solution.x, b))
+        wrong = [x for x in found if x is not None]
+        return None if not wrong else wrong[0] | wrong[-1]
 
     def _per_item(self, mask: Array) -> Array:
         """Reduce a mask over right-hand sides."""

@@ -26,6 +26,7 @@ from implicitdiff import (
     SolveError,
     SolveWarning,
     Stationary,
+    Status,
     implicit_grad,
     implicit_jacobian,
     implicit_jvp,
@@ -58,6 +59,38 @@ def test_19_20_whether_it_is_a_solution(solver: str) -> None:
 def test_19_under_jit_the_report_knows() -> None:
     _, report = jax.jit(lambda th: implicit_vjp(CUBE, ONE, th, ONE, return_report=True))(ONE + 0.1)
     assert float(report.stationarity) == pytest.approx(0.1 * 3**0.5)
+
+
+def _linear(y: Any, theta: Any, k: Any) -> Any:
+    return SKEW @ y - theta[:2] ** 2 * theta[2]
+
+
+GIVEN = Root(
+    _linear, jvp=lambda y, t, v, k: (SKEW + k["transposed"] * (SKEW.T - SKEW)) @ v, vjp=lambda y, t, u, k: SKEW.T @ u,
+    mixed_jvp=lambda y, t, d, k: jax.jvp(lambda t: _linear(y, t, k), (t,), (d,))[1] * k["doubled"],
+    mixed_vjp=lambda y, t, u, k: jax.vjp(lambda t: _linear(y, t, k), t)[1](u)[0] * k["sign"],
+)  # fmt: skip
+SKEW = jnp.asarray([[2.0, 0.7], [-0.4, 1.5]])
+
+
+def test_68_given_products_that_are_wrong_are_nan_under_jit() -> None:
+    theta = jnp.asarray([1.2, -0.7, 0.5])
+    y = jnp.linalg.solve(SKEW, theta[:2] ** 2 * theta[2])
+    pull = jax.jit(lambda k: implicit_vjp(GIVEN, y, theta, ONE[:2], args=(k,), solver="lu", return_report=True))
+    right = {"transposed": 0.0, "doubled": 1.0, "sign": 1.0}
+    value, report = pull(right)
+    assert bool(report.converged)
+    assert bool(jnp.isfinite(value).all())
+    for wrong in ({"transposed": 1.0}, {"doubled": 2.0}, {"sign": -1.0}):
+        value, report = pull({**right, **wrong})
+        assert report.status == Status.CONTRADICTED
+        assert bool(jnp.isnan(value).all())
+
+
+def test_77_kind_that_is_not_so_is_nan_under_jit() -> None:
+    low = Stationary(lambda y, t: (y[0] ** 2 - y[1] ** 2) / 2 - y @ t, kind="minimum")
+    pull = jax.jit(lambda y, t: implicit_vjp(low, y, t, jnp.asarray([1.0, 0.5]), solver="lu"))
+    assert bool(jnp.isnan(pull(jnp.asarray([1.0, -2.0]), jnp.asarray([1.0, 2.0]))).all())
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -33,6 +33,7 @@ LAYERS = (
         "probes",
         "trials",
         "mistakes",
+        "consistency",
         "verification",
         "curvature",
         "rules",
