@@ -245,7 +245,11 @@ class _Inline(JaxBackend):
 
         def solver(flipped: bool) -> Callable[[Any, Any], Any]:
             def solve(_: Any, right: Any) -> tuple[Any, Any]:
+                if prepared.on_solved is not None:  # what was assembled belongs to each: one alone may be run
+                    prepared.counted = 0
                 solution = prepared.solve(right, None if flipped else x0, transposed=transposed ^ flipped)
+                if prepared.on_solved is not None:
+                    prepared.on_solved(solution, right, transposed ^ flipped)
                 return alike((solution.x, solution._replace(x=None)))
 
             return solve

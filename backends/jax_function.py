@@ -8,6 +8,7 @@ y* in it is the solution function itself, so reverse mode and every higher order
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from implicitdiff.backends.jax_aux import unknown_tangent
 from implicitdiff.backends.jax_contents import captures_differentiated
 from implicitdiff.backends.jax_programs import call_for, is_traced, looked_at, program_for
+from implicitdiff.backends.jax_reports import hand_out_solved
 from implicitdiff.backends.jax_rules import arrays_of, functions_of
 from implicitdiff.backends.jax_watch import Watch
 from implicitdiff.errors import CallbackError, DerivativeError
@@ -215,7 +217,10 @@ def _tangent(task: Task, tangent: Any) -> Any:
 
 def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:
     task = replace(call.task_at(y, theta, dynamic), backend=call.task.backend.inline)
-    return Rules(task, mute=True).tangent(tangent, told=call.mode != "tangent")
+    rules = Rules(task, mute=True)
+    if task.on_report is not None:
+        rules.prepared.on_solved = partial(hand_out_solved, rules)
+    return rules.tangent(tangent, told=call.mode != "tangent")
 
 
 def _look_at_point(task: Task) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.backends.jax_contents import Contents
+from implicitdiff.backends.jax_reports import hand_out
 from implicitdiff.backends.jax_rules import arrays_of, filled, functions_of, run_rules
 from implicitdiff.errors import RecompilationWarning
 from implicitdiff.failure import warn
@@ -132,7 +133,7 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     key = (
         call.mode, build, type(task.condition), *(_identity(f, found) for f in functions), task.batched,
         task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
-        jax.config.read("jax_enable_x64"),
+        jax.config.read("jax_enable_x64"), None if task.on_report is None else _identity(task.on_report, found),
     )  # fmt: skip
     held = (task.solver, *call.args.static, *(f for f in functions if not callable(f)))
     program, contents = _programs.get(key), Contents(filter(callable, functions), held)
@@ -239,6 +240,12 @@ class Runner:
         return self._step
 
     def _traced(self, mode: str, direction: Any, x0: Any) -> Run:
+        run = self._inlined(mode, direction, x0)
+        if self._task.on_report is not None:
+            hand_out(self._task.on_report, run)
+        return run
+
+    def _inlined(self, mode: str, direction: Any, x0: Any) -> Run:
         if self._task.batched and not self._task.own:
             task = replace(self._task, backend=self._inline)
             value, evidence, rules = run_rules(task, mode, direction, x0, mute=True)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from implicitdiff.backends.jax_reports import between
 from implicitdiff.errors import ImplicitDiffError, SolveWarning
 from implicitdiff.failure import warn
 from implicitdiff.linearization import Linearization
@@ -55,6 +56,7 @@ class Watch:
 
     def look(self, leaves: Sequence[Any], mode: str, *, last: bool) -> None:
         """See what goes into a product in forward ("jvp") or reverse mode ("vjp"), or what comes out of it."""
+        between(self._task.on_report, last=last)
         if not last:
             self._given = list(leaves)
         elif self._given is not None and not _finite(leaves) and _finite(self._given):

@@ -42,12 +42,13 @@ class TorchLinearization(Linearization[Any, Any]):
     def __init__(
         self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
         on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
+        on_report: Any = None,
     ) -> None:  # fmt: skip
         check_mode(on_failure)
         refuse_recorded(args)
-        options = {"solver": solver, "on_failure": on_failure, "batched": batched}
+        options = {"solver": solver, "on_failure": on_failure, "batched": batched, "on_report": on_report}
         self.y, self.theta, self._run = y, theta, None
-        self._task = Task(backend, condition, y, theta, args, solver, on_failure, batched, own)
+        self._task = Task(backend, condition, y, theta, args, solver, on_failure, batched, own, on_report)
         self._problem = Problem(backend, Composable(), condition, options, theta, args, {})
         self._engine = collecting(backend)
         refuse_captured(condition)

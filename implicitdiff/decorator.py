@@ -15,7 +15,7 @@ from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputEr
 from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.typing import DEFAULTS, ConditionLike, T, WrapperOptions, Y, completed
+from implicitdiff.typing import DEFAULTS, ConditionLike, FunctionOptions, T, Y, completed
 
 __all__ = ["ImplicitFunction", "implicit_function"]
 
@@ -209,24 +209,24 @@ def _refuse_record(name: str, y: Any) -> None:
 
 @overload
 def implicit_function(
-    condition: ConditionLike, *, has_aux: Literal[False] = False, **options: Unpack[WrapperOptions]
+    condition: ConditionLike, *, has_aux: Literal[False] = False, **options: Unpack[FunctionOptions]
 ) -> Callable[[Callable[P, Y]], ImplicitFunction[P, Y, Y]]: ...
 
 
 @overload
 def implicit_function(
-    condition: ConditionLike, *, has_aux: Literal[True], **options: Unpack[WrapperOptions]
+    condition: ConditionLike, *, has_aux: Literal[True], **options: Unpack[FunctionOptions]
 ) -> Callable[[Callable[P, tuple[Y, Aux]]], ImplicitFunction[P, tuple[Y, Aux], Y]]: ...
 
 
 @overload
 def implicit_function(
-    condition: ConditionLike, *, has_aux: Callable[..., Aux], **options: Unpack[WrapperOptions]
+    condition: ConditionLike, *, has_aux: Callable[..., Aux], **options: Unpack[FunctionOptions]
 ) -> Callable[[Callable[P, Y]], ImplicitFunction[P, tuple[Y, Aux], Y]]: ...
 
 
-@public(WrapperOptions, DEFAULTS)
-def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **options: Unpack[WrapperOptions]) -> Any:
+@public(FunctionOptions, DEFAULTS)
+def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **options: Unpack[FunctionOptions]) -> Any:
     """Decorate a solver ``y = solve(theta, *args, **kwargs)`` so that its solution can be differentiated.
 
     The solver is a black box: SciPy, a loop, a compiled program. Only the condition that its solution satisfies is
@@ -241,6 +241,11 @@ def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **optio
         the solver alone.
     solver, on_failure, backend, batched
         Of the linear solve; see `implicitdiff.linearize`.
+    on_report : callable, optional
+        Called with the `Report` of each derivative, when it has been computed: by ``.vjp``, ``.jvp``, ``.jacobian`` and
+        ``.linearize``, and in the backward and the forward pass of Torch and JAX. Within ``jax.jit`` it is called
+        through JAX's callback, while the program runs or just after; ``seconds`` is not known there, and under
+        ``jax.vmap`` the fields are arrays. What it raises is raised, but from within ``jax.jit``, which wraps it.
     has_aux : bool or callable
         Whether the solver returns ``(y, aux)``. Such an aux is what the solver says about its run, and no function:
         where it enters a derivative, that is an error in reverse mode and NaN in forward mode, and not zero.
@@ -269,7 +274,10 @@ def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **optio
         raise InputError("condition is None; expected Stationary(f), Root(F), FixedPoint(T), or the objective f.")
     if not (isinstance(has_aux, bool) or callable(has_aux)):
         raise InputError(f"has_aux is {type(has_aux).__name__}; expected a bool or a function aux(y, theta, *args).")
-    given = completed(WrapperOptions, options)
+    if not (options.get("on_report") is None or callable(options["on_report"])):
+        kind = type(options["on_report"]).__name__
+        raise InputError(f"on_report is {kind}; expected a function that takes a Report.")
+    given = completed(FunctionOptions, options)
 
     def decorate(solve: Callable[..., Any]) -> ImplicitFunction[Any, Any, Any]:
         if not callable(solve):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Generic
 
@@ -43,12 +44,13 @@ class Linearization(Generic[Y, T]):
     def __init__(
         self, condition: Any, y: Y, theta: T, *, args: tuple[Any, ...] = (), solver: Any = "auto",
         on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
+        on_report: Callable[[Report], object] | None = None,
     ) -> None:  # fmt: skip
         check_mode(on_failure)
         engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
         self.y, self.theta = y, theta
         args = tuple(map_leaves(copied, tuple(args))) if own else tuple(args)  # they may be filled anew afterwards
-        self._task = Task(engine, condition, y, theta, args, solver, on_failure, batched, own)
+        self._task = Task(engine, condition, y, theta, args, solver, on_failure, batched, own, on_report)
         with engine.computing():
             self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
         self._run: Run | None = None
@@ -63,7 +65,8 @@ class Linearization(Generic[Y, T]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle what it is made of, and the report; factors and programs are made again."""
         t = self._task
-        made_of = (t.condition, t.y, t.theta, t.args, t.solver, t.on_failure, portable(self._origin), t.batched, t.own)
+        origin = portable(self._origin)
+        made_of = (t.condition, t.y, t.theta, t.args, t.solver, t.on_failure, origin, t.batched, t.own, t.on_report)
         return _restored, made_of, {"_shown": self.report}
 
     @property
@@ -189,6 +192,8 @@ class Linearization(Generic[Y, T]):
                 found = None if error is not None else run.evidence.solution.x
                 verify(self._task, lambda: run.rules or self._rules, mode, found)
                 self._verified = True
+        if self._task.on_report is not None and self.report is not None:
+            self._task.on_report(self.report)
         if error is not None:  # with the value attached: nothing is lost
             error.value, error.report = run.value, self.report
             settle(error, self._task.on_failure)
@@ -232,7 +237,7 @@ class Linearization(Generic[Y, T]):
 
 
 def _restored(condition: Any, y: Any, theta: Any, *rest: Any) -> Linearization[Any, Any]:
-    names = ("args", "solver", "on_failure", "backend", "batched", "own")
+    names = ("args", "solver", "on_failure", "backend", "batched", "own", "on_report")
     return linearized(condition, y, theta, **dict(zip(names, rest, strict=True)))
 
 

@@ -16,7 +16,7 @@ a compiled program, and is judged outside of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -54,6 +54,8 @@ class Task:
     batched : bool
     own : bool
         Whether y and theta are copied, since they are used again later.
+    on_report : callable, optional
+        Receives the report of each product.
     """
 
     backend: Any
@@ -65,6 +67,7 @@ class Task:
     on_failure: str = "raise"
     batched: bool = False
     own: bool = False
+    on_report: Callable[[Any], object] | None = None
 
 
 class Evidence(NamedTuple):

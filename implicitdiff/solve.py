@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,7 +58,10 @@ class Prepared:
     methods: Sequence[tuple[str, str]] = ()
     spent: int = 0
     """Products for corrections."""
-    _counted: int = 0
+    on_solved: Callable[[Solution, Array, bool], None] | None = None
+    """Sees each solution of a system within a compiled program, with b, and whether it was the transposed one."""
+    counted: int = 0
+    """Products for matrices and scales that a solve has told already."""
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
 
     @property
@@ -135,8 +138,8 @@ class Prepared:
         """Count the products that went into assembling matrices, and into scales, since the last solve."""
         operators = {id(op): op for op, _ in self._states.values()}.values()  # a symmetric one is its own transpose
         spent = (op.n * op.assembled + op.probes for op in operators)
-        before, self._counted = self._counted, sum(spent)
-        return self._counted - before
+        before, self.counted = self.counted, sum(spent)
+        return self.counted - before
 
 
 def prepare(operator: Operator, solver: Any, *, mute: bool = False) -> Prepared:

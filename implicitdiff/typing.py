@@ -7,18 +7,20 @@ from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions import Condition
+from implicitdiff.report import Report
 
 __all__ = [
     "DEFAULTS",
     "ConditionLike",
+    "FunctionOptions",
     "OnFailure",
     "Options",
+    "SolveOptions",
     "SolverLike",
     "SolverName",
     "StartedOptions",
     "SystemOptions",
     "T",
-    "WrapperOptions",
     "Y",
     "completed",
 ]
@@ -47,7 +49,7 @@ class SolverLike(Protocol):
         """Return the state for Aᵀ."""
 
 
-class WrapperOptions(TypedDict, total=False):
+class SolveOptions(TypedDict, total=False):
     """Options of every linear solve."""
 
     solver: SolverName | str | SolverLike
@@ -56,7 +58,13 @@ class WrapperOptions(TypedDict, total=False):
     batched: bool
 
 
-class Options(WrapperOptions, total=False):
+class FunctionOptions(SolveOptions, total=False):
+    """... of a wrapped solver."""
+
+    on_report: Callable[[Report], object] | None
+
+
+class Options(SolveOptions, total=False):
     """... of a condition at a point."""
 
     args: tuple[Any, ...]
@@ -68,7 +76,7 @@ class StartedOptions(Options, total=False):
     x0: Array | None
 
 
-class SystemOptions(WrapperOptions, total=False):
+class SystemOptions(SolveOptions, total=False):
     """... of a linear system."""
 
     symmetric: bool | None
@@ -79,7 +87,7 @@ class SystemOptions(WrapperOptions, total=False):
 
 DEFAULTS: dict[str, Any] = {
     "solver": "auto", "on_failure": "raise", "backend": None, "batched": False, "args": (), "x0": None,
-    "symmetric": None, "positive_definite": None, "transpose": None,
+    "symmetric": None, "positive_definite": None, "transpose": None, "on_report": None,
 }  # fmt: skip
 """What an option is where it is not given."""
 
