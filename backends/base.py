@@ -159,6 +159,8 @@ class Backend(ABC):
     """Makes a `Linearization` that records what is done with its results; None: there is nothing to record."""
     solve_system: Callable[[Any], Any] | None = None
     """Solves a linear system so that the framework can differentiate the solution; None: in numbers."""
+    runner: Any = None
+    """``runner(task)`` runs the rules where values are never seen (``traced``)."""
 
     def check_dependence(self, function: Callable[[Array], Array], theta: Array) -> None:  # noqa: B027
         """Raise for an F that does not use θ, where nothing could be told once a result is there."""

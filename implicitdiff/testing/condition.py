@@ -13,6 +13,7 @@ from implicitdiff.errors import ImplicitDiffWarning, NotASolutionWarning
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.testing.common import close, require, run
+from implicitdiff.typing import Options
 
 __all__ = ["check_condition"]
 
@@ -48,7 +49,7 @@ def check_condition(
     >>> check_condition(Root(lambda y, t: y**3 - t), np.array([2.0]), np.array([8.0]))
     """
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
-    options = {"args": args, "backend": engine}
+    options: Options = {"args": args, "backend": engine}
     rng = np.random.default_rng(seed)
 
     v, t = (_direction(engine, tree, rng) for tree in (y, theta))
