@@ -18,7 +18,7 @@ import numpy as np
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.errors import BackendError
-from implicitdiff.vectors import ArraySpace
+from implicitdiff.linalg.vector_space import ArraySpace
 
 __all__ = ["Backend", "Derivatives"]
 

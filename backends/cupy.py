@@ -18,7 +18,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.lending import Lender
 from implicitdiff.errors import BackendError, DerivativeError, DTypeError, UnknownNameError
-from implicitdiff.vectors import ArraySpace
+from implicitdiff.linalg.vector_space import ArraySpace
 
 __all__ = ["CupyBackend", "CupyItemsSpace", "CupySpace"]
 

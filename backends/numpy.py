@@ -86,7 +86,7 @@ class NumpyBackend(ArrayAPIBackend):
 
     def concat(self, parts: Any) -> Array:
         if any(type(p).__module__.startswith("autograd") for p in parts):
-            from implicitdiff.backends import tape
+            from implicitdiff.backends import autograd as tape
 
             return tape.concatenate(parts)
         return np.concatenate(parts, axis=-1)
@@ -100,7 +100,7 @@ class NumpyBackend(ArrayAPIBackend):
         if self.autodiff in LENDERS:
             return Lender(self, self.autodiff).differentiate(function, y, theta)
         if self._tape():
-            from implicitdiff.backends import tape
+            from implicitdiff.backends import autograd as tape
 
             found = tape.differentiate(self, function, y, theta)
             if found is not None:
@@ -114,7 +114,7 @@ class NumpyBackend(ArrayAPIBackend):
         if self.autodiff in LENDERS:
             return Lender(self, self.autodiff).differentiate_gradient(function, y, theta)
         if self._tape():
-            from implicitdiff.backends import tape
+            from implicitdiff.backends import autograd as tape
 
             found = tape.differentiate_gradient(self, function, y, theta)
             if found is not None:
@@ -128,7 +128,7 @@ class NumpyBackend(ArrayAPIBackend):
         if self.autodiff in LENDERS:
             return Lender(self, self.autodiff).gradients(function, y, theta)
         if self._tape():
-            from implicitdiff.backends import tape
+            from implicitdiff.backends import autograd as tape
 
             found = tape.gradients(function, y, theta)
             if found is not None:

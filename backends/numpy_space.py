@@ -13,8 +13,8 @@ from scipy.linalg import blas
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import BackendError, InputError
+from implicitdiff.linalg.vector_space import ArraySpace
 from implicitdiff.solvers.base import Krylov
-from implicitdiff.vectors import ArraySpace
 
 __all__ = ["NumpyBatchSpace", "NumpySpace", "SliceSpace", "Slices", "space_of"]
 

@@ -7,7 +7,6 @@ factorisation, `implicit_function` wraps the solver, and a `Report` tells how fa
 
 from implicitdiff import projections, proxes
 from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
-from implicitdiff.comparison import Comparison, SolverRow, compare_solvers
 from implicitdiff.conditions import (
     KKT,
     QP,
@@ -20,7 +19,6 @@ from implicitdiff.conditions import (
     Stationary,
 )
 from implicitdiff.decorator import implicit_function
-from implicitdiff.derivative_check import CheckRow, DerivativeCheck, check_derivatives
 from implicitdiff.errors import (
     BackendError,
     CallbackError,
@@ -48,9 +46,9 @@ from implicitdiff.errors import (
     SolveWarning,
     UnknownNameError,
 )
+from implicitdiff.linalg.system import linear_solve
 from implicitdiff.linearization import Linearization
 from implicitdiff.registry import register_backend
-from implicitdiff.regularity import Regularity, check_regularity
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import (
     CG,
@@ -64,7 +62,9 @@ from implicitdiff.solvers import (
     register_solver,
     solver_names,
 )
-from implicitdiff.system import linear_solve
+from implicitdiff.tools.comparison import Comparison, SolverRow, compare_solvers
+from implicitdiff.tools.derivative_check import CheckRow, DerivativeCheck, check_derivatives
+from implicitdiff.tools.regularity import Regularity, check_regularity
 
 __version__ = "0.1.0"
 

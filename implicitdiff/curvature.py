@@ -17,7 +17,7 @@ from typing import Any
 from implicitdiff.arrays import Array, any_true, named_items
 from implicitdiff.errors import RegularityWarning
 from implicitdiff.failure import warn
-from implicitdiff.operator import Operator
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.solvers import suitable
 
 __all__ = ["refuted", "suspicion", "tell_kind"]

@@ -20,7 +20,7 @@ from implicitdiff.errors import (
     SolveWarning,
     UnknownNameError,
 )
-from implicitdiff.operator import Operator
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.report import Status, tally
 
 __all__ = ["MODES", "check_mode", "explain", "settle", "warn"]

@@ -13,8 +13,8 @@ import numpy as np
 
 from implicitdiff.arrays import Array, named_items
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, ShapeError
+from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 from implicitdiff.pytree import Tree, flatten, same_structure
-from implicitdiff.vectors import TreeVector, is_tree_vector
 
 __all__ = ["Leaf", "LeafRavel", "Ravel", "foreign"]
 

@@ -24,17 +24,17 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
-from implicitdiff.consistency import contradicted
 from implicitdiff.curvature import refuted, suspicion
-from implicitdiff.equilibration import TINY
 from implicitdiff.errors import ShapeError
 from implicitdiff.judgement import check_loss, reject_non_finite
+from implicitdiff.linalg.equilibration import TINY
+from implicitdiff.linalg.solve import Solution, prepare
+from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.ravel import LeafRavel, Ravel
 from implicitdiff.report import Status
 from implicitdiff.solution_check import SolutionCheck, Step
-from implicitdiff.solve import Solution, prepare
 from implicitdiff.solvers import get_solver
-from implicitdiff.vectors import is_tree_vector
+from implicitdiff.verification.consistency import contradicted
 
 __all__ = ["Direct", "Evidence", "Rules", "Run", "Task"]
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true
-from implicitdiff.vectors import is_tree_vector
+from implicitdiff.linalg.vector_space import is_tree_vector
 
 __all__ = ["FAR", "SolutionCheck", "Step", "levels"]
 

@@ -50,7 +50,7 @@ from generated import Posed, make
 
 import implicitdiff as idf
 from implicitdiff import Stationary
-from implicitdiff.verification import _verified
+from implicitdiff.verification.first_use import _verified
 
 FAILURES = ("silent wrong", "false alarm", "misleading")
 

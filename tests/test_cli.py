@@ -16,8 +16,9 @@ import pytest
 from conftest import DIRECT, SOLVERS
 
 import implicitdiff
-from implicitdiff import CG, Stationary, demo, registry, solver_names, solvers
-from implicitdiff.__main__ import main
+from implicitdiff import CG, Stationary, registry, solver_names, solvers
+from implicitdiff.tools import demo
+from implicitdiff.tools.command_line import main
 
 WINE = ["demo", "--data", "wine", "--steps", "3", "--quiet"]
 

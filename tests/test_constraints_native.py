@@ -174,7 +174,7 @@ def _programs() -> dict[Any, Any]:
     import importlib
 
     get_backend("jax")
-    return importlib.import_module("implicitdiff.backends.jax_programs")._programs
+    return importlib.import_module("implicitdiff.backends.jax.programs")._programs
 
 
 # -- a quadratic program as a layer, to second order in all of its data ------------------------------------------------

@@ -9,7 +9,7 @@ from conftest import JAX, NUMPY, STRICT, TORCH, Library, relative_error, with_co
 from generated import Posed, make
 
 from implicitdiff import Root, SingularError, Stationary, implicit_jacobian, implicit_vjp, linear_solve
-from implicitdiff.equilibration import of_matrix
+from implicitdiff.linalg.equilibration import of_matrix
 from implicitdiff.registry import get_backend
 
 GENERAL = ("auto", "lu", "gmres")

@@ -105,7 +105,7 @@ def test_gradient_of_a_wrapped_solver_is_compiled_once(compilations: list[float]
 
 def test_functions_are_not_kept_alive() -> None:
     """The compiled program goes with the user's functions."""
-    from implicitdiff.backends import jax_programs
+    from implicitdiff.backends.jax import programs as jax_programs
 
     y, theta = squares()
     gc.collect()  # of other tests

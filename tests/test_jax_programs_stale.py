@@ -24,7 +24,7 @@ if find_spec("jax") is None:
 
 fw = framework("jax")
 jax, jnp = fw.jax, fw.xp
-Contents = importlib.import_module("implicitdiff.backends.jax_contents").Contents
+Contents = importlib.import_module("implicitdiff.backends.jax.contents").Contents
 
 ELSEWHERE = types.ModuleType("elsewhere")
 exec("scale = 2.0\ninner = 1.0\ndef twice(x):\n    return scale * x", ELSEWHERE.__dict__)

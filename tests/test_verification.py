@@ -13,10 +13,11 @@ import scipy.sparse
 from conftest import JAX, NUMPY, STRICT, TORCH, outcome
 
 import implicitdiff as idf
-from implicitdiff import FixedPoint, InconsistentDerivativesError, ProximalGradient, Root, Stationary, verification
-from implicitdiff.mistakes import wrong_in
+from implicitdiff import FixedPoint, InconsistentDerivativesError, ProximalGradient, Root, Stationary
 from implicitdiff.registry import get_backend
 from implicitdiff.rules import Rules, Task
+from implicitdiff.verification import first_use as verification
+from implicitdiff.verification.mistakes import wrong_in
 
 N = 4
 RNG = np.random.default_rng(7)

@@ -15,9 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
-from implicitdiff.operator import LinearMap, Operator, Product, matrix_map
+from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_map
+from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
-from implicitdiff.vectors import is_tree_vector
 
 __all__ = [
     "Checked",

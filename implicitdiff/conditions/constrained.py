@@ -39,11 +39,11 @@ from implicitdiff.errors import (
     SingularError,
     UnknownNameError,
 )
+from implicitdiff.linalg.block_operator import padded, saddle
+from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_product
 from implicitdiff.namespaces import item_sum, namespace, without
-from implicitdiff.operator import LinearMap, Operator, Product, matrix_product
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
-from implicitdiff.saddle import padded, saddle
 from implicitdiff.solvers.saddle import NullSpace, Schur
 
 __all__ = ["ROUTES", "Constrained", "FirstOrder"]

@@ -12,7 +12,7 @@ from typing import Any
 from implicitdiff.arrays import Array, times
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.stationary import Stationary
-from implicitdiff.operator import LinearMap, Operator
+from implicitdiff.linalg.operator import LinearMap, Operator
 
 __all__ = ["system_by_blocks"]
 

@@ -9,7 +9,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.root import Root
-from implicitdiff.operator import LinearMap, Product
+from implicitdiff.linalg.operator import LinearMap, Product
 
 __all__ = ["FixedPoint", "identity_minus"]
 

@@ -17,8 +17,8 @@ from implicitdiff.conditions.constrained import Constrained
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.namespaces import constant, item_sum, namespace, without
-from implicitdiff.operator import Operator
 from implicitdiff.pytree import flatten
 
 __all__ = ["LogBarrier"]

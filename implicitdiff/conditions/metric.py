@@ -17,8 +17,8 @@ from typing import Any
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.conditions.base import Frame
 from implicitdiff.conditions.units import ASSEMBLED, curvature_units, energy, leaf_sizes, power_of_two
-from implicitdiff.operator import Operator
-from implicitdiff.vectors import is_tree_vector
+from implicitdiff.linalg.operator import Operator
+from implicitdiff.linalg.vector_space import is_tree_vector
 
 __all__ = ["Metric", "metric_at"]
 

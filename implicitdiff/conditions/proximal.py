@@ -32,10 +32,10 @@ from implicitdiff.conditions.metric import Metric, metric_at
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InputError
-from implicitdiff.operator import LinearMap, Operator
+from implicitdiff.linalg.operator import LinearMap, Operator
+from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.support import OnSupport, ProximalOperator
-from implicitdiff.vectors import is_tree_vector
 
 __all__ = ["ProjectedGradient", "ProximalGradient"]
 

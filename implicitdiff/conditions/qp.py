@@ -12,7 +12,7 @@ from implicitdiff.conditions.base import Maps, finite_part
 from implicitdiff.conditions.constrained import Constrained, FirstOrder
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, ShapeError
-from implicitdiff.operator import LinearMap, Operator
+from implicitdiff.linalg.operator import LinearMap, Operator
 
 __all__ = ["QP"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from implicitdiff.arrays import Array, any_true
-from implicitdiff.operator import Operator
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.cg import CG

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, needed
-from implicitdiff.equilibration import Scaling, equilibrated
-from implicitdiff.operator import Operator
-from implicitdiff.preconditioner import Preconditioner, as_preconditioner, is_sound
+from implicitdiff.linalg.equilibration import Scaling, equilibrated
+from implicitdiff.linalg.operator import Operator
+from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_sound
 from implicitdiff.records import Record
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.options import check_options

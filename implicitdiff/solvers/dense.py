@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, item_norm, needed, probe_vector
-from implicitdiff.equilibration import Scaling, of_matrix
-from implicitdiff.operator import Operator, matrix_product
+from implicitdiff.linalg.equilibration import Scaling, of_matrix
+from implicitdiff.linalg.operator import Operator, matrix_product
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Solver

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from implicitdiff.arrays import Array
-from implicitdiff.operator import Operator
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Structure
 from implicitdiff.solvers.dense import DenseSolver, DenseState

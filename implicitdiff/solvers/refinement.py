@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array
-from implicitdiff.operator import Operator, Product, matrix_product
+from implicitdiff.linalg.operator import Operator, Product, matrix_product
 from implicitdiff.report import Counts, Status
 
 __all__ = ["refined"]

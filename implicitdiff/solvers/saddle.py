@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, times
-from implicitdiff.equilibration import Scaling
 from implicitdiff.errors import InputError
-from implicitdiff.operator import Operator
+from implicitdiff.linalg.block_operator import SaddleOperator
+from implicitdiff.linalg.equilibration import Scaling
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.report import Counts, Status
-from implicitdiff.saddle import SaddleOperator
 from implicitdiff.solvers.base import Solver, methods_of
 
 __all__ = ["NullSpace", "Schur"]

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from implicitdiff.arrays import item_norm, probe_vector
-from implicitdiff.equilibration import Scaling, of_sparse, scaled_sparse
-from implicitdiff.operator import Operator
+from implicitdiff.linalg.equilibration import Scaling, of_sparse, scaled_sparse
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.checks import classify, skew_tolerance
 

@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, item_norm, needed
 from implicitdiff.errors import NotSymmetricError
-from implicitdiff.operator import Operator
+from implicitdiff.linalg.operator import Operator
+from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.base import Solver, methods_of
-from implicitdiff.vectors import is_tree_vector
 
 __all__ = ["OnSupport", "ProximalOperator", "Support", "support_of"]
 

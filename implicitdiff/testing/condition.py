@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from implicitdiff.api import implicit_jacobian, implicit_jvp, implicit_vjp
-from implicitdiff.derivative_check import check_derivatives
 from implicitdiff.errors import ImplicitDiffWarning, NotASolutionWarning
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.testing.common import close, require, run
+from implicitdiff.tools.derivative_check import check_derivatives
 from implicitdiff.typing import Options
 
 __all__ = ["check_condition"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from implicitdiff.operator import Operator, matrix_map
+from implicitdiff.linalg.operator import Operator, matrix_map
+from implicitdiff.linalg.system import linear_solve
 from implicitdiff.registry import get_backend
 from implicitdiff.report import Status
 from implicitdiff.solvers import get_solver
-from implicitdiff.system import linear_solve
 from implicitdiff.testing.common import Checks, close, require, run
 
 __all__ = ["check_solver"]

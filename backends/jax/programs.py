@@ -1,0 +1,384 @@
+"""Programs compiled once for each condition, loss, solver and structure, and kept as long as the functions live."""
+
+from __future__ import annotations
+
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from implicitdiff.backends.jax.contents import Contents
+from implicitdiff.backends.jax.reports import hand_out
+from implicitdiff.backends.jax.rules import arrays_of, filled, functions_of, run_rules
+from implicitdiff.errors import RecompilationWarning
+from implicitdiff.failure import warn
+from implicitdiff.linalg.system import System, Told
+from implicitdiff.ravel import Ravel
+from implicitdiff.rules import Direct, Rules, Run, Task
+
+__all__ = ["Program", "Runner", "call_for", "is_traced", "looked_at", "program_for", "solved"]
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether any leaf is a value that JAX is tracing."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+@dataclass
+class Program:
+    """One compiled program, and what was found while it was traced.
+
+    Parameters
+    ----------
+    build : callable
+        ``build(program, call, *arrays) -> arrays``; runs while JAX traces.
+    contents : Contents
+        What the user's functions see beside their arguments.
+    told : bool
+        Whether the user knows that it is compiled at every call.
+    """
+
+    build: Callable[..., Any]
+    contents: Contents
+    told: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
+    compiled: Any = None
+
+    def __post_init__(self) -> None:
+        # What is compiled must not keep the user's functions alive: it finds them in the call that is running.
+        self.compiled = jax.jit(lambda *arrays: self.build(self, _running.stack[-1], *arrays))
+
+    def __call__(self, call: _Call) -> Any:
+        _running.stack.append(call)
+        try:
+            return self.compiled(*call.arrays)
+        finally:
+            _running.stack.pop()
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+
+_running = _Running()
+
+
+@dataclass
+class _Call:
+    """A call with its static parts, and the arrays that go into the program.
+
+    ``arrays`` are y, theta, the leaves of args that may change from call to call, and what else the program takes.
+    """
+
+    task: Task
+    mode: str
+    outer: Any
+    args: _Split
+    arrays: tuple[Any, ...]
+
+    def task_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Task:
+        """Return the task with traced values in place of the arrays."""
+        args, arrays = self.args.join(dynamic)
+        return replace(self.task, y=y, theta=theta, args=args, condition=filled(self.task.condition, arrays), own=False)
+
+
+class _Split:
+    """Arguments taken apart into arrays and floats, which may change, and the rest, which is part of the program."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.dynamic: list[Any] = []
+        self.static: list[Any] = []
+        leaves, self.treedef = jax.tree.flatten(args)
+        for leaf in leaves:
+            changes = isinstance(leaf, (jax.Array, np.ndarray, np.generic, float))
+            self.static.append(_CHANGES if changes else leaf)
+            if changes:
+                self.dynamic.append(leaf)
+
+    def join(self, dynamic: list[Any]) -> tuple[Any, ...]:
+        """Put the arguments together again."""
+        rest = iter(dynamic)
+        return jax.tree.unflatten(self.treedef, [next(rest) if leaf is _CHANGES else leaf for leaf in self.static])
+
+
+def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> _Call:
+    """Return a call of a program on the point, the data, and more arrays."""
+    split = _Split((task.args, arrays_of(task.condition)))
+    return _Call(task, mode, outer, split, (*point, split.dynamic, *arrays))
+
+
+_CHANGES = object()
+_NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+_programs: dict[Any, Program] = {}
+
+
+def program_for(call: _Call, build: Callable[..., Any]) -> Program:
+    """Return the program for a call, made at the first one of its kind.
+
+    The key speaks of the user's functions, and of objects that cannot be compared, by their identity; an entry goes
+    when one of them does.
+    """
+    task, found = call.task, list[Any]()
+    functions = (*functions_of(task.condition), *(() if call.outer is None else (call.outer,)))
+    static = (task.solver, call.args.treedef, *call.args.static)
+    key = (
+        call.mode, build, type(task.condition), *(_identity(f, found) for f in functions), task.batched,
+        task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
+        jax.config.read("jax_enable_x64"), None if task.on_report is None else _identity(task.on_report, found),
+    )  # fmt: skip
+    held = (task.solver, *call.args.static, *(f for f in functions if not callable(f)))
+    program, contents = _programs.get(key), Contents(filter(callable, functions), held)
+    if program is not None and program.contents == contents:
+        return program
+    program = Program(build, contents, told=_tell_unknown(program, contents))
+    for thing in found:
+        try:
+            program.kept.append(weakref.ref(thing, _dropping(key)))
+        except TypeError:  # no weak references to it: kept, or its id could come to mean another
+            program.kept.append(thing)
+    _programs[key] = program
+    return program
+
+
+def _tell_unknown(before: Program | None, contents: Contents) -> bool:
+    """Say once why a program is compiled again and again; return whether that was said."""
+    if before is None or before.told or contents.unknown is None:
+        return before is not None and before.told
+    warn(
+        f"JAX compiles this derivative at every call: its functions see {contents.unknown}, which cannot be compared "
+        "with what it was.\nNext: pass what changes in args or theta, as arrays, and keep the rest from the functions; "
+        "or call from within jax.jit.",
+        RecompilationWarning,
+    )
+    return True
+
+
+def _dropping(key: Any) -> Callable[[Any], None]:
+    """Return what drops a program; it holds on to the table, which is gone at the end of the interpreter."""
+    programs = _programs
+
+    def drop(_: Any) -> None:
+        programs.pop(key, None)
+
+    return drop
+
+
+def _identity(function: Any, found: list[Any]) -> Any:
+    """Identity of a function; that of a bound method is the object's and the function's."""
+    if not callable(function):
+        return _static(function, found)
+    if isinstance(function, types.MethodType):
+        found += [function.__self__, function.__func__]
+        return id(function.__self__), id(function.__func__)
+    found.append(function)
+    return id(function)
+
+
+def _static(value: Any, found: list[Any]) -> Any:
+    """Make a key of a value: itself where it can be compared, else its identity."""
+    try:
+        hash(value)
+    except TypeError:
+        found.append(value)
+        return id(value)
+    return type(value), value
+
+
+def _form(tree: Any) -> tuple[Any, ...]:
+    """Structure, shapes and dtypes of a tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, *((getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+
+
+class Runner:
+    """Runs a mode of the rules: compiled where values are at hand, inline where JAX is tracing.
+
+    Parameters
+    ----------
+    task : Task
+    inline : JaxBackend
+        The backend for what is being traced.
+    """
+
+    def __init__(self, task: Task, inline: Any) -> None:
+        self._task, self._inline = task, inline
+        self._direct: Direct | None = None
+        self._factors: Any = None
+        self._program: Any = None
+        self._step: Any = None
+
+    def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
+        task, start = self._task, time.perf_counter()
+        outer, vector = (direction, None) if mode == "gradient" else (None, direction)
+        if self._direct is not None or is_traced(task.y, task.theta, task.args, arrays_of(task.condition), vector, x0):
+            return self._traced(mode, direction, x0)
+        _check_leaves(task, mode, vector, x0)
+        call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
+        if task.own and x0 is None and mode in {"vjp", "jvp"}:
+            program, out = self._factored(call)
+        else:
+            program = program_for(call, _build)
+            out = program(call)
+        if is_traced(out):  # constants, met inside of a program that is being traced
+            return self._traced(mode, direction, x0)
+        value, evidence, sound = out
+        facts, seconds = program.facts, time.perf_counter() - start
+        return Run(value, evidence, **facts["told"], seconds=seconds, sound=sound, certain=self._certain)
+
+    def _certain(self) -> Any:
+        if self._step is None:
+            self._step = looked_at(self._task, sure=True)
+        return self._step
+
+    def _traced(self, mode: str, direction: Any, x0: Any) -> Run:
+        run = self._inlined(mode, direction, x0)
+        if self._task.on_report is not None:
+            hand_out(self._task.on_report, run)
+        return run
+
+    def _inlined(self, mode: str, direction: Any, x0: Any) -> Run:
+        if self._task.batched and not self._task.own:
+            task = replace(self._task, backend=self._inline)
+            value, evidence, rules = run_rules(task, mode, direction, x0, mute=True)
+            p = rules.prepared
+            return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, False)
+        if self._direct is None:
+            self._direct = Direct(replace(self._task, backend=self._inline, own=False), mute=True)
+        return self._direct(mode, direction, x0)
+
+    def _factored(self, call: _Call) -> tuple[Program, Any]:
+        """Use what the point alone determines (factors, residuals), computed at the first call."""
+        vector = call.arrays[3]
+        call = replace(call, arrays=call.arrays[:3])
+        if self._factors is None:  # what the functions see may be another later: this is the point as it was
+            self._program = program_for(replace(call, mode="linearize"), _build_parts)
+            self._factors = self._program(call)
+        program = self._program
+        part = program.facts[call.mode]
+        leaves = part.leaves(self._task, vector)
+        if is_traced(self._factors):
+            return program, self._factors
+        return program, jax.tree.unflatten(part.form, part.compiled(self._factors[call.mode], leaves))
+
+
+def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:
+    """Raise, with its path, for a leaf that cannot go into a compiled program."""
+    if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves((task.y, task.theta, vector, x0))):
+        return
+    borders = [Ravel(task.backend, tree, name, task.batched) for tree, name in ((task.y, "y"), (task.theta, "theta"))]
+    if vector is not None:
+        border, name = (borders[1], "tangent") if mode == "jvp" else (borders[0], "cotangent")
+        border.like(vector, name)
+    if x0 is not None:
+        task.backend.as_leaf(x0, "x0")
+
+
+def _note(program: Program, rules: Rules) -> None:
+    prepared = rules.prepared
+    program.facts["told"] = {
+        "methods": list(prepared.methods), "derivatives": rules.derivatives, "damping": prepared.damping,
+    }  # fmt: skip
+
+
+def looked_at(task: Task, *, sure: bool) -> Any:
+    """Look at y as a solution, in a program of its own; ``sure`` makes the Newton step."""
+    call = call_for(task, "look", (task.y, task.theta))
+    return program_for(call, _build_certain if sure else _build_look)(call)
+
+
+def _build_look(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+    return Rules(call.task_at(y, theta, dynamic)).check.look()
+
+
+def _build_certain(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+    return Rules(call.task_at(y, theta, dynamic)).check.look(sure=True)
+
+
+def _build(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
+    """Trace one mode at a point."""
+    task = call.task_at(y, theta, dynamic)
+    direction = call.outer if call.mode == "gradient" else vector
+    value, evidence, rules = run_rules(task, call.mode, direction, x0)
+    _note(program, rules)
+    return value, evidence, evidence.sound(jnp)
+
+
+@dataclass
+class _Part:
+    """One mode of a linearisation whose constants were computed before."""
+
+    mode: str
+    compiled: Any
+    form: Any
+
+    def leaves(self, task: Task, vector: Any) -> list[Any]:
+        """Check a direction and take it apart."""
+        like, name, what = (task.y, "y", "cotangent") if self.mode == "vjp" else (task.theta, "theta", "tangent")
+        border = Ravel(task.backend, like, name, task.batched)
+        border.like(vector, what, dtype=border.dtype)
+        kinds = [leaf.dtype for leaf in border.leaves]
+        return [jnp.asarray(leaf, dtype=kind) for leaf, kind in zip(jax.tree.leaves(vector), kinds, strict=True)]
+
+
+def _build_parts(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+    """Factor at a point, and trace what the modes do with the factors; their constants are what is returned."""
+    rules = Rules(call.task_at(y, theta, dynamic))
+    for transposed in (False, True):
+        rules.prepared.state(transposed)
+    constants = {}
+    for mode, like in (("vjp", y), ("jvp", theta)):
+
+        def run(direction: Any, mode: str = mode) -> Any:
+            value, evidence = getattr(rules, mode)(direction)
+            return value, evidence, evidence.sound(jnp)
+
+        closed, shape = jax.make_jaxpr(run, return_shape=True)(jax.tree.map(jnp.asarray, like))
+        program.facts[mode] = _Part(mode, jax.jit(_evaluator(closed.jaxpr)), jax.tree.structure(shape))
+        constants[mode] = closed.consts
+    _note(program, rules)
+    return constants
+
+
+def _evaluator(jaxpr: Any) -> Callable[[Any, Any], Any]:
+    return lambda constants, leaves: jax.core.eval_jaxpr(jaxpr, constants, *leaves)
+
+
+# -- linear systems ------------------------------------------------------------------------------------
+def solved(system: System, inline: Any) -> Told:
+    """Solve a linear system: compiled where values are at hand, inline where JAX is tracing."""
+    if is_traced(system.A, system.b, system.x0):
+        return replace(system, backend=inline).solved(mute=system.on_failure != "ignore")._replace(visible=False)
+    matrix, product = (system.A, None) if hasattr(system.A, "shape") else (None, system.A)
+    if matrix is not None and system.symmetric is None and matrix.ndim >= 2:
+        same = matrix.shape[-1] == matrix.shape[-2] and bool(jnp.all(matrix == jnp.swapaxes(matrix, -1, -2)))
+        system = replace(system, symmetric=same)
+    static = (system.symmetric, system.positive_definite)
+    task = Task(system.backend, product, None, None, static, system.solver, system.on_failure, system.batched)
+    call = _Call(task, "solve", system.transpose, _Split(static), (matrix, system.b, system.x0))
+    program = program_for(call, _build_solve)
+    start = time.perf_counter()
+    solution = program(call)
+    if is_traced(solution):
+        return replace(system, backend=inline).solved(mute=system.on_failure != "ignore")._replace(visible=False)
+    return Told(solution, {**program.facts["told"], "seconds": time.perf_counter() - start})
+
+
+def _build_solve(program: Program, call: _Call, matrix: Any, b: Any, x0: Any) -> Any:
+    task = call.task
+    A = task.condition if matrix is None else matrix
+    symmetric, definite = task.args
+    system = System(
+        task.backend, A, b, x0, task.solver, symmetric, definite, call.outer, task.batched, task.on_failure
+    )  # fmt: skip
+    solution, facts, _ = system.solved()
+    program.facts["told"] = {name: facts[name] for name in ("methods", "derivatives", "damping")}
+    return solution

@@ -1,0 +1,287 @@
+"""One problem as the functions of `torch_function` see it: its trees as tensors, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from implicitdiff.arrays import Array
+from implicitdiff.backends.torch.autograd import recordable
+from implicitdiff.backends.torch.captured import Captures, RefusedCaptures, captured
+from implicitdiff.closures import sees
+from implicitdiff.conditions import as_condition
+from implicitdiff.conditions.base import Maps
+from implicitdiff.conditions.point import Point
+from implicitdiff.errors import DerivativeError, InputError
+from implicitdiff.linearization import Linearization
+from implicitdiff.pytree import flatten, map_leaves
+from implicitdiff.ravel import Ravel
+
+__all__ = ["Problem", "Slots", "collecting", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform"]
+
+
+def is_recorded(tree: Any) -> bool:
+    """Whether Torch is recording derivatives with respect to a tensor of the tree."""
+    return any(isinstance(leaf, torch.Tensor) and _is_recorded(leaf) for leaf in flatten(tree).leaves)
+
+
+def _is_recorded(x: Array) -> bool:
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent
+    return (torch.is_grad_enabled() and x.requires_grad) or tangent is not None
+
+
+def under_transform() -> bool:
+    """Whether this runs under a transform of ``torch.func``, where tensors may be more than they seem."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def plain(x: Array) -> Array:
+    """Detach, and tell what to use where Torch maps over numbers by the vmap from before ``torch.func``."""
+    try:
+        return x.detach()
+    except RuntimeError as error:
+        if "Batching rule" not in str(error):
+            raise
+        raise DerivativeError(
+            "is_grads_batched=True and vectorize=True of torch.autograd map over a solve in a way that it cannot see.\n"
+            "Next: use torch.func.jacrev or jacfwd, or vectorize=False."
+        ) from None
+
+
+def refuse_recorded(args: tuple[Any, ...]) -> None:
+    """Raise where a derivative with respect to data is asked for, which would come out as zero."""
+    flat = flatten(args)
+    for i, leaf in enumerate(flat.leaves):
+        if isinstance(leaf, torch.Tensor) and _is_recorded(leaf):
+            raise InputError(
+                f"{flat.path(i, 'args')} requires a gradient, and args are data that is not differentiated.\n"
+                "Next: pass it in theta, or detach it."
+            )
+
+
+def refuse_captured(*functions: Any) -> None:
+    """Raise for a recorded tensor in sight of a function where no graph would tell whether it is used: in a transform.
+
+    Parameters
+    ----------
+    *functions
+        Conditions, and other functions of the user.
+    """
+    if not (under_transform() or torch.autograd.forward_ad._current_level >= 0):
+        return
+    if torch.is_grad_enabled() and sees(_parts(functions), _is_tensor_or_module, _is_recorded_tensor):
+        raise captured()
+
+
+def _in_sight(condition: Any) -> bool:
+    """Whether a condition sees a recorded tensor, or a module that has some."""
+    return sees(_parts((condition,)), _is_tensor_or_module, _is_recorded_tensor_or_module)
+
+
+def _parts(functions: Sequence[Any]) -> list[Any]:
+    return [part for f in functions for part in (vars(f).values() if hasattr(f, "maps") else (f,))]
+
+
+def _is_tensor_or_module(x: Any) -> bool:
+    return isinstance(x, (torch.Tensor, torch.nn.Module))
+
+
+def _is_recorded_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and _is_recorded(x)
+
+
+def _is_recorded_tensor_or_module(x: Any) -> bool:
+    return _is_recorded_tensor(x) or (isinstance(x, torch.nn.Module) and any(map(_is_recorded, x.parameters())))
+
+
+def collecting(backend: Any) -> Any:
+    """Return a backend of the same kind that collects what functions capture."""
+    engine = copy.copy(backend)
+    engine.captures = Captures()
+    return engine
+
+
+class Slots:
+    """A tree of which the tensors can be replaced.
+
+    Parameters
+    ----------
+    tree : pytree
+        Of tensors and other leaves.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self._tree = flatten(tree)
+        self._at = [i for i, leaf in enumerate(self._tree.leaves) if isinstance(leaf, torch.Tensor)]
+        self.tensors = [recordable(self._tree.leaves[i]) for i in self._at]
+        self.count = len(self.tensors)
+
+    def tensors_of(self, tree: Any) -> list[Array]:
+        """Return the leaves of another tree of the same structure, where this one has tensors."""
+        leaves = flatten(tree).leaves
+        return [leaves[i] for i in self._at]
+
+    def filled(self, tensors: Sequence[Any]) -> Any:
+        """Return the tree with other tensors."""
+        leaves = list(self._tree.leaves)
+        for i, x in zip(self._at, tensors, strict=True):
+            leaves[i] = x
+        return self._tree.unflatten(leaves)
+
+
+class Problem:
+    """A condition with its parameters and data.
+
+    Parameters
+    ----------
+    engine, composable : Backend
+        For numbers, and for what is differentiated again.
+    condition : Condition
+    options : dict
+        Of `Linearization`.
+    theta : pytree
+    args : tuple
+    kwargs : dict
+        For the solver alone.
+    function : ImplicitFunction, optional
+        The solver.
+    """
+
+    def __init__(
+        self, engine: Any, composable: Any, condition: Any, options: dict[str, Any], theta: Any,
+        args: tuple[Any, ...], kwargs: dict[str, Any], function: Any = None,
+    ) -> None:  # fmt: skip
+        self.engine, self.composable, self.function = engine, composable, function
+        self.captures: list[Array] = []
+        if torch.is_grad_enabled():
+            self.engine = copy.copy(engine)
+            self.engine.captures = RefusedCaptures(self.captures)
+        self.condition, self.options = as_condition(condition), {**options, "backend": self.engine}
+        self.theta, self.data = Slots(theta), Slots((args, kwargs))
+        self.tensors = (*self.theta.tensors, *self.data.tensors)
+        self.y: Any = None  # a Ravel: the structure of y, once it is known
+        self.aux: Any = None
+        self.report: Any = None
+        self._recording = torch.is_grad_enabled()
+        self._latest: tuple[list[Any], Linearization[Any, Any]] | None = None
+        self._collected: list[Any] | None = None
+
+    # -- trees and tensors ---------------------------------------------------------------------------
+    def split(self, tensors: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        """Return the tensors of θ, and those of the data."""
+        return tensors[: self.theta.count], tensors[self.theta.count :]
+
+    def _trees(self, tensors: Sequence[Array]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        theta, data = self.split(tensors)
+        args, kwargs = self.data.filled(data)
+        return self.theta.filled(theta), args, kwargs
+
+    def theta_vector(self, tensors: Sequence[Array], tangents: Sequence[Array | None]) -> Array:
+        """Ravel a tangent of θ; None stands for zeros."""
+        parts = [torch.zeros_like(x) if t is None else t for x, t in zip(tensors, tangents, strict=True)]
+        tree = self.theta.filled(parts[: self.theta.count])
+        return self._theta_border(map_leaves(lambda leaf: 0.0 if isinstance(leaf, float) else leaf, tree)).vector
+
+    def unraveled(self, g: Array, tensors: Sequence[Array]) -> list[Array]:
+        """Turn a cotangent of θ into one for each tensor."""
+        border = self._theta_border(self.theta.filled(tensors[: self.theta.count]))
+        return self.theta.tensors_of(border.unravel(g))
+
+    def _theta_border(self, theta: Any) -> Ravel:
+        return Ravel(self.composable, theta, "theta", self.options["batched"])
+
+    # -- numbers, from plain tensors -----------------------------------------------------------------
+    def run(self, tensors: Sequence[Array]) -> Array:
+        """Run the solver, and return y raveled, in memory of its own."""
+        theta, args, kwargs = self._trees([plain(x) for x in tensors])
+        with torch.set_grad_enabled(self._recording):
+            out = self.function.run(theta, args, kwargs)
+        y, self.aux = out if self.function.has_aux else (out, None)
+        if self._collected is not None:
+            self._collected.append(self.aux)
+        device = next((x.device for x in tensors), None)
+        with self.function.explaining(y), self.engine.computing():
+            y = map_leaves(lambda leaf: _tensor(leaf, device), y)
+            border = Ravel(self.engine, y, "y", self.options["batched"], own=True)
+        self.y = border.structure()  # the vector is about to hold on to this problem
+        return border.vector
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect what the solver returns beside y in a list, one for each call."""
+        outer, self._collected = self._collected, []
+        yield
+        self.aux, self._collected = self._collected, outer
+
+    def _linearized(self, y: Array, tensors: Sequence[Array]) -> Linearization[Any, Any]:
+        theta, args, _ = self._trees([plain(x) for x in tensors])
+        return Linearization(self.condition, self.y.unravel(y.detach()), theta, args=args, **self.options)
+
+    def pullback(self, y: Array, v: Array, tensors: Sequence[Array]) -> Array:
+        """−Bᵀ A⁻ᵀ v, raveled."""
+        return self._linearized(y, tensors).pullback(plain(v))
+
+    def solve(self, y: Array, b: Array, tensors: Sequence[Array], *, transposed: bool) -> Array:
+        """A⁻¹ b or A⁻ᵀ b; one factorisation serves all the solves of one point."""
+        held = [(x.data_ptr(), x._version, x.detach()) for x in (y, *tensors)]
+        if self._latest is None or [h[:2] for h in self._latest[0]] != [h[:2] for h in held]:
+            self._latest = held, self._linearized(y, tensors)
+        lin = self._latest[1]
+        if "finite differences" in lin.derivatives.values():
+            raise DerivativeError(
+                "a derivative of the derivative is asked for, and the condition is known by finite differences only.\n"
+                "Likely cause: a function of the condition leaves Torch (NumPy, detach).\n"
+                "Next: write it in Torch throughout, or ask for first derivatives only."
+            )
+        x = lin.solve(plain(b), transposed=transposed)
+        self.report = lin.report
+        return x.clone()  # what is returned gets to know this problem, and the report holds x
+
+    def captured(self, y: Array) -> list[Array]:
+        """Return the recorded tensors that the condition uses beside its arguments, where it sees some.
+
+        To see one tells nothing: it may be detached, or a module be called with what theta holds (``functional_call``).
+        So the functions that the user wrote are asked, once each.
+        """
+        if not self._recording or not _in_sight(self.condition):
+            return []
+        captures = Captures()
+        try:
+            for value in self._values(plain(y), [plain(x) for x in self.tensors]):
+                captures.see(value)
+        except Exception:  # what is wrong with a function is told where its derivative is asked for
+            return []
+        self.captures.extend(captures.tensors)
+        return self.captures
+
+    def _values(self, y: Array, tensors: Sequence[Array]) -> Iterator[Array]:
+        """F at a point, and the products that the user gave."""
+        point, maps = self.composed(y, tensors)
+        if maps.at is not None:
+            yield maps.at(point.y.vector, point.theta.vector)
+        u = y.new_ones((*point.items, maps.B.rows))
+        if maps.A.kind != "autodiff":
+            yield maps.A.matvec(u)
+        if maps.B.kind != "autodiff":
+            yield maps.B.rmatvec(u)
+
+    # -- products that are differentiated again ------------------------------------------------------
+    def composed(self, y: Array, tensors: Sequence[Array]) -> tuple[Point, Maps]:
+        """Return the point and the maps of F there, as functions of y and θ."""
+        theta, args, _ = self._trees(tensors)
+        border = copy.copy(self.y)
+        border.backend, border.vector = self.composable, y
+        point = Point(self.composable, border, self._theta_border(theta), args)
+        return point, self.condition.maps(point)
+
+
+def _tensor(leaf: Any, device: Any) -> Any:
+    """Turn what came from NumPy into a tensor."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return torch.from_numpy(np.array(leaf)).to(device)
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf

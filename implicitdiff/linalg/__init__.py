@@ -1,0 +1,1 @@
+"""Linear algebra: operators and their blocks, scaling, preconditioners, the space of vectors, a solve."""

@@ -1,0 +1,307 @@
+"""Every linear solve: an operator with its solver, how it ended, and the report of that."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, item_norm, needed, to_python
+from implicitdiff.linalg.operator import Operator
+from implicitdiff.report import Counts, Report, Status
+from implicitdiff.solvers import get_solver
+from implicitdiff.solvers.base import methods_of
+
+__all__ = ["Prepared", "Solution", "make_report", "method_of", "poison", "prepare"]
+
+
+class Solution(NamedTuple):
+    """A solved system; the fields after ``x`` have the shape of the items, the worst over right-hand sides.
+
+    Arrays only, so that it may leave a compiled program; ``method`` is the index into `Prepared.methods`.
+    """
+
+    x: Array
+    status: Array
+    iterations: Array
+    matvecs: Array
+    residual: Array
+    tolerance: Any
+    rcond: Any
+    operator_norm: Any
+    method: Any
+
+    @property
+    def failed(self) -> Array:
+        """Items that did not succeed."""
+        return self.status > int(Status.APPROXIMATE)
+
+
+@dataclass
+class Prepared:
+    """An operator with its solver, factored at the first solve and only then.
+
+    Parameters
+    ----------
+    operator : Operator
+    solver : Solver
+    mute : bool
+        Whether the items that failed come out as NaN, since nothing will be told.
+    """
+
+    operator: Operator
+    solver: Any
+    mute: bool = False
+    seconds: float = 0.0
+    methods: Sequence[tuple[str, str]] = ()
+    spent: int = 0
+    """Products for corrections."""
+    on_solved: Callable[[Solution, Array, bool], None] | None = None
+    """Sees each solution of a system within a compiled program, with b, and whether it was the transposed one."""
+    counted: int = 0
+    """Products for matrices and scales that a solve has told already."""
+    _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
+
+    @property
+    def damping(self) -> float:
+        """The δ of (A + δI) that is solved with."""
+        return float(getattr(self.solver, "damping", 0.0))
+
+    def state(self, transposed: bool) -> tuple[Operator, Any]:
+        """Return A or Aᵀ, damping included, and the solver's state for it."""
+        if False not in self._states:
+            op = self.operator.damped(self.damping)
+            self._states[False] = (op, self.solver.init(op))
+        if transposed and True not in self._states:
+            op, state = self._states[False]
+            self._states[True] = (op.transpose(), self.solver.transpose(state))
+        used = self._states[transposed][0]
+        if used.backend.traced and used.n:
+            _ = used.matvec  # derived here, not first inside a loop, where what is traced cannot be kept
+        return self._states[transposed]
+
+    def solve(self, b: Array, x0: Array | None = None, *, transposed: bool = False) -> Solution:
+        """Solve A x = b, or Aᵀ x = b, for b of shape (*rhs, *items, n)."""
+        start = time.perf_counter()
+        op, xp = self.operator, self.operator.backend.xp
+        if op.n == 0 or 0 in b.shape:
+            self.methods, self.seconds = [(_name(self.solver), "n = 0")], time.perf_counter() - start
+            return _empty(op, b)
+        used, state = self.state(transposed)
+        x, status, counts = self.solver.solve(state, b, x0)
+        status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
+        broken = status == int(Status.NON_FINITE)
+        if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
+            space = op.backend.space(x)
+            x = space.select(xp.broadcast_to(broken, space.items), space.nan(), x)
+        self.methods = methods_of(self.solver, state)
+        solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
+        if self.mute:
+            space = op.backend.space(x)
+            failed = xp.broadcast_to(solution.failed, space.items)
+            solution = solution._replace(x=space.select(failed, space.nan(), x))
+        self.seconds = time.perf_counter() - start
+        return solution
+
+    @property
+    def factored(self) -> bool:
+        """Whether the solver has factors, for which one more right-hand side is little work."""
+        known = getattr(self.solver, "factored", None)
+        return bool(known and known(self.state(False)[1]))
+
+    @property
+    def scaling(self) -> Any:
+        """Rows and columns by which A is equilibrated; None where it is not, or nothing was solved yet."""
+        if False not in self._states:
+            return None
+        state = self._states[False][1]
+        inner = getattr(state, "prepared", None)
+        states = [state, *inner.values()] if isinstance(inner, dict) else [state]
+        return next((s for s in (getattr(s, "scaling", None) for s in states) if s is not None), None)
+
+    def correction(self, b: Array) -> tuple[Array, Array, Any]:
+        """A⁻¹ b to a digit or two; whether it is that, per item, and the reciprocal condition number if it is known."""
+        used, state = self.state(False)
+        loosely = getattr(self.solver, "loosely", self.solver.solve)
+        x, status, counts = loosely(state, b)
+        xp = used.backend.xp
+        usable = xp.asarray(status, device=used.device) <= int(Status.APPROXIMATE)
+        if counts.residual is not None:  # a Krylov method that was stopped has most of it
+            usable = usable | (xp.asarray(counts.residual, device=used.device) < 0.5)
+        if not used.backend.traced:
+            self.spent += int(xp.max(xp.asarray(counts.matvecs)))
+        return x, usable, counts.rcond
+
+    def _newly_assembled(self) -> int:
+        """Count the products that went into assembling matrices, and into scales, since the last solve."""
+        operators = {id(op): op for op, _ in self._states.values()}.values()  # a symmetric one is its own transpose
+        spent = (op.n * op.assembled + op.probes for op in operators)
+        before, self.counted = self.counted, sum(spent)
+        return self.counted - before
+
+
+def prepare(operator: Operator, solver: Any, *, mute: bool = False) -> Prepared:
+    """Pair an operator with the solver of that name, or with the instance."""
+    return Prepared(operator, get_solver(solver), mute)
+
+
+def _name(solver: Any) -> str:
+    return str(getattr(solver, "name", type(solver).__name__))
+
+
+def _empty(op: Operator, b: Array) -> Solution:
+    xp = op.backend.xp
+    zero = xp.zeros(op.items, dtype=op.dtype, device=op.device)
+    code = xp.zeros(op.items, dtype=xp.int32, device=op.device)
+    return Solution(xp.zeros_like(b), code, code, code, zero, zero, None, zero, None)
+
+
+def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, Counts, int]:
+    """Recompute what the solver did not tell, and check a symmetry that was only declared."""
+    xp = op.backend.xp
+    if not getattr(solver, "verified", False):
+        size, residual = item_norm(xp, b), item_norm(xp, b - op.matvec(x))
+        safe = xp.where(size > 0, size, xp.ones_like(size))
+        counts = Counts(*counts)._replace(residual=residual / safe)
+        default = max(1e-8 if xp.finfo(b.dtype).eps < 1e-10 else 1e-4, 30 * op.accuracy)
+        rtol = getattr(solver, "rtol", None) or default
+        counts = counts._replace(tolerance=rtol + 0 * counts.residual, matvecs=counts.matvecs + 1)
+        claimed = xp.broadcast_to(status, counts.residual.shape)
+        wrong = (claimed == 0) & ~(counts.residual <= rtol)
+        status = xp.where(wrong, xp.full_like(claimed, int(Status.STAGNATED)), claimed)
+    if counts.rcond is None and not op.trusted:
+        status, probes = _check_symmetry(op, b, x, status, counts, solver)
+        return status, counts, probes
+    return status, counts, 0
+
+
+def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, int]:
+    # Where A is only said to be symmetric, the solve of Aᵀ u = v was replaced by one of A u = v. For a vector z
+    # without structure, <A z, u> - <z, v> is the residual of the *transposed* system along z: one product
+    # tells whether u solves that one, too. After a failure it tells whether asymmetry is the cause.
+    backend = op.backend
+    failing = status > int(Status.APPROXIMATE)
+    failed = needed(backend, failing)
+    if not (op.symmetric or (failed and getattr(solver, "symmetric_only", False))):
+        return status, 0
+    image = b  # after a success A x = b up to the residual
+    if failed:  # x may be zero, or NaN: A b in place of A x
+        space = backend.space(x)
+        x = space.select(backend.xp.broadcast_to(failing, space.items), b, x)
+        image = backend.rescue(failing, lambda _: op.matvec(x), b)
+
+    def compare(status: Array) -> Array:
+        return _compare(op, b, x, image, status, counts, failing)
+
+    # where nothing was said of A, and the method is one for symmetric matrices: worth it after a failure only
+    status = compare(status) if op.symmetric else backend.rescue(failing, compare, status)
+    rhs = x.shape[0] if len(x.shape) > len(op.items) + 1 else 1
+    return status, 1 + (rhs if failed and not backend.traced else 0)
+
+
+def _compare(
+    op: Operator, b: Array, x: Array, image: Array, status: Array, counts: Counts, failing: Array
+) -> Array:  # fmt: skip
+    """NOT_SYMMETRIC where <A z, x> differs from <z, A x>."""
+    xp = op.backend.xp
+    space = op.backend.space(x)
+    one = op.backend.space(_first(op, x))
+    z = one.probe()
+    az = op.matvec(z)
+    # scalars of a vector space may be the host's own numbers
+    gap = xp.abs(xp.asarray(_inner(space, az, x) - _inner(space, z, image), device=op.device))
+    residual = xp.asarray(counts.residual, device=op.device)
+    eps = float(xp.finfo(op.dtype).eps)
+    relative = (1e-6 if eps < 1e-10 else 1e-3) + xp.where(failing, 0 * residual, residual)
+    allowed = one.size(z) * space.size(image) * relative + 1e3 * eps * one.size(az) * space.size(x)
+    asymmetric = xp.isfinite(gap) & (gap > allowed) & (space.size(b) > 0)
+    asymmetric = asymmetric & (status != int(Status.BAD_PRECONDITIONER))
+    return xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
+
+
+def _first(op: Operator, x: Array) -> Array:
+    """Return the first right-hand side of several, for its shape."""
+    return x[0, ...] if len(x.shape) > len(op.items) + 1 else x
+
+
+def _inner(space: Any, z: Array, x: Array) -> Array:
+    return space.inner(z if z.shape == x.shape else space.xp.broadcast_to(z, x.shape), x)
+
+
+def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: Any) -> Solution:
+    """Reduce over right-hand sides: the worst residual, the largest count, all products."""
+    xp, device = op.backend.xp, op.device
+    lead = tuple(x.shape[:-1])
+    rhs = lead[0] if len(lead) > len(op.items) else 0
+
+    def worst(field: Any) -> Any:
+        if field is None or not (rhs or op.items):
+            return field
+        field = xp.asarray(field, device=device)
+        if field.shape != lead:  # a copy: what a report holds is the user's to write to
+            field = xp.asarray(xp.broadcast_to(field, lead), copy=True)
+        return xp.max(field, axis=0) if rhs else field
+
+    matvecs = worst(counts.matvecs) * max(rhs, 1) + assembled
+    least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
+    return Solution(
+        x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),
+        worst(counts.tolerance), least, worst(counts.operator_norm), worst(counts.method),
+    )  # fmt: skip
+
+
+def make_report(
+    solution: Solution, damping: float, methods: Sequence[tuple[str, str]], seconds: float, stationarity: Any,
+    derivatives: dict[str, str], visible: bool = True, solved: Any = None,
+) -> Report:  # fmt: skip
+    """Turn a solution into the public report: Python numbers for one problem, arrays for a batch.
+
+    Inside of a compiled program, where values are not visible, the fields are arrays, too.
+    """
+    read = to_python if visible else _as_it_is
+    status = read(solution.status)
+    single = isinstance(status, int)
+    name, reason = method_of(solution, methods) if visible else summary_of(methods)
+    rcond = read(solution.rcond)
+    return Report(
+        status=Status(status) if single else status,
+        converged=status == Status.CONVERGED if single else status == int(Status.CONVERGED),
+        solver=name,
+        reason=reason,
+        iterations=read(solution.iterations),
+        matvecs=read(solution.matvecs),
+        residual=read(solution.residual),
+        stationarity=read(stationarity),
+        solved=None if solved is None else read(solved),
+        derivatives=derivatives,
+        seconds=seconds,
+        rcond=None if isinstance(rcond, float) and math.isnan(rcond) else rcond,
+        damping=damping,
+        solution=solution.x,
+    )
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+def summary_of(methods: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Return the name and the reason where it is not known yet which of the methods will be used."""
+    return " or ".join(name for name, _ in methods), "; or ".join(reason for _, reason in methods)
+
+
+def method_of(solution: Solution, methods: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Return name and reason of the sturdiest method that any item needed; of the first where that is not seen."""
+    codes = solution.method
+    if codes is None or len(methods) == 1:
+        return methods[0]
+    if hasattr(codes, "shape") and codes.shape:
+        return methods[max(int(codes[i]) for i in range(codes.shape[0]))]
+    return methods[int(codes)]
+
+
+def poison(xp: Any, solution: Solution, x: Array) -> Array:
+    """NaN in the failed items."""
+    return xp.where(solution.failed[..., None], xp.full_like(x, float("nan")), x)

@@ -1,0 +1,219 @@
+"""`linear_solve`: the door to a linear solve by itself: validate, choose, run, classify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Unpack, overload
+
+from implicitdiff.arrays import Array, any_true
+from implicitdiff.compilers import public
+from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
+from implicitdiff.failure import check_mode, explain, settle
+from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
+from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, poison, prepare
+from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.report import Report
+from implicitdiff.solvers import get_solver
+from implicitdiff.typing import DEFAULTS, SystemOptions, Y, completed
+
+__all__ = ["System", "Told", "linear_solve", "solve_system"]
+
+
+class Told(NamedTuple):
+    """How a system was solved; ``visible`` says whether the values can be seen."""
+
+    solution: Solution
+    facts: dict[str, Any]
+    visible: bool = True
+
+
+@dataclass(frozen=True)
+class System:
+    """A linear system as the user gave it.
+
+    Parameters
+    ----------
+    backend : Backend
+    A, b, x0, solver, symmetric, positive_definite, transpose, batched, on_failure
+        Of `linear_solve`.
+    """
+
+    backend: Any
+    A: Any
+    b: Any
+    x0: Any
+    solver: Any
+    symmetric: bool | None
+    positive_definite: bool | None
+    transpose: Any
+    batched: bool
+    on_failure: str
+
+    def prepared(self, vector: Array, *, mute: bool = False) -> Prepared:
+        """Return the operator with its solver."""
+        return prepare(_as_operator(self, vector), self.solver, mute=mute)
+
+    def vectors(self) -> tuple[Array, Array | None]:
+        """Return b and the start as vectors (*rhs, *items, n)."""
+        backend, batched = self.backend, self.batched
+        vector = _incoming(backend, backend.as_leaf(self.b, "b"), "b", batched)
+        if not backend.traced:
+            self.refuse_non_finite(vector)
+        start = None if self.x0 is None else _incoming(backend, backend.as_leaf(self.x0, "x0"), "x0", batched)
+        if start is not None and start.shape != vector.shape:
+            raise ShapeError(f"x0 has shape {tuple(self.x0.shape)}; expected that of b, {tuple(self.b.shape)}.")
+        return vector, start
+
+    def refuse_non_finite(self, vector: Array) -> None:
+        """Raise where the right-hand side holds NaN or Inf."""
+        finite = self.backend.space(vector).finite(vector)
+        if (not self.batched or self.on_failure == "raise") and any_true(self.backend.xp, ~finite):
+            raise NonFiniteError("b holds NaN or Inf.")
+
+    def solved(self, *, mute: bool = False) -> Told:
+        """Solve where the arrays are."""
+        vector, start = self.vectors()
+        prepared = self.prepared(vector, mute=mute)
+        solution = self.backend.linear(prepared, vector, start, False)
+        facts = {"damping": prepared.damping, "methods": prepared.methods, "seconds": prepared.seconds,
+                 "derivatives": {"A": prepared.operator.sources}}  # fmt: skip
+        return Told(solution, facts, not mute)
+
+
+@overload
+def linear_solve(
+    A: Any, b: Y, *, return_report: Literal[False] = False, **options: Unpack[SystemOptions]
+) -> Y: ...  # fmt: skip
+
+
+@overload
+def linear_solve(
+    A: Any, b: Y, *, return_report: Literal[True], **options: Unpack[SystemOptions]
+) -> tuple[Y, Report]: ...  # fmt: skip
+
+
+@public(SystemOptions, DEFAULTS)
+def linear_solve(A: Any, b: Any, *, return_report: bool = False, **options: Unpack[SystemOptions]) -> Any:
+    """Solve A x = b with a solver named at the call.
+
+    Parameters
+    ----------
+    A : array (n, n), sparse matrix, LinearOperator or callable
+        With ``batched=True`` an array (items, n, n), or a callable on (items, n). A callable is the product
+        ``v -> A v`` on vectors of shape (n,).
+    b : array, shape (n,) or (n, k)
+        Right-hand side, or k of them as columns (as in `numpy.linalg.solve`); (items, n) with ``batched=True``.
+    solver : str or Solver
+        Name or instance.
+    symmetric, positive_definite : bool, optional
+        What is known of A. A matrix is compared with its transpose; a claim about products is checked.
+    transpose : callable, optional
+        The product with Aᵀ, where A is a callable.
+    x0 : array, like b, optional
+        Where an iterative solver starts.
+    batched : bool
+        Whether A and b carry a leading axis of independent systems.
+    on_failure : {"raise", "warn", "nan", "ignore"}
+    backend : str or Backend, optional
+        Default: read off ``b``.
+    return_report : bool
+        Return ``(x, Report)``.
+
+    Returns
+    -------
+    array, like b
+        With ``return_report=True`` the pair (x, Report).
+
+    Raises
+    ------
+    SolveError
+        Where the solve failed, under ``on_failure="raise"``.
+    ShapeError, NonFiniteError, DTypeError
+        For a bad argument.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = np.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> linear_solve(A, np.array([3.0, 4.0]), solver="cholesky")
+    array([1., 1.])
+    """
+    given = completed(SystemOptions, options)
+    named = given.pop("backend")
+    x, report = _solved(System(backend_for({"b": [b]}, A) if named is None else get_backend(named), A, b, **given))
+    return (x, report) if return_report else x
+
+
+def _solved(system: System) -> tuple[Array, Report]:
+    check_mode(system.on_failure)
+    get_solver(system.solver)
+    found: tuple[Array, Report] = (system.backend.solve_system or solve_system)(system)
+    return found
+
+
+def solve_system(system: System) -> tuple[Array, Report]:
+    """Solve in numbers, and settle what went wrong."""
+    engine, on_failure = system.backend, system.on_failure
+    with engine.computing():
+        solution, facts, visible = engine.solved(system) if engine.traced else system.solved()
+        x, error = solution.x, None
+        if visible and any_true(engine.xp, solution.failed):
+            error = _explained(system, solution, facts)
+            x = poison(engine.xp, solution, x) if on_failure == "nan" else x
+        x = engine.xp.matrix_transpose(x) if len(x.shape) == 2 and not system.batched else x
+        report = make_report(solution, stationarity=float("nan"), visible=visible, **facts)
+    if error is not None:
+        error.value, error.report = x, report
+    settle(error, on_failure)
+    return x, report
+
+
+def _explained(system: System, solution: Solution, facts: dict[str, Any]) -> SolveError:
+    """Build the error for a system that was not solved."""
+    vector, _ = system.vectors()
+    system.refuse_non_finite(vector)
+    return explain(_as_operator(system, vector), solution, method_of(solution, facts["methods"])[0])
+
+
+def _incoming(backend: Any, b: Array, name: str, batched: bool) -> Array:
+    """Turn b (n,) or (n, k) into (n,) or (k, n); leave (items, n) as it is."""
+    if len(b.shape) not in ((2,) if batched else (1, 2)):
+        expected = "(items, n)" if batched else "(n,) or (n, k)"
+        raise ShapeError(f"{name} has shape {tuple(b.shape)}; expected {expected}.")
+    return b if batched or len(b.shape) == 1 else backend.xp.matrix_transpose(b)
+
+
+def _as_operator(system: System, vector: Array) -> Operator:
+    backend, A, symmetric, definite = system.backend, system.A, system.symmetric, system.positive_definite
+    n, items = vector.shape[-1], tuple(vector.shape[:-1]) if system.batched else ()
+    device = backend.device(vector)
+    tags: dict[str, Any] = {"symmetric": True if definite else symmetric, "positive_definite": definite}
+    if hasattr(A, "shape"):
+        if not hasattr(A, "matvec") and not hasattr(A, "tocsc"):
+            A = backend.as_leaf(A, "A")
+            if backend.device(A) != device:
+                raise BackendError(f"A lies on {backend.device(A)}, b on {device}.\nNothing is copied across devices.")
+        op: Operator = matrix_map(Operator, backend, A, items, vector.dtype, device, **tags)
+        if (op.rows, op.columns) != (n, n):
+            raise ShapeError(
+                f"A has shape {tuple(A.shape)}, b {tuple(system.b.shape)}; expected A of shape ({n}, {n})."
+            )
+        return _tag_matrix(backend, op, symmetric)
+    if not callable(A):
+        raise ShapeError(f"A is {type(A).__name__}; expected a matrix, a LinearOperator or a callable v -> A v.")
+    bare = Operator(backend, n, n, items, vector.dtype, device, **tags)
+    adjoint = None if system.transpose is None else checked_product(bare, system.transpose, "transpose")
+    return replace(bare, forward=checked_product(bare, A, "A"), adjoint=adjoint)
+
+
+def _tag_matrix(backend: Any, op: Operator, symmetric: bool | None) -> Operator:
+    """Compare a matrix with its transpose, unless the user said that it is not symmetric."""
+    if symmetric is not None or (op.matrix is None and op.sparse is None):
+        return op
+    if op.sparse is not None:
+        same = abs(op.sparse - op.sparse.T).nnz == 0 or not abs(op.sparse - op.sparse.T).max()
+    elif backend.traced:
+        return op
+    else:
+        same = not any_true(backend.xp, op.matrix != backend.xp.matrix_transpose(op.matrix))
+    return replace(op, symmetric=bool(same), trusted=bool(same))

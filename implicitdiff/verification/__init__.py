@@ -1,0 +1,1 @@
+"""Derivatives that the user gave, held against the function and each other."""

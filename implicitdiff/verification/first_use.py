@@ -1,0 +1,143 @@
+"""What the user gives of derivatives is held against the function that they are of, at its first use.
+
+Let G(y, θ) be the function that the user wrote (∇f, F or T), z and t directions without structure in the units of y and
+θ, and u one in those of 1/G. Two evaluations of G give u'[G(y + εz, θ) − G(y − εz, θ)] / 2ε, and two more the same
+along t; every product that was given has to give the same:
+
+    u'(jvp z) = (vjp u)'z = u'(jacobian z),     u'(mixed_jvp t) = (mixed_vjp u)'t.
+
+The adjoint that was solved for, Aᵀu = v, is a second u: it weighs what the result depends on, A⁻¹ included. In forward
+mode the solution w is a second z. What a product has to do with the condition (signs, y − T) is not the user's concern,
+and not looked at. A callable is blamed only if it is wrong beyond the noise of G in two draws.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from implicitdiff.arrays import Array
+from implicitdiff.closures import PLAIN
+from implicitdiff.conditions.base import Checked
+from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.pytree import flatten
+from implicitdiff.verification.mistakes import error_for, wrong_in
+
+__all__ = ["verify"]
+
+_lock = threading.Lock()
+_verified: dict[Any, list[Any]] = {}
+
+
+def _key_of(task: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, list[Any]]:
+    """Make a key of functions and structure, and list what has to live for it to mean the same.
+
+    A function that is written inside another is the same function at each turn of a loop, as long as it finds the same
+    objects in its closure.
+    """
+    held: list[Any] = []
+    names = tuple(_identity(f, held) for f in functions)
+    shapes = []
+    for tree in (task.y, task.theta):
+        flat = flatten(tree)
+        shapes.append((flat.spec, *map(_form, flat.leaves)))
+    return (names, tuple(shapes), task.backend.name, task.batched), held
+
+
+def _form(leaf: Any) -> Any:
+    shape = getattr(leaf, "shape", None)
+    return type(leaf) if shape is None else (tuple(shape), leaf.dtype)
+
+
+def _identity(function: Any, held: list[Any]) -> Any:
+    if isinstance(function, types.MethodType):
+        held += [function.__self__, function.__func__]
+        return id(function.__self__), id(function.__func__)
+    if type(function) is types.FunctionType:
+        cells = [*_contents(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        others = [x for x in cells if not _is_value(x)]
+        if all(type(x).__weakrefoffset__ for x in others):
+            held += others
+            parts = tuple((type(x), x) if _is_value(x) else id(x) for x in cells)
+            return function.__code__, id(function.__globals__), parts
+    held.append(function)
+    return id(function)
+
+
+def _is_value(x: Any) -> bool:
+    return type(x) in PLAIN or isinstance(x, np.generic)
+
+
+def _contents(function: types.FunctionType) -> list[Any]:
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            found.append(None)
+    return found
+
+
+def verify(task: Any, rules: Callable[[], Any], mode: str = "", solution: Any = None) -> None:
+    """Hold what was given against its function, once for the same functions and structure.
+
+    Parameters
+    ----------
+    task : Task
+    rules : callable
+        Returns the `Rules` at the point.
+    mode : str
+        Of the rules, in which a system was solved.
+    solution : array, optional
+        The solution of that system.
+
+    Raises
+    ------
+    InconsistentDerivativesError
+        With the names of the callables at fault.
+    """
+    functions = getattr(task.condition, "to_verify", ())
+    if not functions or not task.backend.local(task.y, task.theta):
+        return
+    key, held = _key_of(task, functions)
+    if key in _verified:
+        return
+    checked: Checked | None = rules().checked
+    if checked is not None and checked.point.y.n and not is_tree_vector(checked.point.y.vector):
+        known = solution is not None and 0 not in solution.shape and checked.solved is not None
+        x = _raveled(checked, solution) if known else None
+        short = checked.point.theta.n <= checked.point.y.n
+        forward = mode in {"jvp", "solve"} or (mode == "jacobian" and short)
+        wrongs = wrong_in(checked, *((None, x) if forward else (x, None)))
+        if wrongs:
+            raise error_for(checked, wrongs)
+    _remember(key, held)
+
+
+def _raveled(checked: Checked, x: Any) -> Array:
+    """The first of several right-hand sides, as one vector per item."""
+    backend = checked.point.backend
+    if is_tree_vector(x):
+        x = backend.concat([backend.reshape(leaf, (-1,)) for leaf in x.leaves])
+    return x[0, ...] if len(x.shape) > len(checked.point.items) + 1 else x
+
+
+def _remember(key: Any, held: list[Any]) -> None:
+    table = _verified
+
+    def drop(_: Any) -> None:
+        table.pop(key, None)
+
+    kept: list[Any] = []
+    for thing in held:
+        try:
+            kept.append(weakref.ref(thing, drop))
+        except TypeError:  # kept, or its id could come to mean another
+            kept.append(thing)
+    with _lock:
+        table[key] = kept
