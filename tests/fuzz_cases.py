@@ -47,6 +47,8 @@ class Case:
     items: int
     noise: str
     mistake: str
+    jit: bool = False
+    """Whether all of it is inside of the user's own jit: what would be told is NaN."""
 
 
 # -- what is drawn ---------------------------------------------------------------------------------------
@@ -74,16 +76,17 @@ def draw(framework: str, seed: int) -> Case:
     entry = one("vjp", "jvp", "jacobian", "grad of logs" if jax else "grad", of=shape)
     tree, n = bool(shape.random() < 0.3), int(one(*((1, 4, 4, 9) if jax else (1, 2, 3, 5, 8, 8, 20)), of=shape))
     items = 0 if source == "sparse" else int(one(0, 0, 0, 3, of=shape))
+    jit = jax and bool(shape.random() < 0.3)
     condition = 10.0 ** rng.uniform(0, one(4, 4, 12 if dtype == "float64" else 8))
     units = [one("one", "one", "small", "large", "mixed", "few") for _ in range(3)]
     noise = one(*NOISES) if rng.random() < 0.15 and derived(framework, source) else ""
     case = Case(
-        seed, framework, family, dtype, n, kind, condition, source, solver, entry, *units, tree, items, noise, ""
+        seed, framework, family, dtype, n, kind, condition, source, solver, entry, *units, tree, items, noise, "", jit
     )
     if rng.random() < 0.35 and not noise:
         costly = not jax or rng.random() < 0.2
         able = [name for name, m in MISTAKES.items() if m.able(case) and (costly or not m.compiled)]
-        case = MISTAKES[one(*able)].prepared(case, rng)
+        case = MISTAKES[one(*able)].prepared(case, rng) if able else case
     return case
 
 
@@ -206,7 +209,7 @@ MISTAKES: dict[str, Mistake] = {
         lambda c: _given(c) and _kind(c) is Stationary and _several(c),
         ("InconsistentDerivativesError", "NotSymmetricError"), "hvp|hessian|symmetric",
     ),
-    "unsolved": Mistake(lambda c: True, ("NotASolutionWarning",)),
+    "unsolved": Mistake(lambda c: not c.jit, ("NotASolutionWarning",)),
     "closure": Mistake(lambda c: not _given(c) and not c.items, ("DerivativeError",), "depend on theta"),
     "NaN in y": Mistake(lambda c: not c.items, ("NonFiniteError",), r"\by\b"),
     "NaN in theta": Mistake(lambda c: not c.items, ("NonFiniteError",), "theta"),

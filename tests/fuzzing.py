@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Verdict:
             "y": "one",
             "theta": "one",
             "F": "one",
+            "jit": False,
         }
         said = ", ".join(
             f"{k}={v if k != 'condition' else f'{v:.1e}'}" for k, v in asdict(c).items() if plain.get(k, ()) != v
@@ -131,11 +133,29 @@ def run(case: Case) -> Verdict:
         more = {"preconditioner": preconditioner(case)} if case.mistake.startswith("preconditioner") else {}
         solver = ITERATIVE[solver](maxiter=300, **more)
     condition, outer = functions(problem, case)
-    found = outcome(displaced(problem, case).call(condition, case.entry, outer, solver=solver))
+    more = {"compiled": partial(jitted, case)} if case.jit else {}
+    found = outcome(displaced(problem, case).call(condition, case.entry, outer, solver=solver, **more))
     error = np.inf
     if found.value is not None:
-        error = worst(problem.base(case.entry, found.value), problem.instance.truth(case.entry), case)
+        value = problem.base(case.entry, found.value)
+        error = worst(value, problem.instance.truth(case.entry), case)
+        if case.jit and np.isnan(value).any():
+            healthy_ = healthy(replace(case, condition=problem.instance.condition))
+            return Verdict(case, "false alarm" if healthy_ else "told", error, "NaN")
     return judged(case, problem, found, error)
+
+
+def jitted(case: Case, ask: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the call as JAX compiles it, or that of an earlier case of the same structure."""
+    import jax
+
+    key = replace(case, seed=0, condition=0.0, y="", theta="", F="", mistake=_program(case.mistake))
+    return _made.setdefault(key, jax.jit(ask))
+
+
+def _program(mistake: str) -> str:
+    """Return the mistake, where it takes a program of its own."""
+    return mistake if mistake and MISTAKES[mistake].compiled else ""
 
 
 def displaced(problem: Posed, case: Case) -> Posed:

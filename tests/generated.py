@@ -269,22 +269,31 @@ class Posed:
         total = lambda x: xp.sum(self.array(LOGS(x.shape[-1])) * xp.log(x * x), axis=-1) / 2
         return lambda Y, T: total(self.join(Y)) + total(self.join(T)[..., :K])
 
-    def call(self, condition: Any, entry: str, outer: Any = None, **options: Any) -> Callable[[], Any]:
-        """The call to be made; its result goes to `base`."""
+    def call(
+        self, condition: Any, entry: str, outer: Any = None, *, compiled: Callable[..., Any] = lambda ask: ask,
+        **options: Any,
+    ) -> Callable[[], Any]:  # fmt: skip
+        """The call to be made; its result goes to `base`. ``compiled`` gets it as a function of all arrays."""
         D, E, it, (cut_y, cut_t) = self.units.D, self.units.E, self.instance, self.cuts
         y, theta = self.point()
-        options = {"args": (self.numbers(),), "backend": self.backend,
-                   "batched": it.y.ndim == 2, **options}  # fmt: skip
+        options = {"backend": self.backend, "batched": it.y.ndim == 2, **options}
+        vector = None
         if entry == "vjp":
-            v = self.split(self.array(it.cotangent / D), cut_y)
-            return lambda: implicit_vjp(condition, y, theta, v, **options)
-        if entry == "jvp":
-            t = self.split(self.array(it.tangent * E), cut_t)
-            return lambda: implicit_jvp(condition, y, theta, t, **options)
-        if entry == "jacobian":
-            return lambda: implicit_jacobian(condition, y, theta, **options)
-        outer = outer or self.outer()
-        return lambda: implicit_grad(condition, outer, y, theta, **options)
+            vector = self.split(self.array(it.cotangent / D), cut_y)
+        elif entry == "jvp":
+            vector = self.split(self.array(it.tangent * E), cut_t)
+        elif entry != "jacobian":
+            outer = outer or self.outer()
+
+        def ask(y: Any, theta: Any, vector: Any, args: Any) -> Any:
+            more = {"args": (args,), **options}
+            if entry == "jacobian":
+                return implicit_jacobian(condition, y, theta, **more)
+            if vector is None:
+                return implicit_grad(condition, outer, y, theta, **more)
+            return (implicit_vjp if entry == "vjp" else implicit_jvp)(condition, y, theta, vector, **more)
+
+        return lambda: compiled(ask)(y, theta, vector, self.numbers())
 
     def base(self, entry: str, value: Any) -> np.ndarray:
         """The numbers of a result, in the units of the maker."""

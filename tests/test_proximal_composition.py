@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import JAX, NUMPY, PLAIN, TORCH, Library
+from conftest import JAX, NUMPY, PLAIN, TORCH, Library, outcome
 from frameworks import EACH, framework
 from helpers_proximal import (
     CASES,
@@ -236,3 +236,19 @@ def test_single_precision() -> None:
     g = implicit_vjp(condition("simplex"), y32, theta, v, args=(data,))
     assert str(g["q"].dtype) == "torch.float32"
     assert off(lib.numpy(g["q"]), by_q.T @ V) <= 1e-4
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *JAX], ids=lambda lib: lib.name)
+def test_box_in_mixed_units(lib: Library) -> None:
+    """A step for each coordinate: with one for all, what is held at a bound seems to be next to a kink."""
+    H, D = np.array([[2.0, 0.5, 0.0], [0.5, 2.0, 0.5], [0.0, 0.5, 2.0]]), np.array([1e-6, 1.0, 1e6])
+    y, multipliers, v = np.array([1.0, 0.3, 0.0]), np.array([1.0, 0.0, -1.0]), np.array([1.0, 2.0, 3.0])
+    Hs, ones = lib.array(H / np.outer(D, D)), lib.array(1 / D)
+    condition = ProjectedGradient(
+        projection=lambda x, t: projections.box(x, lib.array(0 * D), lib.array(D)), grad=lambda y, t: Hs @ y - t * ones,
+        hvp=lambda y, t, u: Hs @ u, mixed_vjp=lambda y, t, u: -u * ones, mixed_jvp=lambda y, t, d: -d * ones,
+    )  # fmt: skip
+    given = [lib.array(x) for x in (y * D, H @ y + multipliers, v / D)]
+    found = outcome(lambda: implicit_vjp(condition, *given))
+    assert found.quiet, found.text
+    assert np.allclose(lib.numpy(found.value), [0.0, 1.0, 0.0], rtol=1e-9, atol=1e-12)

@@ -12,11 +12,12 @@ reproduced. That is looked at, and the step of each coordinate taken from the di
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.conditions.base import Frame
 from implicitdiff.conditions.units import ASSEMBLED, curvature_units, energy, leaf_sizes, power_of_two
+from implicitdiff.linalg.equilibration import TINY
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.vector_space import is_tree_vector
 
@@ -93,15 +94,19 @@ class Metric:
         plain = not self.point.items and self.point.y.tree.spec is None and len(self.point.y.leaves[0].shape) == 1
         return Metric(self.point, square if plain else self.number, square, units=self.better)
 
-    def suits(self, y: Array, x: Array, image: Array, D: Operator) -> bool:
-        """Whether P reproduces y from x, and D commutes with the units."""
+    def suits(self, y: Array, x: Array, image: Array, D: Operator) -> Array:
+        """Whether P reproduces y from x, and D commutes with the units, per item."""
         xp, d = self.point.backend.xp, self.units
         size = xp.max((xp.abs(y) + xp.abs(x)) / d, axis=-1, keepdims=True)
-        if any_true(xp, ~(xp.abs(y - image) / d <= SUITS * size)):
-            return False
         probe = self.point.y.space.probe() + xp.zeros_like(y)
         gap = xp.abs(D.matvec(d * probe) / d - D.matvec(probe))
-        return not any_true(xp, ~(gap <= SUITS + 1e3 * D.accuracy))
+        return xp.all((xp.abs(y - image) / d <= SUITS * size) & (gap <= SUITS + 1e3 * D.accuracy), axis=-1)
+
+    def only(self, suits: Array, other: Metric) -> Metric:
+        """Return this metric where it suits, and the other one where not: in a program, where that is not seen."""
+        xp, d = self.point.backend.xp, cast("Array", self.units)
+        d = xp.where(suits[..., None], d, xp.sqrt(other.step) + 0 * d)
+        return Metric(self.point, other.number, d * d, units=d)
 
     # -- between y and ŷ -----------------------------------------------------------------------------
     @property
@@ -146,8 +151,11 @@ class Metric:
         return self.up(leaf)
 
 
-def metric_at(point: Any, H: Operator, slope: Any) -> Metric:
+def metric_at(point: Any, H: Operator, slope: Any, *, blind: bool = False) -> Metric:
     """Return the step 1 / ‖H‖, and those of the coordinates where they seem to have units of their own.
+
+    In a compiled program units cannot be looked for. There the steps of the coordinates are made if ``blind`` says so,
+    of a matrix that is given, or of a small one.
 
     Parameters
     ----------
@@ -173,6 +181,9 @@ def metric_at(point: Any, H: Operator, slope: Any) -> Metric:
         if H.matrix is not None or (point.y.n <= ASSEMBLED and H.sparse is None and _mixed(point, H, leaf)):
             d = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
         better = d if any_true(xp, xp.max(d, axis=-1) > 32 * xp.min(d, axis=-1)) else None
+    elif blind and backend.traced and (H.matrix is not None or (point.y.n <= TINY and H.sparse is None)):
+        fine = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
+        better = backend.detached(fine)  # neither the solution nor its derivatives depend on it
     least = xp.min(d, axis=-1, keepdims=True)
     return Metric.of(point, least * least, better)
 

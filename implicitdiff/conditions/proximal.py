@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from implicitdiff.arrays import Array, item_numbers, listed, named_items
+from implicitdiff.arrays import Array, any_true, item_numbers, listed, named_items
 from implicitdiff.conditions.base import (
     Condition,
     Findings,
@@ -113,7 +113,11 @@ class _Composite(Condition):
         found = outer_at(metric)
         if finer := metric.finer():
             trial = outer_at(finer)
-            if finer.suits(y, trial[1], trial[0](trial[1], theta), trial[2].A):
+            suits = finer.suits(y, trial[1], trial[0](trial[1], theta), trial[2].A)
+            if backend.traced:
+                metric = finer.only(suits, metric)
+                found = outer_at(metric)
+            elif not any_true(backend.xp, ~suits):
                 metric, found = finer, trial
         outer, x, P = found
         gradient = cast("Callable[[Array, Array], Array]", smooth.at)
@@ -216,7 +220,8 @@ class ProjectedGradient(_Composite):
         `implicitdiff.projections` are wrapped: ``lambda x, theta: box(x, 0.0, theta)``.
     step : float, optional
         Positive, about 1 / ‖H‖: neither the solution nor its derivative depends on it, the condition of the linear
-        system does. By default, and where the one that is given is far off, it follows the curvature of f.
+        system does. By default, and where the one that is given is far off, it follows the curvature of f, and has one
+        value for each coordinate where their units differ (under JAX for n up to 32, or with a ``hessian``).
     grad : callable, optional
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional
@@ -282,7 +287,7 @@ class ProjectedGradient(_Composite):
         return self.after  # type: ignore[return-value]
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
-        return metric_at(point, H, slope).near(self.step, binding=False)
+        return metric_at(point, H, slope, blind=True).near(self.step, binding=False)
 
     def _outer(self, point: Point, step: Any) -> Callable[[Array, Array], Array]:
         projection = self.projection
@@ -305,7 +310,7 @@ class ProximalGradient(_Composite):
     step : float, optional
         Positive, about 1 / ‖H‖: neither the solution nor its derivative depends on it, the condition of the linear
         system does. By default it follows the curvature of f, and has one value for each coordinate where their units
-        differ: prox has to use the one that it is handed, ``step * penalty``.
+        differ (under JAX one for all): prox has to use the one that it is handed, ``step * penalty``.
     grad : callable, optional
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional

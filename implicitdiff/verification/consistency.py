@@ -2,8 +2,7 @@
 
 `verification` runs outside of programs, looks at steps until one settles a question, and names the callable. Here there
 are arrays only, in every call: one step along y and one along θ, two evaluations of G each, beside G at the point. What
-a kink or noise adds to the difference shows in the second difference; only what is wrong by far more than that, and by
-more than a tenth, counts.
+a kink or noise adds to the difference shows in the second difference; only what is wrong by far more than that counts.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from implicitdiff.verification.trials import function_of
 
 __all__ = ["contradicted"]
 
-WRONG = 0.1
+WRONG = 0.03
 """Relative difference that is a mistake."""
 
 
@@ -40,11 +39,12 @@ def contradicted(checked: Checked | None) -> Array | None:
 
     by_y = along(z, 0.0)
     by_theta = along(0.0, t) if checked.point.theta.n else (0 * middle, 0 * middle)
-    u = _dual(checked, xp.abs(by_y[0]) + xp.abs(by_theta[0]))
+    rows = xp.abs(by_y[0]) + xp.abs(by_theta[0])
+    u = _dual(checked, rows)
+    rounding = 30 * float(xp.finfo(y.dtype).eps) / h * xp.vecdot(xp.abs(u), rows + xp.abs(middle))
     wrong = xp.vecdot(u, u) < 0
     for (change, bend), number in _numbers(checked, u, z, t, by_y, by_theta):
-        seen, size = xp.vecdot(u, change), xp.vecdot(xp.abs(u), xp.abs(change))
-        unknown = 10 * xp.vecdot(xp.abs(u), bend) + 50 * float(xp.finfo(y.dtype).eps) * size
+        seen, unknown = xp.vecdot(u, change), rounding + 10 * xp.vecdot(xp.abs(u), bend)
         wrong = wrong | (xp.abs(number - seen) > WRONG * xp.maximum(xp.abs(number), xp.abs(seen)) + unknown)
     return wrong
 
