@@ -50,4 +50,4 @@ def anywhere(mask: Any, *values: Any) -> Any:
     over = tuple(sorted(_axes(mask) - own))
     if not over:
         return mask
-    return lax.pmax(mask.astype("int32"), over) > 0  # type: ignore[no-untyped-call]
+    return lax.pmax(mask.astype("int32"), over) > 0
