@@ -18,6 +18,7 @@ from autograd.core import VJPNode, backward_pass, make_vjp
 from autograd.tracer import isbox, new_box, trace_stack
 
 from implicitdiff.arrays import Array, probe_vector
+from implicitdiff.backends.base import Backend
 from implicitdiff.errors import NoiseError
 
 __all__ = ["Tape", "concatenate", "differentiate", "differentiate_gradient", "gradients"]
@@ -66,7 +67,7 @@ class Tape:
     kind = "autodiff"
     accuracy = 0.0
 
-    def __init__(self, backend: Any, function: Callable[[Array, Array], Array], y: Array, theta: Array,
+    def __init__(self, backend: Backend, function: Callable[[Array, Array], Array], y: Array, theta: Array,
                  by_y: Any, by_theta: Any) -> None:  # fmt: skip
         self.backend = backend
         self.function, self.y, self.theta = function, y, theta
@@ -128,7 +129,7 @@ class Tape:
         return self.backend.batched(one, tuple(x.shape[:-1]))(u)
 
 
-def differentiate(backend: Any, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
+def differentiate(backend: Backend, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
     """Record a vector function; None where it cannot be traced."""
     nodes, values = [], []
     for along, x in ((lambda z: function(z, theta), y), (lambda z: function(y, z), theta)):
@@ -142,7 +143,7 @@ def differentiate(backend: Any, function: Callable[..., Array], y: Array, theta:
     return tape
 
 
-def differentiate_gradient(backend: Any, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
+def differentiate_gradient(backend: Backend, function: Callable[..., Array], y: Array, theta: Array) -> Tape | None:
     """Record ∇_y f of a scalar function (one scalar per item)."""
     if _record(lambda z: function(z, theta), y) is None:
         return None

@@ -242,6 +242,10 @@ class Backend(ABC):
         """``prepared.solve``, differentiable where the framework is tracing."""
         return prepared.solve(b, x0, transposed=transposed)
 
+    def solved(self, system: Any) -> Any:
+        """Solve a `System` where the arrays are, or by a program of its own."""
+        return system.solved()
+
     @abstractmethod
     def lu_factor(self, matrix: Array) -> Any:
         """LU factors of (*items, n, n)."""

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, times
+from implicitdiff.backends.base import Backend
 from implicitdiff.backends.differences import Differences, Function, gradient, groups, sweep
 from implicitdiff.backends.sampling import Block
 from implicitdiff.backends.steps import FIRST, SECOND, Plan, search
@@ -78,7 +79,7 @@ class GradientDifferences(SecondDerivatives, Differences):
         The point.
     """
 
-    def __init__(self, backend: Any, function: Function, y: Array, theta: Array) -> None:
+    def __init__(self, backend: Backend, function: Function, y: Array, theta: Array) -> None:
         super().__init__(backend, function, y, theta)
         self.sampler = self._sampler(SECOND, scalar=True)
         self._along_axes: dict[str, _Curved] = {}

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true
+from implicitdiff.backends.base import Backend
 from implicitdiff.backends.sampling import Block, Sampler, leaf_sizes
 from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
 from implicitdiff.errors import DerivativeError
@@ -47,7 +48,7 @@ class Differences:
 
     kind = "finite differences"
 
-    def __init__(self, backend: Any, function: Function, y: Array, theta: Array, *, rounding: bool = False) -> None:
+    def __init__(self, backend: Backend, function: Function, y: Array, theta: Array, *, rounding: bool = False) -> None:
         self.backend, self.xp, self.function = backend, backend.xp, function
         self.dtype, self.theta_dtype = y.dtype, theta.dtype
         self.y, self.theta = backend.widen(y), backend.widen(theta)
@@ -223,7 +224,7 @@ def groups(xp: Any, v: Array, size: Array) -> Iterator[tuple[Array, Array]]:
         moved = xp.where(now, 0 * moved, moved)
 
 
-def scalar_gradients(backend: Any, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
+def scalar_gradients(backend: Backend, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
     """∂L/∂y and ∂L/∂θ of a scalar function."""
     leaves = leaf_sizes(function, "y", y.shape[-1]), leaf_sizes(function, "theta", theta.shape[-1])
     sampler = Sampler(

@@ -19,6 +19,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from implicitdiff.arrays import Array, probe_vector, times
+from implicitdiff.backends.base import Backend
 from implicitdiff.backends.curvature import SecondDerivatives
 from implicitdiff.backends.differences import name_of, not_differentiable, sweep, unit_vectors
 from implicitdiff.backends.sampling import Sampler, leaf_sizes, sizes_of
@@ -51,7 +52,7 @@ class ComplexStep:
 
     kind = "complex step"
 
-    def __init__(self, backend: Any, function: Function, y: Array, theta: Array) -> None:
+    def __init__(self, backend: Backend, function: Function, y: Array, theta: Array) -> None:
         self.backend, self.function = backend, function
         self.y, self.theta = backend.widen(y), backend.widen(theta)
         self.dtype, self.theta_dtype = y.dtype, theta.dtype
@@ -107,7 +108,7 @@ class ComplexGradientDifferences(SecondDerivatives):
 
     kind = "finite differences"
 
-    def __init__(self, backend: Any, function: Function, y: Array, theta: Array) -> None:
+    def __init__(self, backend: Backend, function: Function, y: Array, theta: Array) -> None:
         self.backend, self.function = backend, function
         self.y, self.theta = backend.widen(y), backend.widen(theta)
         self.dtype, self.theta_dtype = y.dtype, theta.dtype
@@ -186,7 +187,7 @@ class ComplexGradientDifferences(SecondDerivatives):
         return self.backend.astype(many(self.backend.widen(v)), dtype)
 
 
-def complex_gradients(backend: Any, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
+def complex_gradients(backend: Backend, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
     """∂L/∂y and ∂L/∂θ of an analytic scalar function."""
     by_y = ComplexGradientDifferences(backend, function, y, theta).value()
     by_theta = ComplexGradientDifferences(backend, lambda t, z: function(z, t), theta, y).value()
@@ -204,7 +205,7 @@ def quiet_casts() -> Iterator[None]:
         yield
 
 
-def is_analytic(backend: Any, function: Function, y: Array, theta: Array, *, scalar: bool = False) -> bool:
+def is_analytic(backend: Backend, function: Function, y: Array, theta: Array, *, scalar: bool = False) -> bool:
     """Whether the complex step gives what a central difference gives, in one direction of y and one of θ.
 
     They are compared component by component, each within the error of its difference. Anything but agreement (an

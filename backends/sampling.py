@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, probe_vector
+from implicitdiff.backends.base import Backend
 from implicitdiff.backends.noise import noise_along
 from implicitdiff.backends.steps import FIRST, VISIBLE, Estimate, Plan, Stencil, search
 from implicitdiff.errors import ImplicitDiffError, NoiseError
@@ -102,7 +103,7 @@ class Sampler:
     """
 
     def __init__(
-        self, backend: Any, function: Function, y: Array, theta: Array, stencil: Stencil = FIRST, *,
+        self, backend: Backend, function: Function, y: Array, theta: Array, stencil: Stencil = FIRST, *,
         leaves: tuple[tuple[int, ...], tuple[int, ...]] | None = None, scalar: bool = False, rounding: bool = False,
         what: str = "the function",
     ) -> None:  # fmt: skip

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 import numpy as np
 from scipy.linalg import blas
@@ -73,7 +76,7 @@ def any_true(xp: Any, mask: Array) -> bool:
     return bool(mask if isinstance(mask, (bool, np.bool_)) else xp.any(mask))
 
 
-def needed(backend: Any, mask: Array) -> bool:
+def needed(backend: Backend, mask: Array) -> bool:
     """Whether work on the items of a mask is needed, or may be: where values are not seen, it has to be done."""
     return backend.traced or any_true(backend.xp, mask)
 

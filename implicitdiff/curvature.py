@@ -12,13 +12,16 @@ J. Nocedal, S. Wright, "Numerical Optimization", 2nd ed., Springer, 2006, theore
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array, any_true, named_items
 from implicitdiff.errors import RegularityWarning
 from implicitdiff.failure import warn
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.solvers import suitable
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["refuted", "suspicion", "tell_kind"]
 
@@ -110,7 +113,7 @@ def _has_curvature(operator: Operator, sign: float) -> Array:
     return (most if sign > 0 else -least) > eps**0.5 * xp.maximum(xp.abs(least), xp.abs(most))
 
 
-def _is_definite(backend: Any, matrix: Array, shift: float) -> Array:
+def _is_definite(backend: Backend, matrix: Array, shift: float) -> Array:
     """Whether a matrix is positive definite, up to rounding: Cholesky with its diagonal scaled to 1."""
     xp = backend.xp
     diagonal = xp.linalg.diagonal(matrix)

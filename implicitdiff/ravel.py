@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from implicitdiff.arrays import Array, named_items
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, ShapeError
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 from implicitdiff.pytree import Tree, flatten, same_structure
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["Leaf", "LeafRavel", "Ravel", "foreign"]
 
@@ -57,7 +60,7 @@ class Ravel:
         ``()`` or ``(number of items,)``.
     """
 
-    def __init__(self, backend: Any, tree: Any, name: str, batched: bool = False, own: bool = False) -> None:
+    def __init__(self, backend: Backend, tree: Any, name: str, batched: bool = False, own: bool = False) -> None:
         self.backend, self.name = backend, name
         self.tree = flatten(tree)
         arrays = [backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)]
@@ -311,7 +314,7 @@ def _one(x: Any) -> str:
     return f"an array of shape {tuple(shape)} ({type(x).__module__.partition('.')[0]})"
 
 
-def foreign(value: Any, backend: Any) -> str:
+def foreign(value: Any, backend: Backend) -> str:
     """Say where a function's value is an array of another framework than y."""
     kind = type(value).__module__.partition(".")[0].removesuffix("lib")
     if not hasattr(value, "dtype") or backend.is_array(value) or kind == backend.name:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
@@ -35,6 +35,9 @@ from implicitdiff.report import Status
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
 from implicitdiff.verification.consistency import contradicted
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["Direct", "Evidence", "Rules", "Run", "Task"]
 
@@ -58,7 +61,7 @@ class Task:
         Receives the report of each product.
     """
 
-    backend: Any
+    backend: Backend
     condition: Any
     y: Any
     theta: Any
@@ -276,7 +279,7 @@ class Rules:
     def _contradicted(self) -> Array | None:
         """Items in which what was given of derivatives is wrong; None where nobody looks, or others do."""
         silent = self.mute and self.task.backend.traced and self.task.on_failure != "ignore"
-        return contradicted(self.checked) if silent and getattr(self.condition, "to_verify", ()) else None
+        return contradicted(self.checked) if silent and self.condition.to_verify else None
 
     def _wrong(self, solution: Solution, b: Any) -> Array | None:
         """Items in which what the user says is not so, where nothing can be told of it."""
@@ -381,6 +384,6 @@ def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:
     return bool(matrix_free and matrix_free(n))
 
 
-def _border(keep: bool, engine: Any, tree: Any) -> type[Ravel]:
+def _border(keep: bool, engine: Backend, tree: Any) -> type[Ravel]:
     """Return the kind of border."""
     return LeafRavel if keep and not engine.is_vector(tree) else Ravel

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from implicitdiff.backends.base import Backend
 from implicitdiff.backends.jax.varying import varying
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linalg.vector_space import is_tree_vector
@@ -31,7 +32,9 @@ class Derivatives:
     kind = "autodiff"
     accuracy = 0.0
 
-    def __init__(self, backend: Any, function: Callable[..., Any], y: Any, theta: Any, *, whole: bool = True) -> None:
+    def __init__(
+        self, backend: Backend, function: Callable[..., Any], y: Any, theta: Any, *, whole: bool = True
+    ) -> None:
         self._backend, self._function, self._y, self._theta, self._whole = backend, function, y, theta, whole
         self._items = () if is_tree_vector(y) else tuple(y.shape[:-1])
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from implicitdiff.backends.base import Backend
 from implicitdiff.backends.jax.auxiliary import unknown_tangent
 from implicitdiff.backends.jax.contents import captures_differentiated
 from implicitdiff.backends.jax.programs import call_for, is_traced, looked_at, program_for
@@ -58,7 +59,9 @@ class _Statics:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def differentiable_call(backend: Any, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def differentiable_call(
+    backend: Backend, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Run the solver of an `ImplicitFunction`, and let JAX differentiate what it returns."""
     if captures_differentiated((*functions_of(function.condition), arrays_of(function.condition))):
         raise DerivativeError(

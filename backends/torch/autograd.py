@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from implicitdiff.backends.curvature import GradientDifferences
 from implicitdiff.backends.differences import Differences, scalar_gradients
 from implicitdiff.backends.torch.captured import Graph
 from implicitdiff.errors import NoiseError
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.torch.arrays import TorchArrays
 
 __all__ = [
     "Recording",
@@ -232,7 +235,7 @@ def _record(function: Function, *xs: Array) -> Array | None:
         return None
 
 
-def _look(backend: Any, value: Array, *leaves: Array) -> Graph:
+def _look(backend: TorchArrays, value: Array, *leaves: Array) -> Graph:
     """Walk through a graph, and look for tensors in it that are none of these leaves, where that matters."""
     graph = Graph(value)
     if backend.captures is not None:
@@ -240,7 +243,7 @@ def _look(backend: Any, value: Array, *leaves: Array) -> Graph:
     return graph
 
 
-def _hidden(backend: Any, function: Function, graph: Graph, y: Array, theta: Array) -> bool:
+def _hidden(backend: TorchArrays, function: Function, graph: Graph, y: Array, theta: Array) -> bool:
     """Whether a function depends on an argument that its graph does not end in: it was detached on the way."""
     plain = y.detach(), theta.detach()
     for i, leaf in enumerate((y, theta)):
@@ -254,14 +257,14 @@ def _hidden(backend: Any, function: Function, graph: Graph, y: Array, theta: Arr
     return False
 
 
-def _unwidened(backend: Any) -> Any:
+def _unwidened(backend: TorchArrays) -> Any:
     """Let the finite differences run in the function's own precision: Torch does not mix two in a matrix product."""
     engine = copy.copy(backend)
-    engine.widen = lambda x: x
+    engine.widen = lambda x: x  # type: ignore[method-assign]
     return engine
 
 
-def differentiate(backend: Any, function: Function, y: Array, theta: Array) -> Any:
+def differentiate(backend: TorchArrays, function: Function, y: Array, theta: Array) -> Any:
     """Record a vector function; differences where it cannot be."""
     leaves = _leaf(y), _leaf(theta)
     value = _record_condition(function, *leaves)
@@ -273,7 +276,7 @@ def differentiate(backend: Any, function: Function, y: Array, theta: Array) -> A
     return Recording(value, *leaves, graph.accuracy(y.dtype))
 
 
-def differentiate_gradient(backend: Any, function: Function, y: Array, theta: Array) -> Any:
+def differentiate_gradient(backend: TorchArrays, function: Function, y: Array, theta: Array) -> Any:
     """Record ∇_y f of a scalar function (one scalar per item)."""
     leaves = _leaf(y), _leaf(theta)
     value = _record_condition(function, *leaves)
@@ -303,7 +306,7 @@ def _gradient(value: Array, y: Array) -> Array:
     return torch.zeros_like(y) if found is None else found
 
 
-def gradients(backend: Any, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
+def gradients(backend: TorchArrays, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
     """∂L/∂y and ∂L/∂θ of a scalar function."""
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)

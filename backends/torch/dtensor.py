@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as xp
 import torch
@@ -18,6 +18,9 @@ from implicitdiff.backends.torch.autograd import mode
 from implicitdiff.backends.torch.captured import Graph
 from implicitdiff.errors import BackendError, DerivativeError
 from implicitdiff.linalg.vector_space import TreeSpace, TreeVector, is_tree_vector
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.torch.arrays import TorchArrays
 
 __all__ = ["DTensorSpace", "TreeRecording", "differentiate", "differentiate_gradient", "gradients", "is_spread"]
 
@@ -190,7 +193,7 @@ def _fresh(x: Any) -> Any:
     return _same(x, [leaf.detach().requires_grad_() for leaf in leaves(x)])
 
 
-def differentiate(backend: Any, function: Function, y: Any, theta: Any) -> TreeRecording:
+def differentiate(backend: TorchArrays, function: Function, y: Any, theta: Any) -> TreeRecording:
     """Record a vector function."""
     y, theta = _fresh(y), _fresh(theta)
     with mode(recording=True):
@@ -199,7 +202,7 @@ def differentiate(backend: Any, function: Function, y: Any, theta: Any) -> TreeR
     return TreeRecording(value, y, theta)
 
 
-def differentiate_gradient(backend: Any, function: Function, y: Any, theta: Any) -> TreeRecording:
+def differentiate_gradient(backend: TorchArrays, function: Function, y: Any, theta: Any) -> TreeRecording:
     """Record ∇_y f of a scalar function."""
 
     def gradient(y: Any, theta: Any) -> Any:
@@ -214,7 +217,7 @@ def differentiate_gradient(backend: Any, function: Function, y: Any, theta: Any)
     return differentiate(backend, gradient, y, theta)
 
 
-def gradients(backend: Any, function: Function, y: Any, theta: Any) -> tuple[Any, Any, str]:
+def gradients(backend: TorchArrays, function: Function, y: Any, theta: Any) -> tuple[Any, Any, str]:
     """∂L/∂y and ∂L/∂θ of a scalar function."""
     y, theta = _fresh(y), _fresh(theta)
     with mode(recording=True):
@@ -225,7 +228,7 @@ def gradients(backend: Any, function: Function, y: Any, theta: Any) -> tuple[Any
     return by_y, by_theta, "autodiff"
 
 
-def _check_recorded(backend: Any, function: Function, values: list[Array], y: Any, theta: Any) -> None:
+def _check_recorded(backend: TorchArrays, function: Function, values: list[Array], y: Any, theta: Any) -> None:
     """Raise where a function depends on an argument that its graph does not end in: it was detached on the way."""
     graphs = [Graph(v) for v in values]
     if backend.captures is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Ravel
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.torch.arrays import TorchArrays
 
 __all__ = ["Problem", "Slots", "collecting", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform"]
 
@@ -99,7 +102,7 @@ def _is_recorded_tensor_or_module(x: Any) -> bool:
     return _is_recorded_tensor(x) or (isinstance(x, torch.nn.Module) and any(map(_is_recorded, x.parameters())))
 
 
-def collecting(backend: Any) -> Any:
+def collecting(backend: TorchArrays) -> Any:
     """Return a backend of the same kind that collects what functions capture."""
     engine = copy.copy(backend)
     engine.captures = Captures()
@@ -153,7 +156,7 @@ class Problem:
     """
 
     def __init__(
-        self, engine: Any, composable: Any, condition: Any, options: dict[str, Any], theta: Any,
+        self, engine: TorchArrays, composable: Any, condition: Any, options: dict[str, Any], theta: Any,
         args: tuple[Any, ...], kwargs: dict[str, Any], function: Any = None,
     ) -> None:  # fmt: skip
         self.engine, self.composable, self.function = engine, composable, function

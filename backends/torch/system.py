@@ -7,7 +7,7 @@ a system again: any order follows. Forward, ẋ = A⁻¹ (ḃ − Ȧ x).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,6 +19,9 @@ from implicitdiff.compilers import is_within_compiled
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linalg.system import System, solve_system
 from implicitdiff.report import Report
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.torch.arrays import TorchArrays
 
 __all__ = ["solve_recorded"]
 
@@ -38,7 +41,7 @@ def solve_recorded(system: System) -> tuple[Array, Report]:
 def _watched(system: System) -> System:
     """Let products tell which recorded tensors they use."""
     refuse_captured(system.A, system.transpose)
-    engine = collecting(system.backend)
+    engine = collecting(cast("TorchArrays", system.backend))
     transpose = None if system.transpose is None else engine.callback(system.transpose)
     return replace(system, backend=engine, A=engine.callback(system.A), transpose=transpose)
 
@@ -46,7 +49,7 @@ def _watched(system: System) -> System:
 def _apply(system: System, A: Any, b: Array, reports: list[Report]) -> Array:
     matrix = A if isinstance(A, torch.Tensor) else None
     x = Solved.apply(replace(system, A=A if matrix is None else None, b=None), reports, matrix, b)
-    captures = system.backend.captures
+    captures = cast("TorchArrays", system.backend).captures
     return x if captures is None else with_refused(x, captures.tensors, captured)
 
 

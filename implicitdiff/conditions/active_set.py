@@ -12,10 +12,13 @@ and equation (18.22) (least-squares multipliers). DOI 10.1007/978-0-387-40065-5
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, item_norm, item_numbers, needed, times
 from implicitdiff.conditions.units import Units
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["ActiveSet", "Limits", "candidates", "classified", "dependent_rows", "names", "recovered"]
 
@@ -54,7 +57,7 @@ class ActiveSet(NamedTuple):
     """Whether the multipliers that were given leave ∇f + Jᵀz, in the units of f."""
 
 
-def candidates(backend: Any, equality: Array, first: Any, units: Units, limits: Limits) -> Array:
+def candidates(backend: Backend, equality: Array, first: Any, units: Units, limits: Limits) -> Array:
     """Equalities, and inequalities that hold with equality up to a tolerance, or are pressed against nearby.
 
     A solver that stops early leaves a distance; that a constraint is active all the same is seen from its multiplier,
@@ -78,7 +81,7 @@ def _safe(xp: Any, x: Array) -> Array:
     return xp.where(x > 0, x, xp.ones_like(x))
 
 
-def recovered(backend: Any, first: Any, units: Units, candidate: Array) -> tuple[Array, Array]:
+def recovered(backend: Backend, first: Any, units: Units, candidate: Array) -> tuple[Array, Array]:
     """Least-squares multipliers of ∇f = −Jᵀ z over the candidates, and which of those are linearly dependent.
 
     Coordinates are in their units, rows of J are scaled to norm one. With G = JJᵀ, and the identity in place of the
@@ -102,7 +105,7 @@ def recovered(backend: Any, first: Any, units: Units, candidate: Array) -> tuple
     return backend.astype((z + solve(-times(unit, left))) / safe, rows.dtype), dependent
 
 
-def _gram(backend: Any, rows: Array, norms: Array, held: Array) -> tuple[Array, Array]:
+def _gram(backend: Backend, rows: Array, norms: Array, held: Array) -> tuple[Array, Array]:
     """Return the held rows at norm one, zeros for the others, and JJᵀ of them with ones in the others' places."""
     xp, held = backend.xp, backend.astype(held, rows.dtype)
     unit = rows * (held / norms)[..., None]
@@ -115,7 +118,7 @@ def _singular_below(xp: Any, gram: Array) -> float:
     return 1e4 * float(xp.finfo(gram.dtype).eps) * gram.shape[-1]
 
 
-def _dependent(backend: Any, gram: Array, candidate: Array) -> tuple[Array, Any]:
+def _dependent(backend: Backend, gram: Array, candidate: Array) -> tuple[Array, Any]:
     """Mark the candidates that take part in a linear dependence: all of an item's, where its Gram matrix is singular.
 
     Which of them, is found out where values are seen, from the null vectors.
@@ -138,7 +141,7 @@ def _in_null_space(xp: Any, gram: Array) -> Array:
     return xp.max(null, axis=-1) > 1e-4
 
 
-def dependent_rows(backend: Any, rows: Array, active: Array) -> Array | None:
+def dependent_rows(backend: Backend, rows: Array, active: Array) -> Array | None:
     """Mark the active rows of J that are linearly dependent, or None. For eager use, after a failure."""
     xp = backend.xp
     gram = _gram(backend, rows, _safe(xp, item_norm(xp, rows)), active)[1]

@@ -6,12 +6,15 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel, foreign
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["Flat", "Point"]
 
@@ -62,7 +65,7 @@ class Point:
         Whether a function made here is all of F: then it has to depend on θ.
     """
 
-    def __init__(self, backend: Any, y: Ravel, theta: Ravel, args: tuple[Any, ...]) -> None:
+    def __init__(self, backend: Backend, y: Ravel, theta: Ravel, args: tuple[Any, ...]) -> None:
         self.backend, self.y, self.theta, self.args = backend, y, theta, args
         self.items, self.whole = y.items, True
         self.piecewise = False
@@ -78,6 +81,12 @@ class Point:
         found = copy.copy(self)
         found.whole, found.piecewise = False, piecewise
         return found
+
+    @property
+    def _vmap(self) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+        if self.backend.vmap is None:
+            raise TypeError(f"{self.backend.name} has no vmap")
+        return self.backend.vmap
 
     @property
     def lead(self) -> int:
@@ -99,7 +108,7 @@ class Point:
         def of_one_item(y: Array, theta: Array, own: Array) -> Array:
             return one._vectors(lambda y, theta, *args: function(y, theta, own, *args), name)(y, theta)
 
-        many = self.backend.vmap(of_one_item)
+        many = self._vmap(of_one_item)
         return lambda y, theta: many(y, theta, number)
 
     def scalar_function(self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None = None) -> Flat:
@@ -113,7 +122,7 @@ class Point:
 
     def _raveled(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
         if self._one is not None:
-            return self.backend.vmap(self._one._raveled(function, name))
+            return self._vmap(self._one._raveled(function, name))
         backend, lead = self.backend, len(self.items)
         call = backend.callback(function)
 
@@ -135,7 +144,7 @@ class Point:
 
     def _vectors(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
         if self._one is not None:
-            return self.backend.vmap(self._one._vectors(function, name))
+            return self._vmap(self._one._vectors(function, name))
         call = self.backend.callback(function)
 
         def flat(y: Array, theta: Array) -> Array:
@@ -149,7 +158,7 @@ class Point:
         self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None
     ) -> Callable[[Array, Array], Array]:
         if self._one is not None:
-            return self.backend.vmap(self._one._scalars(function, name, args))
+            return self._vmap(self._one._scalars(function, name, args))
         call, given = self.backend.callback(function), self.args if args is None else args
 
         def flat(y: Array, theta: Array) -> Array:
@@ -170,7 +179,7 @@ class Point:
         y, theta, item = self.y.vector, self.theta.vector, self._one
         if item is not None:
             of_item = item._bilinear(function, name, takes.of_one_item(), returns.of_one_item())
-            many = self.backend.vmap(lambda y, theta, v: of_item(*item._trees(y, theta), v))
+            many = self._vmap(lambda y, theta, v: of_item(*item._trees(y, theta), v))
             return self.backend.batched(lambda v: many(y, theta, v), self.items)
         of_trees, trees = self._bilinear(function, name, takes, returns), self._trees(y, theta)
         return self.backend.batched(lambda v: of_trees(*trees, v), self.items)
@@ -188,7 +197,7 @@ class Point:
                 raise CallbackError(f"{name} returned {type(value).__name__}.\nExpected a matrix.")
             return out
 
-        return self.backend.vmap(of_one_item)(self.y.vector, self.theta.vector)
+        return self._vmap(of_one_item)(self.y.vector, self.theta.vector)
 
     def nest(self, jacobian: Array) -> Any:
         """Turn a matrix (*items, n, m) into the structure of y over the structure of theta."""

@@ -7,10 +7,13 @@ D, so that every item of a batch, and every active set, has a system of one size
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["SaddleOperator", "padded", "saddle"]
 
@@ -104,7 +107,7 @@ class SaddleOperator(Operator):
         return xp.concat([left, right], axis=-1)
 
 
-def padded(backend: Any, x: Array, length: int) -> Array:
+def padded(backend: Backend, x: Array, length: int) -> Array:
     """Vectors (*lead, n) with zeros behind, up to a length."""
     missing = length - x.shape[-1]
     if not missing:

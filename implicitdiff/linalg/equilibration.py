@@ -23,13 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from implicitdiff.arrays import Array, any_true, item_norm, needed
 from implicitdiff.linalg.operator import Operator, Product
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["TINY", "Scaling", "equilibrated", "of_matrix", "of_operator", "of_sparse", "scaled_sparse"]
 
@@ -71,7 +74,7 @@ class Scaling(NamedTuple):
         """R⁻¹ r̂."""
         return _times(_reciprocal(self.rows), r)
 
-    def told(self, backend: Any, converged: Array, judged: tuple[Array, Any], r: Any, b: Any) -> Array:
+    def told(self, backend: Backend, converged: Array, judged: tuple[Array, Any], r: Any, b: Any) -> Array:
         """Return ‖b − A x‖ / ‖b‖ for a scaled r and b; the scaled ones where they disagree on success."""
         xp, space = backend.xp, backend.space(b)
 
@@ -93,7 +96,7 @@ def _times(scale: Any, x: Any) -> Any:
 
 
 # -- of a matrix ---------------------------------------------------------------------------------------
-def of_matrix(backend: Any, matrix: Array, *, symmetric: bool, definite: bool = False) -> Scaling | None:
+def of_matrix(backend: Backend, matrix: Array, *, symmetric: bool, definite: bool = False) -> Scaling | None:
     """Scale a dense matrix (*items, n, n); None where its rows and columns are alike already.
 
     Parameters
@@ -121,7 +124,7 @@ def of_matrix(backend: Any, matrix: Array, *, symmetric: bool, definite: bool = 
     return _checked(backend, *_general(xp, over, xp.ones_like(columns)))
 
 
-def _symmetric(backend: Any, size: Array) -> Array:
+def _symmetric(backend: Backend, size: Array) -> Array:
     xp = backend.xp
     diagonal = xp.linalg.diagonal(size)
     d = xp.where(diagonal > 0, _inverse_root(xp, diagonal), xp.zeros_like(diagonal))
@@ -193,7 +196,7 @@ def _alike(xp: Any, x: Array) -> bool:
     return not any_true(xp, xp.max(x, axis=-1) > 2.0**ALIKE * xp.min(x, axis=-1))
 
 
-def _checked(backend: Any, rows: Array, columns: Array) -> Scaling | None:
+def _checked(backend: Backend, rows: Array, columns: Array) -> Scaling | None:
     """Round to powers of two; None where there is nothing to scale, and that can be seen."""
     xp = backend.xp
     if not backend.traced and (not rows.shape[-1] or (_alike(xp, rows) and _alike(xp, columns))):

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError, DerivativeError, ShapeError
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map", "matrix_product"]
 
@@ -55,7 +58,7 @@ class LinearMap:
         Of the vectors of length ``columns``, where it is another one.
     """
 
-    backend: Any
+    backend: Backend
     rows: int
     columns: int
     items: tuple[int, ...]
@@ -246,7 +249,7 @@ class Operator(LinearMap):
 
 
 def matrix_map(
-    kind: type[LinearMap], backend: Any, matrix: Any, items: tuple[int, ...], dtype: Any, device: Any, **tags: Any
+    kind: type[LinearMap], backend: Backend, matrix: Any, items: tuple[int, ...], dtype: Any, device: Any, **tags: Any
 ) -> Any:
     """Wrap a dense array, a SciPy sparse matrix or a SciPy LinearOperator as a linear map.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.compilers import public
@@ -15,6 +15,9 @@ from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report
 from implicitdiff.solvers import get_solver
 from implicitdiff.typing import DEFAULTS, SystemOptions, Y, completed
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["System", "Told", "linear_solve", "solve_system"]
 
@@ -38,7 +41,7 @@ class System:
         Of `linear_solve`.
     """
 
-    backend: Any
+    backend: Backend
     A: Any
     b: Any
     x0: Any
@@ -155,7 +158,7 @@ def solve_system(system: System) -> tuple[Array, Report]:
     """Solve in numbers, and settle what went wrong."""
     engine, on_failure = system.backend, system.on_failure
     with engine.computing():
-        solution, facts, visible = engine.solved(system) if engine.traced else system.solved()
+        solution, facts, visible = engine.solved(system)
         x, error = solution.x, None
         if visible and any_true(engine.xp, solution.failed):
             error = _explained(system, solution, facts)
@@ -175,7 +178,7 @@ def _explained(system: System, solution: Solution, facts: dict[str, Any]) -> Sol
     return explain(_as_operator(system, vector), solution, method_of(solution, facts["methods"])[0])
 
 
-def _incoming(backend: Any, b: Array, name: str, batched: bool) -> Array:
+def _incoming(backend: Backend, b: Array, name: str, batched: bool) -> Array:
     """Turn b (n,) or (n, k) into (n,) or (k, n); leave (items, n) as it is."""
     if len(b.shape) not in ((2,) if batched else (1, 2)):
         expected = "(items, n)" if batched else "(n,) or (n, k)"
@@ -206,7 +209,7 @@ def _as_operator(system: System, vector: Array) -> Operator:
     return replace(bare, forward=checked_product(bare, A, "A"), adjoint=adjoint)
 
 
-def _tag_matrix(backend: Any, op: Operator, symmetric: bool | None) -> Operator:
+def _tag_matrix(backend: Backend, op: Operator, symmetric: bool | None) -> Operator:
     """Compare a matrix with its transpose, unless the user said that it is not symmetric."""
     if symmetric is not None or (op.matrix is None and op.sparse is None):
         return op

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.linalg.operator import Operator
@@ -24,6 +24,9 @@ from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.ldlt import LDLT
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["Auto"]
 
@@ -223,7 +226,7 @@ def _dense_reason(op: Operator, rhs: int) -> str | None:
     return None
 
 
-def _filled(backend: Any, result: tuple[Any, ...]) -> tuple[Any, ...]:
+def _filled(backend: Backend, result: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arrays in place of what a method does not tell, so that every method's result has the same form."""
     x, status, counts = result
     xp = backend.xp
@@ -238,7 +241,7 @@ def _code(xp: Any, status: Array, method: Any) -> Array:
     return method if hasattr(method, "shape") else xp.full_like(xp.asarray(status), method or 0)
 
 
-def _merge(backend: Any, mask: Array, new: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
+def _merge(backend: Backend, mask: Array, new: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
     """Items of ``new`` where the mask holds, of ``old`` elsewhere; counts add up."""
     (x1, status1, c1), (x0, status0, c0) = new, old
     xp = backend.xp

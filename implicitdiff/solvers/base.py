@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, needed
 from implicitdiff.linalg.equilibration import Scaling, equilibrated
@@ -14,6 +14,9 @@ from implicitdiff.records import Record
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = [
     "Cycle",
@@ -290,7 +293,7 @@ class Krylov(Solver):
             s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance), s.unit,
         )  # fmt: skip
 
-    def _rescaled(self, space: Any, s: _Outer, end: _Outer, unit: Callable[[], Array], backend: Any) -> _Outer:
+    def _rescaled(self, space: Any, s: _Outer, end: _Outer, unit: Callable[[], Array], backend: Backend) -> _Outer:
         """Start again on A/σ, with another σ, where the squares of a method over- or underflowed."""
         failed = s.active & (end.status != int(Status.CONVERGED))
         if not needed(backend, failed):

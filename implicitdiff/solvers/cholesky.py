@@ -8,11 +8,14 @@ G. H. Golub, C. F. Van Loan, "Matrix Computations", 4th ed., Johns Hopkins Unive
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.solvers.base import Structure
 from implicitdiff.solvers.dense import DenseSolver
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["Cholesky"]
 
@@ -39,10 +42,10 @@ class Cholesky(DenseSolver):
     definite: ClassVar[bool] = True
     structure: ClassVar[Structure] = "positive definite"
 
-    def factor(self, backend: Any, matrix: Array) -> Any:
+    def factor(self, backend: Backend, matrix: Array) -> Any:
         return backend.cho_factor(matrix)
 
-    def apply(self, backend: Any, factor: Any, b: Array, transposed: bool) -> Array:
+    def apply(self, backend: Backend, factor: Any, b: Array, transposed: bool) -> Array:
         return backend.cho_solve(factor, b)
 
     def broken(self, xp: Any, factor: Any) -> Array | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, item_norm, needed, probe_vector
 from implicitdiff.linalg.equilibration import Scaling, of_matrix
@@ -24,6 +24,9 @@ from implicitdiff.report import Counts, Status
 from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.checks import asymmetry, classify, skew_tolerance
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["DenseSolver", "DenseState"]
 
@@ -65,11 +68,11 @@ class DenseSolver(Solver):
     definite: ClassVar[bool] = False
     """Whether the method is for positive definite matrices, of which the diagonal tells the scales."""
 
-    def factor(self, backend: Any, matrix: Array) -> Any:
+    def factor(self, backend: Backend, matrix: Array) -> Any:
         """Factor matrices of shape (*items, n, n); entries that are not finite mean failure."""
         raise NotImplementedError
 
-    def apply(self, backend: Any, factor: Any, b: Array, transposed: bool) -> Array:
+    def apply(self, backend: Backend, factor: Any, b: Array, transposed: bool) -> Array:
         """Solve with columns b, shape (*items, n, k)."""
         raise NotImplementedError
 

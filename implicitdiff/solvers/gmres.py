@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
@@ -88,8 +89,8 @@ class GMRES(Krylov):
         end, done = _first(space, r, beta, start.active, m), 0
         for room in space.stages(m + 1):
             end = state.operator.backend.while_loop(
-                lambda s, room=room: space.any(s.active & (s.j + 1 < room)),
-                lambda s, room=room: _step(s, space, apply, m, target, start.budget, room),
+                partial(_goes_on, space=space, room=room),
+                partial(_step, space=space, apply=apply, m=m, target=target, budget=start.budget, room=room),
                 end,
                 limit=room - 1 - done,
             )
@@ -120,6 +121,10 @@ def _first(space: Any, r: Array, beta: Array, active: Array, m: int) -> _State:
     return _State(
         basis, upper, rotation, one, active, space.counter(), space.counter(), 0, zero, space.scalar(math.inf)
     )
+
+
+def _goes_on(s: _State, space: Any, room: int) -> Any:
+    return space.any(s.active & (s.j + 1 < room))
 
 
 def _step(s: _State, space: Any, apply: Any, m: int, target: Array, budget: Array, room: int) -> _State:

@@ -9,13 +9,16 @@ J. R. Bunch, L. Kaufman, "Some stable methods for calculating inertia and solvin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Structure
 from implicitdiff.solvers.dense import DenseSolver, DenseState
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["LDLT"]
 
@@ -49,10 +52,10 @@ class LDLT(DenseSolver):
             return sparse.init(operator, symmetric=False)
         return super().init(operator)
 
-    def factor(self, backend: Any, matrix: Array) -> Any:
+    def factor(self, backend: Backend, matrix: Array) -> Any:
         return backend.ldl_factor(matrix)
 
-    def apply(self, backend: Any, factor: Any, b: Array, transposed: bool) -> Array:
+    def apply(self, backend: Backend, factor: Any, b: Array, transposed: bool) -> Array:
         return backend.ldl_solve(factor, b)
 
     def describe(self, state: Any) -> list[tuple[str, str]]:

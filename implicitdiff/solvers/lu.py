@@ -8,10 +8,13 @@ G. H. Golub, C. F. Van Loan, "Matrix Computations", 4th ed., Johns Hopkins Unive
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.solvers.dense import DenseSolver
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["LU"]
 
@@ -37,8 +40,8 @@ class LU(DenseSolver):
 
     name: ClassVar[str] = "lu"
 
-    def factor(self, backend: Any, matrix: Array) -> Any:
+    def factor(self, backend: Backend, matrix: Array) -> Any:
         return backend.lu_factor(matrix)
 
-    def apply(self, backend: Any, factor: Any, b: Array, transposed: bool) -> Array:
+    def apply(self, backend: Backend, factor: Any, b: Array, transposed: bool) -> Array:
         return backend.lu_solve(factor, b, transposed)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["check_backend"]
 
 
-def check_backend(backend: Any, *, rtol: float = 1e-6) -> None:
+def check_backend(backend: Backend, *, rtol: float = 1e-6) -> None:
     """Check that a backend does what the core relies on, and that derivatives through it come out right.
 
     Parameters

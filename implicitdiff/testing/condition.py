@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.testing.common import close, require, run
 from implicitdiff.tools.derivative_check import check_derivatives
 from implicitdiff.typing import Options
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["check_condition"]
 
@@ -79,7 +82,7 @@ def check_condition(
           "jacobian": jacobian})  # fmt: skip
 
 
-def _direction(engine: Any, tree: Any, rng: np.random.Generator) -> Any:
+def _direction(engine: Backend, tree: Any, rng: np.random.Generator) -> Any:
     """Random numbers like a tree, in the units of its leaves."""
 
     def one(leaf: Any) -> Any:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.api import implicit_grad
 from implicitdiff.arrays import item_norm, to_python
@@ -19,6 +19,9 @@ from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report, Status
 from implicitdiff.solvers import get_solver, suitable
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["Comparison", "SolverRow", "compare_solvers"]
 
@@ -242,7 +245,7 @@ def _label(solver: Any) -> str:
 class _Call:
     """A call of `implicit_grad` with one of the solvers."""
 
-    def __init__(self, engine: Any, arguments: tuple[Any, ...], options: dict[str, Any], solver: Any) -> None:
+    def __init__(self, engine: Backend, arguments: tuple[Any, ...], options: dict[str, Any], solver: Any) -> None:
         self.engine, self.arguments, self.options, self.solver = engine, arguments, options, solver
 
     def __call__(self) -> tuple[Any, Report, str]:
@@ -273,7 +276,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
-def _rows(engine: Any, border: Ravel, trials: Sequence[tuple[Any, ...]]) -> list[SolverRow]:
+def _rows(engine: Backend, border: Ravel, trials: Sequence[tuple[Any, ...]]) -> list[SolverRow]:
     """Turn the trials into rows, with their errors against the tightest."""
     xp = engine.xp
     vectors = [border.like(gradient, "the gradient", dtype=border.dtype) for _, gradient, *_ in trials]

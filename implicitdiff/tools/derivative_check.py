@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.compilers import untraced
@@ -16,6 +16,9 @@ from implicitdiff.rules import Rules, Task
 from implicitdiff.verification.mistakes import Wrong, cause_of
 from implicitdiff.verification.probes import TOLERANCE, Along, Gap, draw, measured, units
 from implicitdiff.verification.trials import Trial
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["CheckRow", "DerivativeCheck", "check_derivatives"]
 
@@ -139,7 +142,7 @@ def check_derivatives(
 
 @untraced
 def _checked(
-    condition: Any, y: Any, theta: Any, args: tuple[Any, ...], batched: bool, backend: Any
+    condition: Any, y: Any, theta: Any, args: tuple[Any, ...], batched: bool, backend: Backend
 ) -> DerivativeCheck:  # fmt: skip
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
     with engine.computing():
@@ -275,7 +278,7 @@ def _with_axis(function: Callable[..., Array]) -> Callable[..., Array]:
     return lambda y, theta: function(y, theta)[..., None]
 
 
-def _looked_at(backend: Any, function: Callable[..., Array], scalar: bool) -> Callable[..., Array]:
+def _looked_at(backend: Backend, function: Callable[..., Array], scalar: bool) -> Callable[..., Array]:
     called = _with_axis(function) if scalar else function
     return lambda *x: backend.look_at(called(*map(backend.put_back, x)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array, item_norm
 from implicitdiff.compilers import untraced
@@ -13,6 +13,9 @@ from implicitdiff.linalg.block_operator import SaddleOperator
 from implicitdiff.linalg.equilibration import of_matrix
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
 
 __all__ = ["Regularity", "check_regularity"]
 
@@ -138,7 +141,7 @@ def check_regularity(
 
 
 @untraced
-def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend: Any) -> Regularity:
+def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend: Backend) -> Regularity:
     engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
     with engine.computing():
         rules = Rules(Task(engine, condition, y, theta, args), flat=True)
