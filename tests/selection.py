@@ -42,15 +42,19 @@ def backends(item: pytest.Item) -> set[str]:
 
 
 def mark_what_the_cover_leaves(items: list[pytest.Item], strength: int | None = None) -> None:
-    """Mark the cases whose every pair of choices another case of the test has, or of the tests of its group."""
+    """Mark the cases whose every pair of choices another case of the test has.
+
+    On JAX, where nearly every case compiles for a second, each choice occurs once in place of each pair, and the tests
+    of a file are covered as one in which the test is a choice, too; ``cover(together=...)`` says otherwise.
+    """
     groups: dict[Hashable, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
-            mark = item.get_closest_marker("cover") or pytest.mark.cover(2).mark
-            group = "" if mark.kwargs.get("together") else item.originalname
-            groups[item.path, group, strength or mark.args[0]].append(item)
-    for (_, group, size), cases in groups.items():
-        kept = set(cover([choices(item)[bool(group) :] for item in cases], size))
+            mark, compiles = item.get_closest_marker("cover"), backends(item) == {"jax"}
+            together = mark.kwargs["together"] if mark else compiles
+            groups[item.path, "" if together else item.originalname, compiles].append(item)
+    for (_, test, compiles), cases in groups.items():
+        kept = set(cover([choices(item)[bool(test) :] for item in cases], strength or (1 if compiles else 2)))
         for index, item in enumerate(cases):
             if index not in kept:
                 item.add_marker("exhaustive")

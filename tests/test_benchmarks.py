@@ -87,11 +87,18 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_frameworks_are_measured_each_in_a_process_of_its_own(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "only",
+    [("batch", "syncs"), pytest.param(("gradient", "jacobian", "batch", "qp", "products", "syncs"),
+                                      marks=pytest.mark.exhaustive)],
+    ids=len,
+)  # fmt: skip
+def test_frameworks_are_measured_each_in_a_process_of_its_own(only, monkeypatch, tmp_path):
     keep_environment(monkeypatch)
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     path = tmp_path / "rows.json"
-    assert command.main(["run", "--short", "--peers", "--backends", "torch,jax", "--json", str(path)]) == 0
+    chosen = [word for name in only for word in ("--only", name)]
+    assert command.main(["run", "--short", "--peers", "--backends", "torch,jax", "--json", str(path), *chosen]) == 0
     result = read_json(path)
     for backend in ("torch", "jax"):
         mine = [row.case for row in result.rows if row.backend == backend]
@@ -100,15 +107,9 @@ def test_frameworks_are_measured_each_in_a_process_of_its_own(monkeypatch, tmp_p
         if any(row.case.startswith("all") for row in skipped):  # it is not installed
             assert not mine
             continue
-        assert {case.split(",")[0].split(" ")[0] for case in mine} == {
-            "gradient",
-            "jacobian",
-            "batch",
-            "qp",
-            "products",
-        }
+        assert {case.split(",")[0].split(" ")[0] for case in mine} == {*only} - {"syncs"}
         assert any(row.case.startswith("host syncs") for row in skipped)
-        assert any("solve_cg" in case for case in [*mine, *(row.case for row in skipped)])
+        assert "gradient" not in only or any("solve_cg" in case for case in [*mine, *(row.case for row in skipped)])
 
 
 def test_a_process_that_dies_is_a_failure(monkeypatch):

@@ -182,11 +182,14 @@ def test_the_crossover_lies_where_the_lines_meet():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_the_families_are_right_on_the_frameworks(backend):
+@pytest.mark.parametrize(
+    "problem", ["ridge", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("layer", "qp"))]
+)
+def test_the_families_are_right_on_the_frameworks(problem, backend):
     if Where.unavailable(backend, "cpu"):
         pytest.skip(f"{backend} is not installed")
-    rows = sweep(backend, Sweep(("ridge", "layer", "qp"), ("auto", "gmres")), replace(SHORT, peers=True))
+    rows = sweep(backend, Sweep((problem,), ("auto", "gmres")), replace(SHORT, peers=True))
     samples = [row for row in rows if isinstance(row, Sample)]
-    assert len(samples) >= 6
-    assert [s.problem for s in samples if s.library == "assembly"] == ["ridge"]
+    assert len(samples) >= 2
+    assert [s.problem for s in samples if s.library == "assembly"] == ["ridge"] * (problem == "ridge")
     assert all(s.correct and s.status == "CONVERGED" for s in samples)

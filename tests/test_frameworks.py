@@ -22,7 +22,7 @@ from implicitdiff import (
     linearize,
 )
 
-pytestmark = pytest.mark.cover(2, together=True)
+pytestmark = pytest.mark.cover(together=True)
 EXACT = {"float64": 1e-10, "float32": 1e-4}
 PAIRS = [(problem, solver) for problem in PROBLEMS for solver in SOLVERS_FOR[STRUCTURES[problem]]]
 TWO = {

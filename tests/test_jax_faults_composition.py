@@ -32,8 +32,6 @@ from implicitdiff import (
     linearize,
 )
 
-pytestmark = pytest.mark.cover(1)  # each choice once: every case compiles
-
 ONE = jnp.ones(3)
 K = jnp.asarray([[3.0, 1.0, 0.0], [-1.0, 2.0, 0.5], [0.0, 0.3, 4.0]])
 MIXED = Root(lambda y, th: K @ y + y**3 - th**2)
@@ -166,7 +164,12 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+LONG = {"third order", "jit hessian", "reverse twice", "checkpoint"}  # to compile
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LONG)) for name in TRANSFORMS]
+)
 def test_47_48_transformations(name: str) -> None:
     transform = TRANSFORMS[name]
     truth = transform(functools.partial(loss, newton))  # through the iterations

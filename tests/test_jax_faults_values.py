@@ -33,8 +33,6 @@ from implicitdiff import (
     implicit_vjp,
 )
 
-pytestmark = pytest.mark.cover(1)  # each choice once: every case compiles
-
 CUBE = Root(lambda y, th: y**3 - th)  # A = 3 y², B = −1
 SCALED = Root(lambda y, th: th["s"] * y - th["t"])  # A = s: zero or NaN in an item where s is
 ONE = jnp.ones(3)
