@@ -27,8 +27,9 @@ def contradicted(checked: Checked | None) -> Array | None:
     function = None if checked is None else function_of(checked)
     if checked is None or function is None or not checked.point.y.n or is_tree_vector(checked.point.y.vector):
         return None
-    y, theta = checked.point.y.vector, checked.point.theta.vector
-    xp = checked.point.backend.xp
+    backend = checked.point.backend
+    y, theta = (backend.detached(border.vector) for border in (checked.point.y, checked.point.theta))
+    xp = backend.xp
     h = 2e-5 if float(xp.finfo(y.dtype).eps) < 1e-10 else 5e-3
     z, t = draw(xp, y, 0) * xp.abs(y), draw(xp, theta, 1) * xp.abs(theta)  # in the units of y and θ: a zero stays
     middle = function(y, theta)
