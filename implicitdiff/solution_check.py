@@ -6,9 +6,10 @@ step of Newton's method, δ = A⁻¹ F(y, θ): to first order, y − δ is the s
     |δ_i| > max(tolerance |y_i|, floor u_i max_j |y_j| / u_j)
 
 for some i. The first term is a relative error of the coordinate itself; the second lets pass what is small against the
-whole vector, so that entries that happen to be tiny raise no alarm. u is the unit of a coordinate as the scales of A
-show it, hence nothing depends on units. Where that would be an alarm, the level is raised by what nobody can know: F at
-a y that is rounded (evaluated again, one rounding away), and y against the size of A⁻¹ B θ, where y itself is near 0.
+vector, so that entries that happen to be tiny raise no alarm. u is the unit of a coordinate as the scales of A show it,
+and j runs over the coordinates that A links with i, since it shows no more of units: hence nothing depends on them.
+Where that would be an alarm, the level is raised by what nobody can know: F at a y that is rounded (evaluated again,
+one rounding away), and y against the size of A⁻¹ B θ, where y itself is near 0.
 
 What F costs is looked at first: where ‖F‖ is so small against the scale of A that no step can be an alarm, there is
 none.
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true
+from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
 
 __all__ = ["FAR", "SolutionCheck", "Step", "levels"]
@@ -166,9 +168,13 @@ class SolutionCheck:
             space = self.backend.space(F)
             unit = space.scale(1 / xp.where(size > 0, size, xp.ones_like(size)), space.copy(F))
             return size <= 10 * self.eps * self._norm(self.prepared.operator.matvec(unit)) * self._largest(y)
-        rows = None if scaling is None else scaling.rows
-        scale = self._largest(_divided(y, self._units()))
-        return (inverse > 0) & (self._norm(_multiplied(F, rows)) * inverse <= self.floor * scale)
+        bound = self._norm(_multiplied(F, None if scaling is None else scaling.rows)) * inverse
+        parts = self._parts(y)
+        if is_tree_vector(y):
+            return (inverse > 0) & (bound <= self.floor * self._largest(parts))
+        small = ~(bound <= self.floor * xp.min(parts, axis=-1))  # nobody need know what A links
+        linked = self.backend.rescue(small, lambda _: self._linked(parts), parts)
+        return (inverse > 0) & (bound <= self.floor * xp.min(linked, axis=-1))
 
     def _units(self) -> Any:
         """Return the unit of each coordinate of y as a vector, None where all are alike."""
@@ -190,67 +196,95 @@ class SolutionCheck:
             others = self._others()
             rows = self.xp.stack([F, *(b for _, b in others)])
             delta, usable, rcond = self.prepared.correction(rows)
-            unknown = self._unknown([(f, delta[i + 1, ...], usable[i + 1, ...]) for i, (f, _) in enumerate(others)])
-            slack = self.xp.maximum(self._rounding(rcond), unknown)
-            return self._judged(seen, self._of_y(delta[0, ...]), usable[0, ...] & doubt, slack)
+            solved = [(f, delta[i + 1, ...], usable[i + 1, ...]) for i, (f, _) in enumerate(others)]
+            return self._judged(seen, self._of_y(delta[0, ...]), usable[0, ...] & doubt, rcond, solved)
         delta, usable, rcond = self.prepared.correction(F)
-        delta, slack = self._of_y(delta), self._rounding(rcond)
-        found = self._judged(seen, delta, usable & doubt, slack)
+        delta = self._of_y(delta)
+        found = self._judged(seen, delta, usable & doubt, rcond)
         if not self.backend.traced and not any_true(self.xp, found.unsolved):
             return found
-        unknown = self._unknown([(f, *self.prepared.correction(b)[:2]) for f, b in self._others()])
-        return self._judged(seen, delta, usable & doubt, self.xp.maximum(slack, unknown))
+        solved = [(f, *self.prepared.correction(b)[:2]) for f, b in self._others()]
+        return self._judged(seen, delta, usable & doubt, rcond, solved)
 
-    def _judged(self, seen: Step, delta: Any, usable: Array, slack: Array) -> Step:
-        """Compare a step with y; ``slack`` is what is not known, in the units of `_units`."""
+    def _judged(self, seen: Step, delta: Any, usable: Array, rcond: Any, others: list[Any] | None = None) -> Step:
+        """Compare a step with y, and with what is not known of y, from the solutions for `_others`, once they exist."""
         y, units, xp = self.point.y.vector, self._units(), self.xp
-        space = self.backend.space(y)
-        reach = self._largest(_divided(y, units))
-        least = xp.maximum(self.floor * reach, slack)
-        step = _each(xp.abs, delta)
+        space, step = self.backend.space(y), _each(xp.abs, delta)
+        reach, slack = self._scales(_each(lambda d, y: d > self.tolerance * xp.abs(y), step, y), rcond, others)
+        least, away = xp.maximum(self.floor * reach, slack), xp.maximum(FAR * reach, slack)
 
-        def over(d: Array, y: Array, unit: Array | float, least: Array) -> Array:
+        def over(d: Array, y: Array, unit: Array) -> Array:
             level = xp.maximum(self.tolerance * xp.abs(y), least * unit)
             if self.prepared.operator.accuracy:  # at y = 0 a difference has no scale, and F by differences is not 0
                 return xp.where(level > 0, d / xp.where(level > 0, level, xp.ones_like(level)), xp.zeros_like(d))
             return d / (level + float(xp.finfo(y.dtype).smallest_normal))
 
-        unit = units if units is not None else _each(xp.ones_like, y)
-        least = least if is_tree_vector(y) else least[..., None]
-        ratio = _each(lambda d, y, u: over(d, y, u, least), step, y, unit)
+        units = units if units is not None else _each(xp.ones_like, y)
+        ratio = _each(over, step, y, units)
         unsolved = usable & (self._largest(ratio) > 1)
-        far = unsolved & (self._largest(_divided(step, units)) > xp.maximum(FAR * reach, slack))
+        beyond = _each(lambda d, unit: xp.astype(d > away * unit, d.dtype), step, units)
         index = space.worst(ratio)
         return seen._replace(
-            unsolved=unsolved, far=far, index=xp.astype(index, xp.int32), step=space.entry(delta, index),
-            value=space.entry(y, index),
+            unsolved=unsolved, far=unsolved & (self._largest(beyond) > 0), index=xp.astype(index, xp.int32),
+            step=space.entry(delta, index), value=space.entry(y, index),
         )  # fmt: skip
 
-    def _rounding(self, rcond: Array | None) -> Array:
-        """What rounding of y makes of a step at the condition number that is known."""
-        reach = self._largest(_divided(self.point.y.vector, self._units()))
+    def _scales(self, wanted: Any, rcond: Any, others: list[Any] | None) -> tuple[Array, Array]:
+        """Size of y where A links its entries, and what is not known of y, both in the units of `_units`."""
+        xp, parts = self.xp, self._parts(self.point.y.vector)
+        whole, rounding = self._whole(parts), SAFETY * self.eps * self._beside(self._kappa(rcond))
+
+        def scales(_: Any) -> tuple[Array, Array]:
+            reach, unknown = self._linked(parts), 0 * whole
+            known = reach > reach
+            for factor, x, usable in others or ():
+                size = self._linked(self._parts(self._of_y(x)))
+                good = self._beside(usable) & xp.isfinite(size)
+                unknown = xp.where(good, xp.maximum(unknown, factor * size), unknown)
+                known = known | (good & (size > 0)) if factor == self.floor else known
+            if others is not None:  # a block without θ has no scale but that of the others
+                reach = xp.where(known, reach, whole)
+            return reach, xp.maximum(rounding * reach, unknown)
+
+        if is_tree_vector(wanted):
+            return scales(None)
+        return self.backend.rescue(wanted, scales, (whole, rounding * whole))
+
+    def _parts(self, x: Any) -> Any:
+        """|x_i| in the units of `_units`."""
+        return _each(self.xp.abs, _divided(x, self._units()))
+
+    def _whole(self, parts: Any) -> Array:
+        """The largest part, beside every entry of a vector."""
+        top = self._largest(parts)
+        return top if is_tree_vector(parts) else top[..., None] + 0 * parts
+
+    def _beside(self, x: Array) -> Array:
+        """Numbers per item in a form that goes with vectors."""
+        return x if is_tree_vector(self.point.y.vector) else x[..., None]
+
+    def _linked(self, parts: Any) -> Any:
+        """The largest part among the coordinates that A links with each; of all, where no matrix tells."""
+        found = None
+        if not is_tree_vector(parts) and self.maps.frame is None:
+            found = largest_linked(self.prepared.state(False)[0], self.prepared.scaling, parts)
+        return self._whole(parts) if found is None else found
+
+    def _kappa(self, rcond: Array | None) -> Array:
+        """The condition number, 0 where it is not known."""
+        zero = 0 * self._largest(self.point.y.vector)
         if rcond is None:
-            return 0 * reach
-        rcond = self.xp.asarray(rcond, dtype=reach.dtype)
+            return zero
+        rcond = self.xp.asarray(rcond, dtype=zero.dtype)
         rcond = rcond[0, ...] if len(rcond.shape) > len(self.point.items) else rcond
         usable = self.xp.isfinite(rcond) & (rcond > 0)
-        kappa = self.xp.where(usable, 1 / self.xp.where(usable, rcond, self.xp.ones_like(rcond)), 0 * rcond)
-        return SAFETY * self.eps * kappa * reach
+        return self.xp.where(usable, 1 / self.xp.where(usable, rcond, self.xp.ones_like(rcond)), zero)
 
     def _others(self) -> list[tuple[float, Any]]:
         """What tells how far nobody can know y, as factors and right-hand sides: θ's size, and rounding in F."""
         data = self._scale_of_data()
         others = [] if data is None else [(self.floor, data())]
         return others + [(SAFETY, noise) for noise in self._noise()]
-
-    def _unknown(self, steps: list[tuple[float, Any, Array]]) -> Array:
-        """How far nobody can know y, from the solutions for those right-hand sides."""
-        total = 0 * self._largest(self.point.y.vector)
-        for factor, x, usable in steps:
-            reach = self._largest(_divided(self._of_y(x), self._units()))
-            part = self.xp.where(usable & self.xp.isfinite(reach), factor * reach, 0 * total)
-            total = self.xp.maximum(total, part)
-        return total
 
     def _scale_of_data(self) -> Callable[[], Any] | None:
         """Return what makes B (z ∘ θ), z without structure: F's change with θ at the size that θ has."""

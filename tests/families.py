@@ -139,7 +139,9 @@ def softmax() -> Family:
 
     def data(rng: np.random.Generator, A: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
         k, n = len(y) + 1, len(y)
-        d = {"X": rng.normal(size=(k, n)) * np.sqrt(mild(A)), "P": rng.normal(size=(k, K)), "H": A}
+        X = rng.normal(size=(k, n))
+        X = X / np.linalg.norm(X, axis=1)[:, None] * np.sqrt(mild(A))  # ‖Xᵀ (diag(p) − ppᵀ) X‖ <= mild
+        d = {"X": X, "P": rng.normal(size=(k, K)), "H": A}
         return {**d, "Xt": d["X"].T.copy()}
 
     return Family(

@@ -118,7 +118,7 @@ def make(
         y[rng.integers(n)] = 0.0
     data = {**found.data(rng, A, y), "eye": np.eye(n)}
     if items:
-        y = y + mild(A) * rng.normal(size=(*items, n))
+        y = y + 0.3 * mild(A) * rng.uniform(-1, 1, (*items, n))  # the Hessian of every item is of the same kind
     s = rng.uniform(0.3, 0.9, (*items, K))
     theta = np.concatenate([s, np.zeros((*items, n))], axis=-1)
     theta[..., K:] = found.F(np, data, y, theta)

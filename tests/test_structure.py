@@ -24,7 +24,7 @@ LAYERS = (
     ("errors", "report", "arrays", "pytree", "compilers", "closures", "namespaces", "records", "projections", "proxes"),
     ("linalg.__init__", "linalg.vector_space", "ravel", "registry"),
     ("linalg.operator",),
-    ("linalg.block_operator", "linalg.equilibration"),
+    ("linalg.block_operator", "linalg.equilibration", "linalg.blocks"),
     ("linalg.preconditioner", "failure"),
     ("solvers",),
     ("linalg.solve", "solution_check"),

@@ -193,6 +193,8 @@ class Krylov(Solver):
     verified: ClassVar[bool] = True
     stall: ClassVar[float] = 0.5
     """A cycle that leaves more than this part of the true residual has stagnated."""
+    monotone: ClassVar[bool] = False
+    """Whether ‖r‖ cannot grow but for rounding."""
 
     def init(self, operator: Operator) -> KrylovState:
         if self.preconditioner is not None:  # it makes the norm in which the system is seen
@@ -284,6 +286,8 @@ class Krylov(Solver):
             # ‖A x‖ / ‖x‖ bounds the least singular value from above. Against ‖A‖ it may be below what the products
             # are good for: then no digit of x is right.
             status = space.where(100 * floor > 1 + residual, int(Status.SINGULAR), status)
+            if self.monotone:  # only steps along a null vector, of any length, make it grow
+                status = space.where(residual > 2 * s.residual, int(Status.SINGULAR), status)
         status = space.where(c.status != 0, c.status, status)
         status = space.where(finite, status, int(Status.NON_FINITE))
         status = space.where(done, int(Status.CONVERGED), status)
