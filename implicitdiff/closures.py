@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
 import inspect
+import operator
 import sys
 import sysconfig
 import types
@@ -12,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, cast
 
-__all__ = ["PLAIN", "Memory", "inside", "is_library", "sees"]
+__all__ = ["PLAIN", "Memory", "inside", "is_library", "sees", "swapped"]
 
 LIMIT = 20_000
 """Values that are looked at, at most."""
@@ -39,7 +41,9 @@ def is_library(name: str) -> bool:
     return str(path).startswith(_SHELVES)
 
 
-def sees(roots: Iterable[Any], is_array: Callable[[Any], bool], wanted: Callable[[Any], bool]) -> bool:
+def sees(
+    roots: Iterable[Any], is_array: Callable[[Any], bool], wanted: Callable[[Any], bool], limit: int = LIMIT
+) -> bool:
     """Whether functions, or objects that hold some, see an array of a certain kind.
 
     Parameters
@@ -49,10 +53,12 @@ def sees(roots: Iterable[Any], is_array: Callable[[Any], bool], wanted: Callable
         Whether a value is one to ask about, and to look into no further.
     wanted : callable
         What to ask about it.
+    limit : int
+        Values that are looked at, the nearest first.
     """
     seen: dict[int, Any] = {}  # the values themselves, or another could come to bear the id of one
     left = deque(roots)
-    while left and len(seen) < LIMIT:
+    while left and len(seen) < limit:
         value = left.popleft()
         if is_array(value):
             if wanted(value):
@@ -85,6 +91,82 @@ def inside(value: Any) -> tuple[Any, ...]:
     if isinstance(value, property):
         return value.fget, value.fset
     return (*_entries(value), *_of_object(value))
+
+
+def swapped(value: Any, swap: Callable[[Any], Any], done: dict[int, Any] | None = None) -> Any:
+    """Copy a function with other values in what it sees, as far as that can be copied; itself where nothing changes.
+
+    Parameters
+    ----------
+    value : object
+        The function, or an object.
+    swap : callable
+        Returns what is to stand in place of a value, or the value itself.
+    """
+    done = {} if done is None else done
+    if type(value) in PLAIN:
+        return value
+    if id(value) not in done:
+        done[id(value)] = value  # met again inside of itself
+        new = swap(value)
+        done[id(value)] = new if new is not value else _copied(value, lambda part: swapped(part, swap, done))
+    return done[id(value)]
+
+
+def _copied(value: Any, of: Callable[[Any], Any]) -> Any:
+    kind = type(value)
+    if kind is types.FunctionType:
+        return _function_with(value, of)
+    if isinstance(value, types.MethodType):
+        owner = of(value.__self__)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if isinstance(value, functools.partial):
+        parts = of(value.func), of(value.args), of(value.keywords)
+        same = all(map(operator.is_, parts, (value.func, value.args, value.keywords)))
+        return value if same else functools.partial(parts[0], *parts[1], **parts[2])
+    if kind is dict:
+        return _changed(value, {key: of(entry) for key, entry in value.items()}, list(value.values()))
+    if kind is tuple or kind is list:
+        return _changed(value, kind(map(of, value)), value)
+    if kind.__module__.startswith("jaxlib") and hasattr(value, "__wrapped__"):
+        return of(value.__wrapped__)
+    if isinstance(value, (type, types.ModuleType, enum.Enum, Memory)) or not hasattr(value, "__dict__"):
+        return value
+    held = of(vars(value))
+    if held is vars(value):
+        return value
+    other = copy.copy(value)
+    vars(other).update(held)
+    return other
+
+
+def _changed(old: Any, new: Any, entries: Any) -> Any:
+    found = new.values() if isinstance(new, dict) else new
+    return old if all(map(operator.is_, found, entries)) else new
+
+
+def _function_with(function: types.FunctionType, of: Callable[[Any], Any]) -> types.FunctionType:
+    old = function.__closure__ or ()
+    cells = tuple(_cell_with(cell, of) for cell in old)
+    space = function.__globals__
+    names = () if is_library(function.__module__ or "builtins") else _names(function.__code__)
+    others = {n: new for n in names if n in space and (new := of(space[n])) is not space[n]}
+    defaults, by_name = of(function.__defaults__), of(function.__kwdefaults__)
+    same = all(map(operator.is_, cells, old))
+    if same and not others and defaults is function.__defaults__ and by_name is function.__kwdefaults__:
+        return function
+    new = types.FunctionType(function.__code__, {**space, **others}, function.__name__, defaults, cells)
+    new.__kwdefaults__ = by_name
+    return new
+
+
+def _cell_with(cell: types.CellType, of: Callable[[Any], Any]) -> types.CellType:
+    try:
+        old = cell.cell_contents
+    except ValueError:  # not filled yet
+        return cell
+    new = of(old)
+    return cell if new is old else types.CellType(new)
 
 
 def _entries(value: Any) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.typing import T, Y
 from implicitdiff.verification.first_use import verify
+from implicitdiff.verification.outer import check_outer
 
 __all__ = ["Linearization", "linearized"]
 
@@ -182,7 +183,11 @@ class Linearization(Generic[Y, T]):
     # -- inside --------------------------------------------------------------------------------------
     def _call(self, mode: str, direction: Any, x0: Any) -> Any:
         """Run a mode of the rules, judge what was seen, and hand the value over."""
-        with self._task.backend.computing():
+        task = self._task
+        with task.backend.computing():
+            if mode == "gradient":
+                seen = task.backend.local(task.y, task.theta)
+                check_outer(direction, task.backend, task.y, task.theta, (lambda: self._rules.point) if seen else None)
             self._run = run = self._runner(mode, direction, x0)
             if not run.visible:
                 return run.value

@@ -115,6 +115,17 @@ def test_singular_to_the_accuracy_of_single_precision(lib: Library, rank: int) -
         linear_solve(lambda v: a @ v, lib.array(vector(60), "float32"), solver="cg", symmetric=True)
 
 
+@LIBS
+@pytest.mark.parametrize("gap", [0.0, 1e-3])
+def test_minres_in_single_precision_that_diverges_is_singular(lib: Library, gap: float) -> None:
+    """Steps along a null vector make the residual grow, where orthogonality is lost before the singularity is seen."""
+    values = np.r_[gap, np.linspace(0.3, 1.0, 39) * np.where(np.arange(39) % 2, -1, 1)]
+    a = lib.array(with_eigenvalues(values), "float32")
+    options = {"solver": MINRES(maxiter=300), "symmetric": True, "on_failure": "ignore", "return_report": True}
+    report = linear_solve(lambda v: a @ v, lib.array(vector(40), "float32"), **options)[1]
+    assert report.status is (Status.CONVERGED if gap else Status.SINGULAR)
+
+
 @pytest.mark.parametrize("solver", KRYLOV)
 def test_ill_conditioned_is_not_called_singular(solver: str) -> None:
     a = with_eigenvalues(np.logspace(-6, 0, N))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 from conftest import JAX, NUMPY, PLAIN, Library, assert_told, outcome, with_condition
 
 from implicitdiff import KKT, NotASolutionWarning, Root, Stationary, implicit_function, implicit_grad, implicit_jvp
@@ -115,6 +116,28 @@ def test_59_units_make_no_difference(error, kind, solver):
         assert bool(found.warnings) == (error > 1e-5), found.text
         if found.warnings:
             assert re.search(STEP, found.text)[1] == "y[2]"
+
+
+@three
+def test_59_a_coordinate_is_held_against_those_that_it_is_linked_with(lib):
+    """A falls into blocks, {0, 2} and {1}: the unit of one says nothing of the other's."""
+    A = np.array([[2.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 3.0]])
+    for unit in (1e-9, 1.0, 1e9):
+        solution = np.array([1.0, unit, 1e-9])
+        off = lambda i, d, y=solution: y + d * np.eye(3)[i]
+        assert told(lib, A, solution, off(2, 1e-9), solver="lu").quiet
+        assert_told(told(lib, A, solution, off(1, 0.2 * unit), solver="lu"), NotASolutionWarning, r"from y\[1\]")
+    # a block of which θ says nothing has no unit of its own
+    assert told(lib, A, np.array([1.0, 0.0, 2.0]), np.array([1.0, 1e-9, 2.0]), solver="lu").quiet
+
+
+def test_59_blocks_of_a_sparse_matrix():
+    A = scipy.sparse.block_diag([np.array([[2.0, 1.0], [1.0, 3.0]]), np.eye(1)], format="csr")
+    condition = Stationary(grad=lambda y, t: A @ y - t, hessian=lambda y, t: A)
+    y = np.array([1.0, 1e-9, 1e-9])
+    assert outcome(lambda: vjp(condition, y * (1 + 1e-9), A @ y, np.ones(3))).quiet
+    found = outcome(lambda: vjp(condition, y * [1.0, 1.2, 1.2], A @ y, np.ones(3)))
+    assert_told(found, NotASolutionWarning, r"from y\[2\]")
 
 
 # -- not told ------------------------------------------------------------------------------------------------------

@@ -85,6 +85,13 @@ class TorchArrays(ArrayAPIBackend):
             return False
         return all(len({getattr(leaf, "dtype", None) for leaf in group}) == 1 for group in groups)
 
+    def address(self, x: Any) -> Any:
+        if type(x) not in {torch.Tensor, torch.nn.Parameter} or not x.is_contiguous() or not x.numel():
+            return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None
+        return x.data_ptr(), x.numel(), x.dtype
+
     def local(self, y: Any, theta: Any) -> bool:
         return not any(torch_dtensor.is_spread(leaf) for tree in (y, theta) for leaf in flatten(tree).leaves)
 

@@ -23,6 +23,7 @@ from implicitdiff.compilers import is_within_compiled, untraced
 from implicitdiff.conditions.point import Point
 from implicitdiff.failure import check_mode
 from implicitdiff.linearization import Linearization
+from implicitdiff.verification.outer import check_outer
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Task
@@ -90,6 +91,8 @@ class TorchLinearization(Linearization[Any, Any]):
             return point.theta.unravel(by_theta + pull(self._problem, point.y.vector, by_y, tensors))
 
         refuse_captured(outer)
+        if under_transform():
+            check_outer(outer, self._engine, self.y, self.theta, None)
         return self._recorded(rule, (), lambda: super(TorchLinearization, self).gradient(outer, x0))
 
     def _recorded(self, rule: Callable[..., Any], vector: Any, numbers: Callable[[], Any]) -> Any:
