@@ -23,10 +23,10 @@ from implicitdiff.compilers import is_within_compiled, untraced
 from implicitdiff.conditions.point import Point
 from implicitdiff.failure import check_mode
 from implicitdiff.linearization import Linearization
-from implicitdiff.verification.outer import check_outer
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Task
+from implicitdiff.verification.outer import check_outer
 
 __all__ = ["TorchLinearization"]
 
