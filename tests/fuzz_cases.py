@@ -262,7 +262,7 @@ def wrong(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
 
     def lopsided(Y: Any, T: Any, d: Any) -> Any:
         A = d["doubled"] * f(Y, T, d)
-        return A + d["lopsided"] * (A[..., :1] * d["eye"][0])
+        return A + d["lopsided"] * (A[..., :1] * d["eye"][0, ...])
 
     return lopsided if name == "A" else f
 
