@@ -193,8 +193,7 @@ class Krylov(Solver):
     verified: ClassVar[bool] = True
     stall: ClassVar[float] = 0.5
     """A cycle that leaves more than this part of the true residual has stagnated."""
-    monotone: ClassVar[bool] = False
-    """Whether ‖r‖ cannot grow but for rounding."""
+    monotone: ClassVar[bool] = False  # whether ‖r‖ cannot grow but for rounding
 
     def init(self, operator: Operator) -> KrylovState:
         if self.preconditioner is not None:  # it makes the norm in which the system is seen
@@ -276,11 +275,9 @@ class Krylov(Solver):
         done = residual <= tolerance
         finite = space.isfinite(residual)
         flat = s.active & c.flat
-        improved = (
-            residual < space.where(flat, space.scalar(min(0.9, self.stall)), space.scalar(self.stall)) * s.residual
-        )
-        status = space.where(improved, int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
-        status = space.where(iterations >= maxiter, int(Status.MAX_ITERATIONS), status)
+        stall = space.where(flat, space.scalar(min(0.9, self.stall)), space.scalar(self.stall))
+        improved = residual < stall * s.residual
+        status = space.where(improved | (iterations >= maxiter), int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
         status = space.where(flat, int(Status.SINGULAR), status)
         if state.preconditioner.identity:
             # ‖A x‖ / ‖x‖ bounds the least singular value from above. Against ‖A‖ it may be below what the products
