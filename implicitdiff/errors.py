@@ -25,7 +25,7 @@
 
     ImplicitDiffWarning (UserWarning)
     ├── NotASolutionWarning                  F(y, theta) is not zero
-    ├── RecompilationWarning                 JAX compiles at every call, since a value cannot be compared
+    ├── RecompilationWarning                 JAX compiles at every call
     ├── RegularityWarning                    a weakly active constraint, a multiplier of the wrong sign
     └── SolveWarning                         a failed solve under on_failure="warn"
 """
@@ -168,7 +168,7 @@ class NotASolutionWarning(ImplicitDiffWarning):
 
 
 class RecompilationWarning(ImplicitDiffWarning):
-    """JAX compiles at every call, since a function sees a value that cannot be compared with what it was."""
+    """JAX compiles at every call: a function is made anew for each, or sees a value that changes or cannot be compared."""
 
 
 class RegularityWarning(ImplicitDiffWarning):

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from frameworks import framework
 
-from implicitdiff import RecompilationWarning, implicit_vjp, linearize
+from implicitdiff import CG, RecompilationWarning, Stationary, implicit_vjp, linearize
+from implicitdiff.registry import get_backend
+from implicitdiff.rules import Task
 
 if find_spec("jax") is None:
     pytest.skip("needs jax", allow_module_level=True)
@@ -25,6 +27,7 @@ if find_spec("jax") is None:
 fw = framework("jax")
 jax, jnp = fw.jax, fw.xp
 Contents = importlib.import_module("implicitdiff.backends.jax.contents").Contents
+programs = importlib.import_module("implicitdiff.backends.jax.programs")
 
 ELSEWHERE = types.ModuleType("elsewhere")
 exec("scale = 2.0\ninner = 1.0\ndef twice(x):\n    return scale * x", ELSEWHERE.__dict__)
@@ -261,3 +264,79 @@ def test_unchanged_values_are_equal() -> None:
     assert found[0] == found[1]
     source.normal()
     assert found[0] != Contents([objective])
+
+
+def fresh_condition(theta: Any) -> Any:
+    return lambda y, t: (y - 2 * t) ** 2, {}
+
+
+def fresh_outer(theta: Any) -> Any:
+    return CONDITION, {"outer": lambda y, t: 3 * y}
+
+
+def fresh_value(theta: Any) -> Any:
+    SEEN["scale"] += 1
+    return lookup, {}
+
+
+def fresh_solver(theta: Any) -> Any:
+    return CONDITION, {"solver": CG(preconditioner=lambda v: v)}
+
+
+def fresh_number(theta: Any) -> Any:
+    SEEN["number"] += 1
+    return with_number, {"args": (SEEN["number"],)}
+
+
+SEEN = {"scale": 1, "number": 0}
+CONDITION = Stationary(lambda y, t: (y - 2 * t) ** 2)
+
+
+def lookup(y: Any, t: Any) -> Any:
+    return (y - SEEN["scale"] * t) ** 2
+
+
+def with_number(y: Any, t: Any, n: int) -> Any:
+    return (y - 2 * t) ** 2 * (n > 0)
+
+
+@pytest.mark.parametrize(
+    ("fresh", "told"),
+    [
+        (
+            fresh_condition,
+            r"condition \(<lambda>, test_\w+\.py:\d+\) is another function at each call.*\n.*make it once",
+        ),
+        (fresh_outer, r"outer \(<lambda>, test_\w+\.py:\d+\) is another function.*\n.*args or theta"),
+        (fresh_value, r"see another value, beside their arguments, at each call.*\n.*args or theta"),
+        (fresh_solver, r"solver is another object at each call.*\n.*make it"),
+        (fresh_number, r"args holds 3, which is part of the program"),
+    ],
+)
+def test_programs_that_never_run_twice_are_told(
+    fresh: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Compiled anew at every call for a reason that can be mended: told once, with what to do."""
+    monkeypatch.setattr("implicitdiff.backends.jax.repeats.MANY", 2)
+    theta = jnp.asarray(1.5)
+
+    def call() -> None:
+        condition, options = fresh(theta)
+        task = Task(get_backend("jax"), condition, theta, theta, options.get("args", ()), options.get("solver", "lu"))
+        programs.program_for(programs.call_for(task, "vjp", (theta, theta), outer=options.get("outer")), fresh)
+
+    call()
+    call()
+    with pytest.warns(RecompilationWarning, match=told):
+        call()
+    call()  # and quietly
+
+
+def test_programs_that_run_again_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions from one factory, each used twice."""
+    monkeypatch.setattr("implicitdiff.backends.jax.repeats.MANY", 2)
+    theta = jnp.asarray(1.5)
+    for scale in range(6):
+        task = Task(get_backend("jax"), lambda y, t, scale=scale: (y - scale * t) ** 2, theta, theta)
+        first, second = (programs.program_for(programs.call_for(task, "vjp", (theta, theta)), 0) for _ in range(2))
+        assert first is second

@@ -29,7 +29,7 @@ import numpy as np
 
 from implicitdiff.closures import LIMIT, PLAIN, Memory, inside, is_library, sees
 
-__all__ = ["Contents", "captures_differentiated"]
+__all__ = ["Contents", "captures_differentiated", "reference", "same"]
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque, Mapping, slice, np.ndarray)
 _FIXED = (
@@ -87,7 +87,7 @@ class Contents:
             return NotImplemented
         if self.unknown is not None or len(self._tokens) != len(other._tokens):
             return False
-        return all(map(_same, self._tokens, other._tokens))
+        return all(map(same, self._tokens, other._tokens))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -101,7 +101,7 @@ class Contents:
         parts = _parts(value)
         if not parts and not isinstance(value, (*_CONTAINERS, type)) and type(value) is not object:
             self.unknown = f"{type(value).__module__}.{type(value).__qualname__}"
-        self._tokens.append(_reference(type(value) if isinstance(value, _CONTAINERS) else value))
+        self._tokens.append(reference(type(value) if isinstance(value, _CONTAINERS) else value))
         self._tokens.append(len(parts))
         left += parts
 
@@ -139,9 +139,9 @@ def _token(value: Any) -> Any:
     if token is not None:
         return token(value)
     if isinstance(value, type):
-        return _reference(value) if is_library(value.__module__) else None
+        return reference(value) if is_library(value.__module__) else None
     if _is_aside(value, kind.__module__.partition(".")[0]):
-        return _reference(value)
+        return reference(value)
     return None
 
 
@@ -159,14 +159,14 @@ def _by_type(kind: Any) -> Callable[[Any], Any] | None:
     if issubclass(kind, _VALUES):
         return lambda value: (kind, value)
     if kind.__module__.partition(".")[0] == "torch" and hasattr(kind, "_version"):
-        return lambda value: (_reference(value), value._version)
-    return _reference if issubclass(kind, (*_FIXED, jax.Array, jax.core.Tracer)) else None
+        return lambda value: (reference(value), value._version)
+    return reference if issubclass(kind, (*_FIXED, jax.Array, jax.core.Tracer)) else None
 
 
 def _plain(value: Any) -> Any:
     if type(value) is float:
         return value, math.copysign(1.0, value)
-    return _reference if value is None else value
+    return reference if value is None else value
 
 
 def _array(value: Any) -> Any:
@@ -182,16 +182,18 @@ def _is_aside(value: Any, library: str) -> bool:
     return not hasattr(value, "__wrapped__") and not (library == "jax" and callable(value))
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two tokens stand for the same thing, which is still there."""
     if isinstance(a, weakref.ref) and isinstance(b, weakref.ref):
         a, b = a(), b()
         return a is b and a is not None
     if type(a) is tuple and type(b) is tuple:
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
-def _reference(value: Any) -> Any:
+def reference(value: Any) -> Any:
+    """Make a token of the identity of a value; it does not keep the value alive."""
     if isinstance(value, types.MethodType):  # made anew at each look
         return id(value.__self__), id(value.__func__)
     try:

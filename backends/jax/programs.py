@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.backends.jax.contents import Contents
+from implicitdiff.backends.jax.repeats import Repeats, code_of, repeats_of
 from implicitdiff.backends.jax.reports import hand_out
-from implicitdiff.backends.jax.rules import arrays_of, filled, functions_of, run_rules
+from implicitdiff.backends.jax.rules import arrays_of, filled, functions_of, named_functions, run_rules
 from implicitdiff.errors import RecompilationWarning
 from implicitdiff.failure import warn
 from implicitdiff.linalg.system import System, Told
@@ -43,11 +44,14 @@ class Program:
         What the user's functions see beside their arguments.
     told : bool
         Whether the user knows that it is compiled at every call.
+    repeats : Repeats, optional
+        Counts the programs of the same code.
     """
 
     build: Callable[..., Any]
     contents: Contents
     told: bool = False
+    repeats: Repeats | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
     compiled: Any = None
@@ -138,8 +142,10 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     held = (task.solver, *call.args.static, *(f for f in functions if not callable(f)))
     program, contents = _programs.get(key), Contents(filter(callable, functions), held)
     if program is not None and program.contents == contents:
+        if program.repeats is not None:
+            program.repeats.count = 0
         return program
-    program = Program(build, contents, told=_tell_unknown(program, contents))
+    program = Program(build, contents, _tell_unknown(program, contents), _counted(call, build, program is not None))
     for thing in found:
         try:
             program.kept.append(weakref.ref(thing, _dropping(key)))
@@ -147,6 +153,16 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
             program.kept.append(thing)
     _programs[key] = program
     return program
+
+
+def _counted(call: _Call, build: Any, changed: bool) -> Repeats:
+    """Count a program by the code of what it is made of."""
+    task, split = call.task, call.args
+    named = [*named_functions(task.condition).items(), ("outer", call.outer), ("on_report", task.on_report)]
+    named += [("solver", task.solver), *(("args", leaf) for leaf in split.static if leaf is not _CHANGES)]
+    code = type(task.condition), *(code_of(value) for _, value in named)
+    rest = call.mode, build, task.batched, task.on_failure, split.treedef, _form(call.arrays)
+    return repeats_of(code, rest, named, changed=changed)
 
 
 def _tell_unknown(before: Program | None, contents: Contents) -> bool:

@@ -12,14 +12,19 @@ from implicitdiff.errors import ShapeError
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Rules, Task
 
-__all__ = ["arrays_of", "filled", "functions_of", "run_rules"]
+__all__ = ["arrays_of", "filled", "functions_of", "named_functions", "run_rules"]
 
 
 def functions_of(condition: Any) -> tuple[Any, ...]:
     """Return the user's functions in a condition, and options; not its arrays, which may be others at each call."""
+    return tuple(named_functions(condition).values())
+
+
+def named_functions(condition: Any) -> dict[str, Any]:
+    """... with the names of the arguments that they were given as."""
     if not hasattr(condition, "maps"):
-        return (condition,)
-    return tuple(value for name, value in vars(condition).items() if name not in condition.arrays)
+        return {"condition": condition}
+    return {name: value for name, value in vars(condition).items() if name not in condition.arrays}
 
 
 def arrays_of(condition: Any) -> dict[str, Any]:
