@@ -168,7 +168,7 @@ class NotASolutionWarning(ImplicitDiffWarning):
 
 
 class RecompilationWarning(ImplicitDiffWarning):
-    """JAX compiles at every call: a function is made anew for each, or sees a value that changes or cannot be compared."""
+    """JAX compiles at every call: a function is made anew, or sees a value that changes or cannot be compared."""
 
 
 class RegularityWarning(ImplicitDiffWarning):
