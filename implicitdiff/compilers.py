@@ -41,7 +41,12 @@ def public(options: type, defaults: Mapping[str, Any]) -> Callable[[Callable[P, 
         signature = inspect.signature(function)
         fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults[name],
+                annotation=getattr(kind, "__forward_arg__", kind),
+            )  # fmt: skip
             for name, kind in options.__annotations__.items()
         ]
         call = _wrapped(function, frozenset(p.name for p in (*fixed, *added)))
