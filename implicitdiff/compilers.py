@@ -46,7 +46,7 @@ def public(options: type, defaults: Mapping[str, Any]) -> Callable[[Callable[P, 
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults[name],
                 annotation=getattr(kind, "__forward_arg__", kind),
-            )  # fmt: skip
+            )
             for name, kind in options.__annotations__.items()
         ]
         call = _wrapped(function, frozenset(p.name for p in (*fixed, *added)))
