@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
@@ -24,6 +24,7 @@ __all__ = [
     "Condition",
     "Findings",
     "Frame",
+    "Function",
     "Given",
     "Maps",
     "check_callables",
@@ -32,6 +33,8 @@ __all__ = [
     "maps_from",
 ]
 
+Function: TypeAlias = Callable[..., Any] | None
+"""What a user may give, and may leave out."""
 ASSEMBLY_LIMIT = 1024
 """Up to this order a missing product is assembled from its exact transpose rather than differenced."""
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from implicitdiff.arrays import Array, listed, named_items
 from implicitdiff.conditions import active_set
@@ -46,9 +46,10 @@ from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
 from implicitdiff.solvers.saddle import NullSpace, Schur
 
-__all__ = ["ROUTES", "Constrained", "FirstOrder"]
+__all__ = ["ROUTES", "Constrained", "FirstOrder", "Route"]
 
-ROUTES = ("auto", "kkt", "schur", "nullspace")
+Route: TypeAlias = Literal["auto", "kkt", "schur", "nullspace"]
+ROUTES = get_args(Route)
 
 
 class FirstOrder(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import check_callables
-from implicitdiff.conditions.constrained import Constrained
+from implicitdiff.conditions.base import Function, check_callables
+from implicitdiff.conditions.constrained import Constrained, Route
 from implicitdiff.errors import InputError
 
 __all__ = ["KKT"]
@@ -80,8 +80,8 @@ class KKT(Constrained):
     active_tol: float | None
 
     def __init__(
-        self, f: Any, *, eq: Any = None, ineq: Any = None, multipliers: Any = None, route: str = "auto",
-        active_tol: float | None = None,
+        self, f: Callable[..., Any], *, eq: Function = None, ineq: Function = None, multipliers: Any = None,
+        route: Route = "auto", active_tol: float | None = None,
     ) -> None:  # fmt: skip
         if not callable(f):
             raise InputError(f"f is {type(f).__name__}; expected a callable f(y, theta, *args) -> scalar.")

@@ -12,8 +12,8 @@ import numpy as np
 
 from implicitdiff.arrays import Array, any_true, listed, named_items
 from implicitdiff.conditions.active_set import names
-from implicitdiff.conditions.base import Findings, Maps, check_callables
-from implicitdiff.conditions.constrained import Constrained
+from implicitdiff.conditions.base import Findings, Function, Maps, check_callables
+from implicitdiff.conditions.constrained import Constrained, Route
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
@@ -79,8 +79,8 @@ class LogBarrier(Constrained):
     _values: ClassVar[Any] = None
 
     def __init__(
-        self, f: Any, ineq: Any = None, t: float = 1.0, *, eq: Any = None, multipliers: Any = None,
-        route: str = "auto", active_tol: float | None = None,
+        self, f: Callable[..., Any], ineq: Function = None, t: float = 1.0, *, eq: Function = None,
+        multipliers: Any = None, route: Route = "auto", active_tol: float | None = None,
     ) -> None:  # fmt: skip
         for name, value in (("f", f), ("ineq", ineq)):
             if not callable(value):

@@ -20,6 +20,7 @@ from implicitdiff.arrays import Array, any_true, item_numbers, listed, named_ite
 from implicitdiff.conditions.base import (
     Condition,
     Findings,
+    Function,
     Given,
     Maps,
     check_callables,
@@ -264,9 +265,9 @@ class ProjectedGradient(_Composite):
     _name = "projection"
 
     def __init__(
-        self, fun: Any = None, projection: Any = None, *, step: float | None = None, grad: Any = None, hvp: Any = None,
-        hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
-        restrict: bool | None = None, verify: bool = True,
+        self, fun: Function = None, projection: Function = None, *, step: float | None = None,
+        grad: Function = None, hvp: Function = None, hessian: Function = None, mixed_vjp: Function = None,
+        mixed_jvp: Function = None, restrict: bool | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
         self._set(
             fun,
@@ -351,8 +352,8 @@ class ProximalGradient(_Composite):
     _name = "prox"
 
     def __init__(
-        self, fun: Any = None, prox: Any = None, *, step: float | None = None, grad: Any = None, hvp: Any = None,
-        hessian: Any = None, mixed_vjp: Any = None, mixed_jvp: Any = None,
+        self, fun: Function = None, prox: Function = None, *, step: float | None = None, grad: Function = None,
+        hvp: Function = None, hessian: Function = None, mixed_vjp: Function = None, mixed_jvp: Function = None,
         restrict: bool | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
         self._set(

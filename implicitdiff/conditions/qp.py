@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, times
 from implicitdiff.conditions.base import Maps, finite_part
-from implicitdiff.conditions.constrained import Constrained, FirstOrder
+from implicitdiff.conditions.constrained import Constrained, FirstOrder, Route
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, ShapeError
 from implicitdiff.linalg.operator import LinearMap, Operator
@@ -72,7 +72,7 @@ class QP(Constrained):
 
     def __init__(
         self, Q: Any = None, q: Any = None, A: Any = None, b: Any = None, G: Any = None, h: Any = None, *,
-        multipliers: Any = None, route: str = "auto", active_tol: float | None = None,
+        multipliers: Any = None, route: Route = "auto", active_tol: float | None = None,
     ) -> None:  # fmt: skip
         given = {name: value for name, value in zip(_NAMES, (Q, q, A, b, G, h), strict=True) if value is not None}
         for name, value in given.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, check_verify, maps_from
+from implicitdiff.conditions.base import Condition, Function, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError
 
@@ -49,8 +49,8 @@ class Root(Condition):
     verify: bool = True
 
     def __init__(
-        self, fun: Any, *, jvp: Any = None, vjp: Any = None, jacobian: Any = None,
-        mixed_vjp: Any = None, mixed_jvp: Any = None, verify: bool = True,
+        self, fun: Callable[..., Any], *, jvp: Function = None, vjp: Function = None, jacobian: Function = None,
+        mixed_vjp: Function = None, mixed_jvp: Function = None, verify: bool = True,
     ) -> None:  # fmt: skip
         if not callable(fun):
             raise InputError(f"fun is {type(fun).__name__}; expected a callable F(y, theta, *args) -> like y.")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
-from implicitdiff.conditions.base import Condition, Given, Maps, check_callables, check_verify, maps_from
+from implicitdiff.conditions.base import Condition, Function, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError
 
 __all__ = ["Stationary"]
 
-KINDS = (None, "minimum", "maximum", "saddle")
+Kind: TypeAlias = Literal["minimum", "maximum", "saddle"]
+KINDS = (None, *get_args(Kind))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,8 +72,8 @@ class Stationary(Condition):
     verify: bool = True
 
     def __init__(
-        self, fun: Any = None, *, grad: Any = None, hvp: Any = None, hessian: Any = None,
-        mixed_vjp: Any = None, mixed_jvp: Any = None, kind: str | None = None, verify: bool = True,
+        self, fun: Function = None, *, grad: Function = None, hvp: Function = None, hessian: Function = None,
+        mixed_vjp: Function = None, mixed_jvp: Function = None, kind: Kind | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
         fields = {
             "fun": fun,

@@ -19,6 +19,7 @@ from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report, Status
 from implicitdiff.solvers import get_solver, suitable
+from implicitdiff.typing import ConditionLike
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -165,7 +166,8 @@ class Comparison(Sequence[SolverRow]):
 
 
 def compare_solvers(
-    condition: Any, outer: Any, y: Any, theta: Any, *, solvers: Sequence[Any] | None = None, args: tuple[Any, ...] = (),
+    condition: ConditionLike, outer: Any, y: Any, theta: Any, *, solvers: Sequence[Any] | None = None,
+    args: tuple[Any, ...] = (),
     backend: Any = None, batched: bool = False, repeats: int = 3, memory: bool = True,
 ) -> Comparison:  # fmt: skip
     """Compute the gradient of a loss through a solution with several linear solvers, and compare them.

@@ -13,6 +13,7 @@ from implicitdiff.namespaces import namespace
 from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
+from implicitdiff.typing import ConditionLike
 from implicitdiff.verification.mistakes import Wrong, cause_of
 from implicitdiff.verification.probes import TOLERANCE, Along, Gap, draw, measured, units
 from implicitdiff.verification.trials import Trial
@@ -105,8 +106,9 @@ class DerivativeCheck(Sequence[CheckRow]):
 
 
 def check_derivatives(
-    condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), backend: Any = None, batched: bool = False
-) -> DerivativeCheck:
+    condition: ConditionLike, y: Any, theta: Any, *, args: tuple[Any, ...] = (), backend: Any = None,
+    batched: bool = False,
+) -> DerivativeCheck:  # fmt: skip
     """Compare every derivative that was given with the function that it is of, and with the others.
 
     Products are compared along a few directions without structure, each coordinate in its own unit: with central

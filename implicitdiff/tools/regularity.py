@@ -13,6 +13,7 @@ from implicitdiff.linalg.block_operator import SaddleOperator
 from implicitdiff.linalg.equilibration import of_matrix
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.rules import Rules, Task
+from implicitdiff.typing import ConditionLike
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -100,7 +101,7 @@ class Regularity:
 
 
 def check_regularity(
-    condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), backend: Any = None
+    condition: ConditionLike, y: Any, theta: Any, *, args: tuple[Any, ...] = (), backend: Any = None
 ) -> Regularity:  # fmt: skip
     """Check what the derivative of a solution rests on, by dense matrices, for one problem.
 
