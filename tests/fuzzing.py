@@ -135,13 +135,13 @@ def run(case: Case) -> Verdict:
     condition, outer = functions(problem, case)
     more = {"compiled": partial(jitted, case)} if case.jit else {}
     found = outcome(displaced(problem, case).call(condition, case.entry, outer, solver=solver, **more))
-    error = np.inf
-    if found.value is not None:
-        value = problem.base(case.entry, found.value)
-        error = worst(value, problem.instance.truth(case.entry), case)
-        if case.jit and np.isnan(value).any():
-            healthy_ = healthy(replace(case, condition=problem.instance.condition))
-            return Verdict(case, "false alarm" if healthy_ else "told", error, "NaN")
+    if found.value is None:
+        return judged(case, problem, found, np.inf)
+    value = problem.base(case.entry, found.value)
+    if case.jit and np.isnan(value).any():
+        alarm = healthy(replace(case, condition=problem.instance.condition))
+        return Verdict(case, "false alarm" if alarm else "told", np.inf, "NaN")
+    error = worst(value, problem.instance.truth(case.entry), case)
     return judged(case, problem, found, error)
 
 

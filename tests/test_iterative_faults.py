@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LIBRARIES, Library
+from conftest import LIBRARIES, Library, with_condition
 from problems import N, matrix, vector, with_eigenvalues
 
 from implicitdiff import (
@@ -238,3 +238,15 @@ def test_a_singular_hessian_through_the_front_door() -> None:
     condition = Stationary(grad=lambda y, t: d * y - t, hvp=lambda y, t, v: d * v, mixed_vjp=lambda y, t, u: -u)
     with pytest.raises(SingularError):
         implicit_vjp(condition, np.array([1.0, 1.0, 0.0]), np.array([1.0, 2.0, 0.0]), np.ones(3), solver="cg")
+
+
+@pytest.mark.parametrize("solver", KRYLOV)
+def test_products_that_cancel_round_more(solver: str) -> None:
+    """A x as 7 x - W x in single precision, condition 200: no product is better than that, and it is no failure."""
+    for seed in range(40):
+        A, b = with_condition(4, 200.0, seed, kind="general" if solver == "gmres" else "definite")
+        W, weakest = (7 * np.eye(4) - A).astype(np.float32), np.linalg.svd(A)[0][:, -1]
+        right = (b + 3 * weakest).astype(np.float32)
+        symmetric = None if solver == "gmres" else True
+        x = linear_solve(lambda v, W=W: np.float32(7) * v - W @ v, right, solver=solver, symmetric=symmetric)
+        assert np.linalg.norm(x - np.linalg.solve(A, right)) <= 1e-2 * np.linalg.norm(x)

@@ -176,7 +176,7 @@ class Krylov(Solver):
     rtol : float, optional
         Success is ``‖b − A x‖ <= rtol ‖b‖``, checked on the residual recomputed at exit. Default 1e-10 in
         double precision, 1e-5 in single, more where the products are finite differences. Where rounding in the
-        product alone makes a larger residual, 4 eps ‖A‖ ‖x‖, that level is success too.
+        product alone makes a larger residual, 4 to 16 eps ‖A‖ ‖x‖, that level is success too.
     maxiter : int, optional
         Most iterations. Default 10 n, but at least 1 000 and at most 100 000.
     preconditioner : array, sparse matrix, LinearOperator, callable or (M, Mᵀ), optional
@@ -268,15 +268,15 @@ class Krylov(Solver):
         residual = space.where(s.active, space.norm(r), s.residual)
         norm = space.maximum(s.operator_norm, c.operator_norm)
         iterations = s.iterations + c.iterations
-        # Rounding in A x alone (or the noise of a finite difference) leaves eps ‖A‖ ‖x‖; below that no method
-        # can go, and it is no failure while it stays small.
+        # Rounding in A x alone (or noise) leaves eps ‖A‖ ‖x‖: below that no method can go, and it is no failure.
         floor = accuracy(state, space) * space.norm(space.scale(norm, space.copy(c.x)))  # no square under- or overflows
-        tolerance = space.where((4 * floor > rtol) & (4 * floor < 20 * space.eps**0.5), 4 * floor, rtol)
-        done = residual <= tolerance
         finite = space.isfinite(residual)
-        flat = s.active & c.flat
-        stall = space.where(flat, space.scalar(min(0.9, self.stall)), space.scalar(self.stall))
-        improved = residual < stall * s.residual
+        flat, limit, number = s.active & c.flat, 20 * space.eps**0.5, space.scalar
+        improved = residual < space.where(flat, number(min(0.9, self.stall)), number(self.stall)) * s.residual
+        # Terms of the product that cancel, as in (I - W) x, round more than ‖A‖ shows: seen where nothing improves.
+        level = floor * space.where(improved | (16 * floor >= limit), number(4.0), number(16.0))
+        tolerance = space.where((level > rtol) & (level < limit), level, rtol)
+        done = residual <= tolerance
         status = space.where(improved | (iterations >= maxiter), int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
         status = space.where(flat, int(Status.SINGULAR), status)
         if state.preconditioner.identity:
