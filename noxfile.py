@@ -120,14 +120,14 @@ def fuzz(session: nox.Session) -> None:
 # The oldest NumPy supported has no wheels for Python 3.13.
 @nox.session(python=None if sys.version_info < (3, 13) else "3.11")
 def minimums(session: nox.Session) -> None:
-    """Run the test suite with the lowest versions that pyproject.toml allows, and without the frameworks."""
+    """Run each choice of the tests once with the lowest versions that are allowed, and without the frameworks."""
     pins = Path(session.create_tmp()) / "minimums.txt"
     pins.write_text("\n".join(lowest("test")) + "\n", encoding="utf-8")
     install(session, "-c", str(pins), "-e", ".[test]")
     session.run("python", "-m", "pip", "freeze", "--exclude-editable")
     # an old release may use what a newer one of something else calls deprecated
     pages = ("--deselect=README.md::README.md", "--ignore=docs/frameworks.md")  # these show Torch and JAX
-    run_tests(session, *pages, "-W", "ignore::DeprecationWarning")
+    run_tests(session, "--cover", "1", *pages, "-W", "ignore::DeprecationWarning")
 
 
 @nox.session
