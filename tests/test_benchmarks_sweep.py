@@ -32,7 +32,10 @@ def make_sample(**changes):
     return Sample(**{**given, **changes})
 
 
-@pytest.mark.parametrize("name", problem_names())
+@pytest.mark.slow
+@pytest.mark.parametrize(  # the command of the session `bench` runs them all
+    "name", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n not in ("layer", "qp"))) for n in problem_names()]
+)
 def test_every_solver_of_every_family_is_right_on_numpy(name):
     rows = sweep("numpy", Sweep((name,)), replace(SHORT, peers=True))
     samples = [row for row in rows if isinstance(row, Sample)]
@@ -128,6 +131,7 @@ def test_files_keep_everything(tmp_path):
     assert read_json(tmp_path / "rows.json") == result
 
 
+@pytest.mark.slow
 def test_the_command_sweeps_plots_and_compares(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name in command.THREAD_VARIABLES:

@@ -22,6 +22,7 @@ OPEN = {
 PARTS = [(NUMPY, 0), (NUMPY, 1), (NUMPY, 2), (STRICT, 0), *((lib, 0) for lib in (*TORCH, *JAX))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lib", "part"), PARTS, ids=[f"{lib.name}-{part}" for lib, part in PARTS])
 def test_nothing_is_wrong_in_silence(lib: Library, part: int, request: pytest.FixtureRequest) -> None:
     """Right, or told; no false alarm, and the cause that is named is the cause."""

@@ -19,6 +19,8 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("needs sockets that are files", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "docs" / "examples_distributed" / "numpy_mpi.py"
 CASES = ("cg", "minres", "gmres", "restarted")

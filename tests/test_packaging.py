@@ -63,7 +63,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@pytest.fixture(scope="module", params=["tree", "sdist"])
+@pytest.fixture(scope="module", params=[pytest.param("tree", marks=pytest.mark.exhaustive), "sdist"])
 def wheel(request: pytest.FixtureRequest, builder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a wheel, built from a copy of the tree or from an sdist of that copy."""
     work = tmp_path_factory.mktemp(request.param)

@@ -173,6 +173,7 @@ def test_faults_of_dtensors(spread: list[dict[str, Any]], fault: str) -> None:
         assert re.match(SPREAD_FAULTS[fault], found[f"told:{fault}"]["told"], re.DOTALL), found[f"told:{fault}"]["told"]
 
 
+@pytest.mark.exhaustive
 def test_documented_dtensor_example() -> None:
     """The example of the documentation, started as torchrun starts it."""
     example = str(EXAMPLES / "torch_dtensor.py")
