@@ -109,18 +109,20 @@ class GradientDifferences(SecondDerivatives, Differences):
         """H, shape (*items, n, n)."""
         s, xp = self.sampler, self.xp
         axes, rows = self._axes("y"), []
+
+        def shown(x: _Curved) -> Array:
+            # what its own error hides is zero: equilibrated, a row of such entries would be a row like others
+            return xp.where(xp.abs(x.value) > x.error, x.value, xp.zeros_like(x.value))
+
         for i in range(s.n):
             along = _Curved(*(x[..., i : i + 1] for x in axes))
             d = xp.zeros_like(s.x)
             d[..., i] = along.step[..., 0]
             row = xp.zeros_like(s.x[..., : s.n])
-            row[..., i] = axes.value[..., i] / along.step[..., 0] ** 2
+            row[..., i] = shown(along)[..., 0] / along.step[..., 0] ** 2
             if i + 1 < s.n:
                 beside = self._pairs(d, along, "y", i + 1)
-                # what its own error hides is no link: equilibrated, a row of such entries would be a row like others
-                known = xp.abs(beside.value) > beside.error
-                linked = xp.where(known, beside.value, xp.zeros_like(beside.value))
-                row[..., i + 1 :] = linked / beside.step / along.step
+                row[..., i + 1 :] = shown(beside) / beside.step / along.step
             rows.append(row)
         upper = xp.stack(rows, axis=-2)
         strict = upper - xp.eye(s.n, dtype=upper.dtype, device=s.backend.device(upper)) * upper
@@ -161,7 +163,8 @@ class GradientDifferences(SecondDerivatives, Differences):
         if not self.theta.shape[-1]:
             return False
         beside = s.x + 0.01 * s.whole("y")
-        if not any_true(xp, s.at(beside + 0.1 * s.whole("theta")) != s.at(beside)):
+        here = s.at(beside)
+        if not any_true(xp, (s.at(beside + 0.1 * s.whole("theta")) != here) | ~xp.isfinite(here)):
             return False  # f does not see θ at all
         u, t = (self._curvature(s.whole(by), by) for by in ("y", "theta"))
         d, e = s.whole("y") * u.step, s.whole("theta") * t.step
@@ -169,7 +172,7 @@ class GradientDifferences(SecondDerivatives, Differences):
         found = search(xp, s.stencil, lambda a, wanted: s.at(s.x + a * (d + e)), s.middle, s.noise, plan)
         cross, error = xp.abs(found.value - u.value - t.value), found.error + u.error + t.error
         known = (cross > error) | (error <= s.eps**0.5 * xp.abs(u.value))  # a zero that is known well is one
-        if any_true(xp, known) or not any_true(xp, cross > 0):
+        if any_true(xp, known) or not any_true(xp, cross != 0):
             return any_true(xp, cross > 0)
         raise s.too_noisy(f"the mixed derivative by y and theta lies below the noise of {s.what}")
 

@@ -270,7 +270,9 @@ def sweep(s: Sampler, block: Block, coordinates: range) -> Estimate:
     here = slice(coordinates.start, coordinates.stop)
     share = s.size[..., here] / s.leaf[..., here]
     rows = block.rows + 0 * share
-    plan = Plan(block.start + 0 * share, 0.1 / share, rows, block.tolerance, 1e-13 * share, separate=True)
+    start = xp.where(s.lent[..., here], block.short, block.start)
+    plan = Plan(start + 0 * share, 0.1 / share, rows, block.tolerance, 1e-13 * share, separate=True)
+    plan = plan._replace(rounded=xp.astype(s.x[..., here] != 0, share.dtype))
 
     def values(a: Array, wanted: Array) -> Array:
         out = xp.zeros_like(a) + s.middle

@@ -15,13 +15,17 @@ from typing import Any
 
 from implicitdiff.arrays import Array, any_true
 
-__all__ = ["difference_table", "noise_along"]
+__all__ = ["difference_table", "noise_along", "noise_within"]
 
 POINTS = 8
 """Values; the table then has rows up to the seventh difference."""
 
 SPACINGS = (1e-6, 1e-4, 1e-2)
 """Relative distance between them. A function that is rounded to a few digits shows its noise at a larger one only."""
+
+
+SHORTER = (1e-9, 1e-12, 1e-15)
+"""Where it has to be told from a function that does many things within the first of these."""
 
 
 def difference_table(xp: Any, values: Sequence[Array]) -> tuple[Array, Array, Array]:
@@ -85,4 +89,29 @@ def noise_along(xp: Any, function: Callable[[float], Array], middle: Array, leas
         wanted = wanted & ~seen & xp.isfinite(found)
         if not any_true(xp, wanted):
             break
+    return noise
+
+
+def noise_within(
+    xp: Any,
+    along: Callable[[float], Array],
+    without: Callable[[float], Array],
+    middle: Array,
+    least: Array,
+    noise: Array,
+) -> Array:
+    """Noise of t -> along(t), given what was seen of it, where that may be what a function does within the distances.
+
+    It is looked at where those coordinates rest of which the unit is not known (``without`` them), and at ever shorter
+    distances, at which a function is smooth, and noise is not.
+    """
+
+    def smaller(function: Callable[[float], Array], spacing: float, noise: Array) -> Array:
+        found, seen, _ = difference_table(xp, [function(spacing * (j + 1)) for j in range(POINTS)])
+        return xp.where(seen & (found < noise), xp.maximum(found, least), noise)
+
+    noise = smaller(without, SPACINGS[0], noise)
+    if any_true(xp, noise > 1e-7 * xp.abs(along(POINTS * SPACINGS[0]) - middle)):
+        for spacing in SHORTER:
+            noise = smaller(along, spacing, noise)
     return noise

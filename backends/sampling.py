@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, probe_vector
 from implicitdiff.backends.base import Backend
-from implicitdiff.backends.noise import noise_along
+from implicitdiff.backends.noise import noise_along, noise_within
 from implicitdiff.backends.steps import FIRST, VISIBLE, Estimate, Plan, Stencil, search
 from implicitdiff.errors import ImplicitDiffError, NoiseError
 
 __all__ = ["Block", "Sampler", "leaf_sizes", "sizes_of"]
 
 Function = Callable[[Array, Array], Array]
+
+CURVED = 8
+"""Sizes that are tried for a zero: each halves the logarithm of what the one before was off by, or better."""
 
 
 class Block(NamedTuple):
@@ -32,6 +35,8 @@ class Block(NamedTuple):
     """And their error."""
     start: Array
     """Step to begin with."""
+    short: Array
+    """That of a zero whose size is that of its leaf, and may be far too long for it."""
     tolerance: Array
     """Relative error of a derivative that is within reach."""
     moves: bool
@@ -118,6 +123,8 @@ class Sampler:
             backend.concat(list(pair)) if self.m else pair[0] for pair in zip(*found, strict=True)
         )
         self.leaves = (*known[0], *known[1]) if self.m else known[0]
+        # which have the size of their leaf, as far as is not known better; noise that is not measured may be more
+        self.lent = (self.x == 0) & ~self._unknown & (not rounding)
         self.eps = float(self.xp.finfo(self.x.dtype).eps)
 
     def at(self, x: Array) -> Array:
@@ -140,7 +147,7 @@ class Sampler:
     def adopt(self, other: Sampler) -> None:
         """Take over what another sampler of the same function has found out about it."""
         other.by_y  # noqa: B018  (which may change the sizes)
-        self.size, self.leaf, self.random = other.size, other.leaf, other.random
+        self.size, self.leaf, self.lent, self.random = other.size, other.leaf, other.lent, other.random
         self.__dict__.update(middle=other.middle, noise=other.noise)
 
     @cached_property
@@ -161,14 +168,21 @@ class Sampler:
     def noise(self) -> Array:
         """Noise of each component: along a direction that moves everything, and from call to call."""
         self._find_units()
+        self._find_curved()
         least = self._rounding_of(self.middle)
         if self._rounding:
             return least
         again = self.xp.abs(self.at(self.x) - self.middle)
         again = self.xp.where(self.xp.isfinite(again), again, 0 * least)
         self.random = any_true(self.xp, again > 1e3 * self.eps * self.xp.abs(self.middle))
-        w = self._probe * self.size
-        return noise_along(self.xp, lambda t: self.at(self.x + t * w), self.middle, self.xp.maximum(least, again))
+        w, least = self._probe * self.size, self.xp.maximum(least, again)
+        known = self.xp.where(self.lent, 0 * w, w)
+        along, without = (lambda t, w=w: self.at(self.x + t * w) for w in (w, known))
+        found = noise_along(self.xp, along, self.middle, least)
+        if any_true(self.xp, self.lent):
+            # in a unit far below that of its leaf a zero is moved by so much that what it does looks like noise
+            return noise_within(self.xp, along, without, self.middle, least, found)
+        return found
 
     random = False
     """Whether the same point gives another value each time; known once the noise is."""
@@ -190,11 +204,42 @@ class Sampler:
             self.size = self.xp.where(here, self.size * size, self.size)
             self.leaf = self.xp.where(here, self.leaf * size, self.leaf)
 
+    def _find_curved(self) -> None:
+        """Give every zero of y the size at which f bends as it does by the others, where its leaf's is far from that.
+
+        A curvature between two coordinates is a difference of three, and drowns where one of these is far larger. Of a
+        function that is not quadratic what bends at a step far too long says little: so again, from there.
+        """
+        xp, here = self.xp, self._inside(0, self.n)
+        if not (self._scalar and self.stencil.order == 2 and any_true(xp, here & self.lent)):
+            return
+        others = xp.where(here & ~self.lent, self._probe * self.size, 0 * self.size)
+        usual = self._curvature(others)
+        for i in range(self.n):
+            lent = xp.zeros_like(self.lent)
+            lent[..., i] = self.lent[..., i]
+            for _ in range(CURVED if any_true(xp, lent) else 0):
+                own = self._curvature(xp.where(lent, self.size, 0 * self.size))
+                known = (usual > 0) & (own > 0)
+                ratio = xp.where(known, usual, xp.ones_like(usual)) / xp.where(known, own, xp.ones_like(own))
+                ratio = xp.where(ratio > 0, ratio, xp.full_like(ratio, 1e-8))  # f overflows so far away
+                far = lent & ((ratio > 1e4) | (ratio < 1e-4))
+                if not any_true(xp, far):
+                    break
+                self.size = xp.where(far, self.size * ratio**0.5, self.size)
+
+    def _curvature(self, w: Array) -> Array:
+        """|D²(w)|, zero where noise hides it, and infinite where it overflows."""
+        found = self.along(w, noise=self._rounding_of(self.middle))
+        value = self.xp.abs(found.value)
+        value = self.xp.where(self.xp.isfinite(value), value, self.xp.full_like(value, float("inf")))
+        return self.xp.where((value > found.error) | ~self.xp.isfinite(value), value, self.xp.zeros_like(value))
+
     def _inside(self, start: int, stop: int) -> Array:
         index = self.xp.arange(self.n + self.m, device=self.backend.device(self.x))
         return self.xp.broadcast_to((index >= start) & (index < stop), self.x.shape)
 
-    def along(self, w: Array, *, noise: Array | None = None, block: Block | None = None) -> Estimate:
+    def along(self, w: Array, *, noise: Array | None = None, block: Block | None = None, start: Any = None) -> Estimate:
         """Derivative of every component along a direction w, which moves coordinates by about their size.
 
         Without a block nothing is known yet, not even whether the sizes of the coordinates are good ones.
@@ -205,11 +250,17 @@ class Sampler:
         if block is None:
             size = xp.abs(self.x)
             whole = xp.max(xp.where(xp.isfinite(size), size, xp.zeros_like(size)), axis=-1, keepdims=True)
-            natural = xp.maximum(0.1 * whole / xp.max(xp.abs(w), axis=-1, keepdims=True), 0.1 / share)
-            plan = Plan(self.stencil.start(self.eps) + 0 * natural, natural, 0 * self.middle, 1e-9, 0.0)
+            largest = xp.max(xp.abs(w), axis=-1, keepdims=True)
+            natural = xp.maximum(0.1 * whole / xp.where(largest > 0, largest, whole), 0.1 / share)
+            start = self.stencil.start(self.eps) if start is None else start
+            plan = Plan(start + 0 * natural, natural, 0 * self.middle, 1e-9, 0.0)
         else:
             floor = 1e-13 * xp.minimum(share, xp.ones_like(share))
-            plan = Plan(block.start, 0.1 / share, block.rows, block.tolerance, floor)
+            lent = xp.any(self.lent & (w != 0), axis=-1, keepdims=True)
+            start = xp.where(lent, block.short, block.start)
+            plan = Plan(start, 0.1 / share, block.rows, block.tolerance, floor)
+        moved = xp.any((self.x != 0) & (w != 0), axis=-1, keepdims=True)
+        plan = plan._replace(rounded=xp.astype(moved, w.dtype))
         level = self.noise if noise is None else noise
         return search(xp, self.stencil, lambda a, wanted: self.at(self.x + a[..., :1] * w), self.middle, level, plan)
 
@@ -225,9 +276,8 @@ class Sampler:
         return self._block(self.n, self.n + self.m)
 
     def _block(self, start: int, stop: int) -> Block:
-        xp, noise = self.xp, self.noise
-        here = self._inside(start, stop)
-        found = self.along(xp.where(here, self._probe * self.size, 0 * self.size))
+        xp, here = self.xp, self._inside(start, stop)
+        found = self._agreed(xp.where(here, self._probe * self.size, 0 * self.size), here)
         first = self.stencil.start(self.eps)
         # what moves nothing until it is moved by far more than its size: its size says nothing of its unit
         known = xp.abs(found.value) > found.error
@@ -237,20 +287,57 @@ class Sampler:
         shown = found.change > VISIBLE
         visible = xp.any(shown, axis=-1, keepdims=True)
         error = xp.where(xp.isfinite(found.error), found.error, xp.zeros_like(found.error))
-        rows = found.usual
-        ratio = xp.where(rows > 0, noise / xp.where(rows > 0, rows, xp.ones_like(rows)), 0 * rows)
-        ratio = xp.where(ratio < 1e-2, ratio, 0 * ratio)
-        ratio = xp.maximum(xp.max(ratio, axis=-1, keepdims=True), xp.full_like(reach, self.eps))
+        rows, ratio = found.usual, self._relative_noise(found.usual)
         grown = xp.where(here, self.leaf * reach, self.leaf)
         self.size = xp.where(here & (reach > 1), xp.minimum(self.size * reach, grown), self.size)
         self.leaf = grown
-        begin = xp.where(reach > 1, reach * 0 + first, self.stencil.start(ratio))
+        usual = xp.maximum(xp.max(ratio, axis=-1, keepdims=True), xp.full_like(reach, self.eps))
+        begin = xp.where(reach > 1, reach * 0 + first, self.stencil.start(usual))
         safe = xp.where(rows > 0, rows, xp.ones_like(rows))
         tolerance = xp.maximum(3 * error / safe, 1e-9 + 0 * rows)
         hidden = any_true(xp, moves & ~visible)
         return Block(
-            rows * reach, error * reach, begin, tolerance, any_true(xp, moves), not hidden, shown, found.kink
+            rows * reach, error * reach, begin, xp.minimum(begin, self._short(ratio)), tolerance, any_true(xp, moves),
+            not hidden, shown, found.kink,
         )  # fmt: skip
+
+    def _relative_noise(self, rows: Array) -> Array:
+        """Noise relative to what a step of each coordinate's own size changes, where it is small."""
+        xp = self.xp
+        ratio = xp.where(rows > 0, self.noise / xp.where(rows > 0, rows, xp.ones_like(rows)), 0 * rows)
+        return xp.where(ratio < 1e-2, ratio, 0 * ratio)
+
+    def _short(self, ratio: Array) -> Array:
+        """Step at which noise leaves five digits of some component: far below where truncation would be seen."""
+        xp = self.xp
+        ratio = xp.min(xp.where(ratio > 0, ratio, xp.ones_like(ratio)), axis=-1, keepdims=True)
+        short = (1e6 * ratio) ** (1 / self.stencil.order)
+        return xp.minimum(short, xp.full_like(short, self.stencil.start(self.eps)))
+
+    def _agreed(self, w: Array, here: Array) -> Estimate:
+        """Derivative along w; where zeros have the size of their leaf, one that a far shorter step agrees with.
+
+        A step of many times the unit of a coordinate averages over what the function does within that unit, and does
+        so smoothly. Unless the usual step is good for all of them, steps from such zeros begin short, and grow.
+        """
+        xp, found, first = self.xp, self.along(w), self.stencil.start(self.eps)
+        if not any_true(xp, here & self.lent):
+            return found
+        alone = xp.where(self.lent, w, 0 * w)
+        far = self.along(alone)
+        near = self.along(alone, start=self._short(self._relative_noise(far.usual)))
+        gap, level = xp.abs(far.value - near.value), far.error + near.error
+        good = (gap <= 10 * level + 1e-6 * xp.abs(far.value)) & (xp.minimum(far.step, found.step) > 1e-2 * first)
+        good = xp.all(good, axis=-1, keepdims=True)
+        self.lent = self.lent & ~(here & good)
+        if not any_true(xp, here & self.lent):
+            return found
+        rest = self.along(w - alone)
+        both = Estimate(
+            rest.value + near.value, rest.error + near.error, rest.step, rest.kink | near.kink,
+            xp.maximum(rest.change, near.change), xp.maximum(rest.usual, near.usual),
+        )  # fmt: skip
+        return Estimate(*(xp.where(good, x, y) for x, y in zip(found, both, strict=True)))
 
     def accuracy(self, block: Block) -> float:
         """Relative error of a derivative, in the units of each component, where there is one."""

@@ -63,8 +63,10 @@ class Stencil:
         """Return the step that balances truncation a⁴ against a relative noise."""
         return noise ** (1 / (4 + self.order))
 
-    def sample(self, xp: Any, at: Callable[[Array], Array], middle: Array, noise: Array, a: Array) -> Sample:
-        """Evaluate at ±a and ±2a."""
+    def sample(
+        self, xp: Any, at: Callable[[Array], Array], middle: Array, noise: Array, a: Array, rounded: Any = 1.0
+    ) -> Sample:
+        """Evaluate at ±a and ±2a; ``rounded`` is 0 where the argument is not rounded: at zero a step is exact."""
         f1, g1, f2, g2 = at(a), at(-a), at(2 * a), at(-2 * a)
         eps = float(xp.finfo(middle.dtype).eps)
         largest = xp.maximum(xp.maximum(xp.abs(f1), xp.abs(g1)), xp.maximum(xp.abs(f2), xp.abs(g2)))
@@ -75,7 +77,7 @@ class Stencil:
         unit = noise / a**self.order
         if self.order == 1:
             value = (8 * odd1 - odd2) / (12 * a)
-            unit = xp.maximum(unit, 0.5 * eps * xp.abs(value) / a)  # x itself is rounded, too
+            unit = xp.maximum(unit, 0.5 * eps * rounded * xp.abs(value) / a)  # x itself is rounded, too
             error = 3 * unit
             uneven, bent = xp.abs(2 * odd1 - odd2) / (4 * a), xp.abs(even2 - 4 * even1) / (2 * a)
             spread = xp.maximum(_above(xp, uneven, 3.2 * unit), _above(xp, bent, 17 * unit))
@@ -118,6 +120,8 @@ class Plan(NamedTuple):
     floor: Any
     separate: bool = False
     """Whether every component is a function of its own, with a step of its own."""
+    rounded: Any = 1.0
+    """Of `Stencil.sample`."""
 
 
 class Estimate(NamedTuple):
@@ -166,7 +170,7 @@ def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: 
     """
 
     def look(a: Array, wanted: Array) -> Sample:
-        return stencil.sample(xp, lambda t: function(t, wanted), middle, noise, a)
+        return stencil.sample(xp, lambda t: function(t, wanted), middle, noise, a, plan.rounded)
 
     yes = xp.ones_like(middle) > 0
     a = plan.start + xp.zeros_like(middle)

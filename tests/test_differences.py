@@ -153,6 +153,21 @@ def test_tiny_entry_among_ones(lib: Library) -> None:
     np.testing.assert_allclose(lib.numpy(found), np.linalg.inv(A), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["root", "plain"])
+@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1.0, 1e4])
+def test_zero_in_a_unit_of_its_own(unit: float, kind: str) -> None:
+    """Beside entries of another unit in its leaf: a step of the leaf's size would average over many periods."""
+    D, y = np.array([1.0, unit, 1.0]), np.array([0.4, 0.0, -1.3])
+    t = H @ y + np.sin(y)
+    root = idf.Root(lambda y, t: H @ (y / D) + np.sin(y / D) - t)
+    plain = idf.Stationary(lambda y, t: 0.5 * (y / D) @ H @ (y / D) - np.sum(np.cos(y / D)) - y / D @ t)
+    found = idf.implicit_jacobian(
+        root if kind == "root" else plain, D * y, t, backend=NumpyBackend("finite_differences")
+    )
+    expected = np.linalg.inv(H + np.diag(np.cos(y)))
+    np.testing.assert_allclose(found / D[:, None], expected, atol=1e-6 if kind == "root" else 1e-3)
+
+
 # -- noise -----------------------------------------------------------------------------------------------
 def noisy(level: float, seed: int) -> Callable[[Any], Any]:
     rng = np.random.default_rng(seed)

@@ -124,7 +124,7 @@ def posed(case: Case, lib: Library, rng: np.random.Generator, instance: Instance
 def has_to_be_right(case: Case) -> bool:
     """Whether an answer is demanded: not of a method without a matrix whose units are mixed within a leaf.
 
-    Nor where a coordinate is 0 to a difference and its unit is not that of its leaf: then there is nothing to tell it.
+    Nor where a coordinate is 0 to a difference and its unit is not that of its leaf: a step is found, or it is told.
     """
     units = {case.y} if FAMILIES[case.family].kind is not FixedPoint else {case.y, case.F}
     units |= {case.F} if case.source != "values" else set()
@@ -155,11 +155,6 @@ def check(problem: Posed, entry: str, found: Outcome, demanded: bool = True) -> 
 FOUND = [Case("tanh_map", "complex step", "auto", "vjp", "numpy", "powers of two", "mixed", "large", False, False)]
 """What only the long run met, and was wrong."""
 
-OPEN = {
-    Case("waves", "differences", "auto", "jacobian", "numpy-readonly", "mixed", "large", "mixed", False, True):
-        "a coordinate at 0 has the step of its leaf, 1e9 times its own unit: 2.5 % off, without a word",
-}  # fmt: skip
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give the design to the test that runs it."""
@@ -168,8 +163,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.config.getoption("--exhaustive", default=False):
             rng = np.random.default_rng(1)
             cases = list(dict.fromkeys([*cases, *(draw(rng) for _ in range(5000))]))
-        open_ = {case: (pytest.mark.xfail(strict=True, reason=why),) for case, why in OPEN.items()}
-        metafunc.parametrize("case", [pytest.param(case, marks=open_.get(case, ()), id=str(case)) for case in cases])
+        metafunc.parametrize("case", cases, ids=str)
 
 
 def test_same_result_in_any_units(case: Case) -> None:
