@@ -57,9 +57,9 @@ def sees(
         Values that are looked at, the nearest first.
     """
     seen: dict[int, Any] = {}  # the values themselves, or another could come to bear the id of one
-    left = deque(roots)
-    while left and len(seen) < limit:
-        value = left.popleft()
+    left, turn = deque(roots), 0
+    while left and turn < limit:
+        value, turn = left.popleft(), turn + 1
         if is_array(value):
             if wanted(value):
                 return True

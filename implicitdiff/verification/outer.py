@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,13 +19,16 @@ from implicitdiff.closures import sees, swapped
 from implicitdiff.errors import DerivativeError
 from implicitdiff.pytree import flatten
 
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
+
 __all__ = ["check_outer"]
 
-LIMIT = 300
+LIMIT = 100
 """Values that are looked at, from the nearest on: it is done at every call."""
 
 
-def check_outer(outer: Any, backend: Any, y: Any, theta: Any, point: Callable[[], Any] | None) -> None:
+def check_outer(outer: Any, backend: Backend, y: Any, theta: Any, point: Callable[[], Any] | None) -> None:
     """Raise where a loss uses y or θ of the enclosing scope.
 
     Parameters
@@ -39,16 +42,10 @@ def check_outer(outer: Any, backend: Any, y: Any, theta: Any, point: Callable[[]
     """
     if not callable(outer):
         return
-
-    def is_array(x: Any) -> bool:
-        return backend.is_array(x) or isinstance(x, np.ndarray)
-
-    for name, tree in (("y", y), ("theta", theta)):
-        leaves = [leaf if is_array(leaf) else None for leaf in flatten(tree).leaves]
-        find = functools.partial(_index, backend, is_array, leaves)
-        if not sees((outer,), is_array, functools.partial(_is_known, find), LIMIT):
-            continue
-        if point is None or _counts(outer, name, find, point()):
+    known = _Known(backend, {"y": y, "theta": theta})
+    sees((outer,), known.is_array, known.look, LIMIT)
+    for name in sorted(known.seen, reverse=True):
+        if point is None or _counts(outer, name, known, point()):
             raise DerivativeError(
                 f"outer uses {name} from the enclosing scope, beside its argument: a term of dL/dtheta is lost.\n"
                 "Likely cause: a name that stands for the solution or the parameters outside of outer, too.\n"
@@ -56,25 +53,51 @@ def check_outer(outer: Any, backend: Any, y: Any, theta: Any, point: Callable[[]
             )
 
 
-def _is_known(find: Callable[[Any], int | None], x: Any) -> bool:
-    return find(x) is not None
+class _Known:
+    """The leaves of y and theta, to be known again by another name and in another shape.
+
+    Parameters
+    ----------
+    backend : Backend
+    trees : dict
+
+    Attributes
+    ----------
+    seen : set of str
+        Names of the trees of which a leaf was met.
+    """
+
+    def __init__(self, backend: Backend, trees: dict[str, Any]) -> None:
+        self.backend, self.seen = backend, set[str]()
+        leaves = [(leaf, (name, i)) for name, tree in trees.items() for i, leaf in enumerate(flatten(tree).leaves)]
+        self._leaves = [(leaf, place) for leaf, place in reversed(leaves) if self.is_array(leaf)]
+
+    def is_array(self, x: Any) -> bool:
+        return self.backend.is_array(x) or isinstance(x, np.ndarray)
+
+    @functools.cached_property
+    def _places(self) -> dict[Any, tuple[str, int]]:
+        """By identity, and by address: of one memory in both trees, the place in the first."""
+        places = {self.backend.address(leaf): place for leaf, place in self._leaves}
+        return {**places, **{id(leaf): place for leaf, place in self._leaves}}
+
+    def find(self, x: Any) -> tuple[str, int] | None:
+        """Which leaf an array is: the name of its tree, and its number there."""
+        found = self._places.get(id(x))
+        if found is None and (where := self.backend.address(x)) is not None:
+            found = self._places.get(where)
+        return found
+
+    def look(self, x: Any) -> bool:
+        """Take note of an array that is met."""
+        found = self.find(x)
+        if found is not None:
+            self.seen.add(found[0])
+        return False
 
 
-def _index(backend: Any, is_array: Callable[[Any], bool], leaves: list[Any], x: Any) -> int | None:
-    """Which of the leaves a value is, be it by another name or in another shape."""
-    if not is_array(x):
-        return None
-    for i, leaf in enumerate(leaves):
-        if x is leaf:
-            return i
-    where = backend.address(x)
-    if where is None:
-        return None
-    return next((i for i, leaf in enumerate(leaves) if leaf is not None and backend.address(leaf) == where), None)
-
-
-def _counts(outer: Any, name: str, find: Callable[[Any], int | None], point: Any) -> bool:
-    """Whether the loss changes with what it sees; ``find`` returns the number of the leaf that a value is."""
+def _counts(outer: Any, name: str, known: _Known, point: Any) -> bool:
+    """Whether the loss changes with what it sees of that tree."""
     backend, border = point.backend, getattr(point, name)
     xp = backend.xp
 
@@ -82,8 +105,8 @@ def _counts(outer: Any, name: str, find: Callable[[Any], int | None], point: Any
         parts = flatten(border.unravel(c)).leaves
 
         def swap(x: Any) -> Any:
-            i = find(x)
-            return x if i is None else backend.reshape(parts[i], tuple(x.shape))
+            found = known.find(x) if known.is_array(x) else None
+            return x if found is None or found[0] != name else backend.reshape(parts[found[1]], tuple(x.shape))
 
         return point.scalar_function(swapped(outer, swap), "outer", args=())(point.y.vector, point.theta.vector)
 
