@@ -8,6 +8,7 @@ missing, and `implicitdiff.register_backend` makes it known.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -140,6 +141,15 @@ class Backend(ABC):
         return function
 
     # -- derivatives ---------------------------------------------------------------------------------
+    stretch: float = 1.0
+    """Factor of the steps of differences."""
+
+    def varied(self) -> Any:
+        """Return a copy whose differences are taken at other steps."""
+        other = copy.copy(self)
+        other.stretch = 0.7
+        return other
+
     @abstractmethod
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Derivatives:
         """Derivatives of a vector function."""

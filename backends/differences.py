@@ -108,7 +108,7 @@ class Differences:
             return block._replace(moves=False)  # zero to rounding beside the value: of a map T, say, that ignores y
         s.check(block, by)
         if self.strict and len(s.middle.shape) == 1 and any_true(self.xp, block.kink) and not s.random:
-            raise not_differentiable(s.what, by, None)
+            raise not_differentiable(s, by, None)
         unsure = s.random and any_true(self.xp, ~block.shown & (block.rows > 0))
         if s.accuracy(block) > WORST or unsure:
             raise s.too_noisy(
@@ -150,9 +150,7 @@ class Differences:
         if len(found.value.shape) > 1:
             nan = self.xp.full_like(found.value, float("nan"))
             return found._replace(value=self.xp.where(found.kink, nan, found.value))
-        if self.sampler.random:
-            raise self.sampler.too_noisy(f"a derivative by {by} lies below the noise of {self.sampler.what}")
-        raise not_differentiable(self.sampler.what, by, number)
+        raise not_differentiable(self.sampler, by, number)
 
     def columns(self, by: str) -> Iterator[Array]:
         """Columns of ∂G/∂y or ∂G/∂θ, one after the other."""
@@ -179,8 +177,11 @@ def name_of(function: Any) -> str:
     return getattr(function, "name", "the function")
 
 
-def not_differentiable(what: str, by: str, number: int | None) -> DerivativeError:
-    """Build the error for a kink or a jump at the point."""
+def not_differentiable(sampler: Sampler, by: str, number: int | None) -> DerivativeError:
+    """Build the error for a kink or a jump at the point; noise looks like one."""
+    what = sampler.what
+    if sampler.random or any_true(sampler.xp, sampler.noisy):
+        return sampler.too_noisy(f"a derivative by {by} lies below the noise of {what}, or {what} has a kink there")
     where = f"a direction of {by}" if number is None else f"{by}, entry {number} (in raveled order)"
     return DerivativeError(
         f"{what} has a kink or a jump at the point, along {where}: it has no derivative there.\n"
@@ -255,7 +256,7 @@ def gradient(sampler: Sampler, *, whole: bool) -> Array:
         if not (block.visible or whole):
             s.check(block, by)
         if any_true(xp, found.kink) and len(shape) == 1:
-            raise not_differentiable(s.what, by, int(xp.argmax(xp.astype(found.kink, s.x.dtype))))
+            raise not_differentiable(s, by, int(xp.argmax(xp.astype(found.kink, s.x.dtype))))
         parts[-1] = found.value / s.size[..., start:stop]
     if seen and not any(seen):
         raise s.too_noisy(f"the gradient lies below the noise of {s.what}")
@@ -272,7 +273,7 @@ def sweep(s: Sampler, block: Block, coordinates: range) -> Estimate:
     rows = block.rows + 0 * share
     start = xp.where(s.lent[..., here], block.short, block.start)
     plan = Plan(start + 0 * share, 0.1 / share, rows, block.tolerance, 1e-13 * share, separate=True)
-    plan = plan._replace(rounded=xp.astype(s.x[..., here] != 0, share.dtype))
+    plan = plan._replace(rounded=xp.astype(s.x[..., here] != 0, share.dtype), reach=s.reach())
 
     def values(a: Array, wanted: Array) -> Array:
         out = xp.zeros_like(a) + s.middle

@@ -169,7 +169,7 @@ class ComplexGradientDifferences(SecondDerivatives):
         value = found.value
         if np.any(found.kink):
             if value.ndim == 1:
-                raise not_differentiable(slope.what, onto, first + int(np.argmax(found.kink)))
+                raise not_differentiable(slope, onto, first + int(np.argmax(found.kink)))
             value = np.where(found.kink, np.nan, value)
         return value / slope.size[..., here.start : here.stop]
 

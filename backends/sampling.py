@@ -9,12 +9,14 @@ structure in each of y and θ.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, probe_vector
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.noise import noise_along, noise_within
+from implicitdiff.backends.sizes import leaf_sizes, sizes_of
 from implicitdiff.backends.steps import FIRST, VISIBLE, Estimate, Plan, Stencil, search
 from implicitdiff.errors import ImplicitDiffError, NoiseError
 
@@ -57,34 +59,6 @@ class Block(NamedTuple):
         return xp.where(noise, xp.zeros_like(found.value), found.value)
 
 
-def leaf_sizes(function: Any, name: str, n: int) -> tuple[int, ...]:
-    """Lengths of the leaves of y or of theta, where the function knows of them."""
-    point = getattr(function, "point", None)
-    leaves = tuple(leaf.size for leaf in getattr(getattr(point, name, None), "leaves", ()))
-    return leaves if sum(leaves) == n else (n,)
-
-
-def sizes_of(xp: Any, x: Array, leaves: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """Size of each coordinate, that of its leaf, and whether the leaf is all zero."""
-    one = xp.ones_like(x)
-    if not x.shape[-1]:
-        return one, one, one > 0
-    size = xp.abs(x)
-    size = xp.where(xp.isfinite(size), size, 0 * one)  # an infinite bound has no size, and no step moves it
-    whole = xp.max(size, axis=-1, keepdims=True)
-    whole = xp.where(whole > 0, whole, xp.ones_like(whole))
-    parts, start = [], 0
-    for n in leaves:
-        if n:
-            largest = xp.max(size[..., start : start + n], axis=-1, keepdims=True)
-            parts.append(xp.broadcast_to(largest, (*x.shape[:-1], n)))
-        start += n
-    leaf = xp.concat(parts, axis=-1)
-    unknown = leaf == 0
-    leaf = xp.where(unknown, whole, leaf)
-    return xp.where(size > 0, size, leaf), leaf, unknown
-
-
 class Sampler:
     """Values of a function near one point of (y, θ).
 
@@ -112,7 +86,8 @@ class Sampler:
         leaves: tuple[tuple[int, ...], tuple[int, ...]] | None = None, scalar: bool = False, rounding: bool = False,
         what: str = "the function",
     ) -> None:  # fmt: skip
-        self.backend, self.xp, self.stencil, self.what = backend, backend.xp, stencil, what
+        self.backend, self.xp, self.what = backend, backend.xp, what
+        self.stencil = replace(stencil, stretch=backend.stretch)
         self._function, self._scalar, self._rounding = function, scalar, rounding
         self._dtypes = y.dtype, theta.dtype
         self.n, self.m = int(y.shape[-1]), int(theta.shape[-1])
@@ -247,11 +222,14 @@ class Sampler:
         xp = self.xp
         share = xp.max(xp.abs(w) / self.leaf, axis=-1, keepdims=True)
         share = xp.where(share > 0, share, xp.ones_like(share))
+        level = self.noise if noise is None else noise
+        reach = self.reach() if noise is None else 1e6 + 0 * share
         if block is None:
             size = xp.abs(self.x)
             whole = xp.max(xp.where(xp.isfinite(size), size, xp.zeros_like(size)), axis=-1, keepdims=True)
             largest = xp.max(xp.abs(w), axis=-1, keepdims=True)
             natural = xp.maximum(0.1 * whole / xp.where(largest > 0, largest, whole), 0.1 / share)
+            natural = xp.minimum(natural, 0.1 * reach / share)
             start = self.stencil.start(self.eps) if start is None else start
             plan = Plan(start + 0 * natural, natural, 0 * self.middle, 1e-9, 0.0)
         else:
@@ -260,9 +238,26 @@ class Sampler:
             start = xp.where(lent, block.short, block.start)
             plan = Plan(start, 0.1 / share, block.rows, block.tolerance, floor)
         moved = xp.any((self.x != 0) & (w != 0), axis=-1, keepdims=True)
-        plan = plan._replace(rounded=xp.astype(moved, w.dtype))
-        level = self.noise if noise is None else noise
+        plan = plan._replace(rounded=xp.astype(moved, w.dtype), reach=reach)
         return search(xp, self.stencil, lambda a, wanted: self.at(self.x + a[..., :1] * w), self.middle, level, plan)
+
+    @cached_property
+    def noisy(self) -> Array:
+        """Whether the noise is more than rounding, against what the function changes by near the point, per item."""
+        change = self.xp.abs(self.at(self.x + 0.1 * self._probe * self.size) - self.middle)
+        change = self.xp.where(self.xp.isfinite(change), change, self.xp.zeros_like(change))
+        level = 1e3 * self.eps * self.xp.maximum(self.xp.abs(self.middle), change)
+        return self.xp.any((self.noise > level) & (level > 0), axis=-1, keepdims=True)
+
+    def reach(self) -> Array:
+        """How many natural lengths a step may be long.
+
+        At the level of rounding, what moves nothing may be of a unit that its size says nothing of. A larger noise
+        hides what lies between the ends of a step as long as y itself, and their slope may be anything.
+        """
+        if self._rounding or not any_true(self.xp, self.noisy):
+            return 1e6 + self.xp.zeros_like(self.x[..., :1])
+        return self.xp.where(self.noisy, self.xp.full_like(self.x[..., :1], 3.0), 1e6)
 
     # -- what is known as a whole ---------------------------------------------------------------------
     @cached_property

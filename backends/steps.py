@@ -50,9 +50,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Stencil:
-    """Formulas on the five values at −2a … 2a for the first or the second derivative."""
+    """Formulas on the five values at −2a … 2a for the first or the second derivative.
+
+    ``stretch`` is a factor of every step, for differences that share no rounding with those at a stretch of one.
+    """
 
     order: int
+    stretch: float = 1.0
 
     @property
     def accuracy(self) -> float:
@@ -122,6 +126,8 @@ class Plan(NamedTuple):
     """Whether every component is a function of its own, with a step of its own."""
     rounded: Any = 1.0
     """Of `Stencil.sample`."""
+    reach: Any = 1e6
+    """How many natural lengths a step may come to at most."""
 
 
 class Estimate(NamedTuple):
@@ -170,7 +176,7 @@ def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: 
     """
 
     def look(a: Array, wanted: Array) -> Sample:
-        return stencil.sample(xp, lambda t: function(t, wanted), middle, noise, a, plan.rounded)
+        return stencil.sample(xp, lambda t: function(t, wanted), middle, noise, a * stencil.stretch, plan.rounded)
 
     yes = xp.ones_like(middle) > 0
     a = plan.start + xp.zeros_like(middle)
@@ -233,7 +239,7 @@ def _wishes(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> tuple[Array, A
     if not plan.separate:
         grow, shrink = xp.any(grow, axis=-1, keepdims=True), xp.any(shrink, axis=-1, keepdims=True)
         further = xp.any(further, axis=-1, keepdims=True)
-    far = s.high < 1e6 * plan.natural
+    far = s.high < plan.reach * plan.natural
     grow = grow & ((s.high < 0.9 * plan.natural) | (further & far))
     shape = s.step.shape
     return xp.broadcast_to(grow, shape), xp.broadcast_to(shrink, shape)

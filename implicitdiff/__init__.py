@@ -20,6 +20,7 @@ from implicitdiff.conditions import (
 )
 from implicitdiff.decorator import implicit_function
 from implicitdiff.errors import (
+    AccuracyWarning,
     BackendError,
     CallbackError,
     DerivativeError,
@@ -76,6 +77,7 @@ __all__ = [
     "LU",
     "MINRES",
     "QP",
+    "AccuracyWarning",
     "Auto",
     "BackendError",
     "CallbackError",

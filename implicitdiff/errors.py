@@ -24,6 +24,7 @@
         └── NonFiniteProductError (FloatingPointError)  a product holds NaN or Inf
 
     ImplicitDiffWarning (UserWarning)
+    ├── AccuracyWarning                      the derivative is known to few digits
     ├── NotASolutionWarning                  F(y, theta) is not zero
     ├── RecompilationWarning                 JAX compiles at every call
     ├── RegularityWarning                    a weakly active constraint, a multiplier of the wrong sign
@@ -37,6 +38,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "AccuracyWarning",
     "BackendError",
     "CallbackError",
     "DTypeError",
@@ -161,6 +163,10 @@ class NonFiniteProductError(SolveError, FloatingPointError):
 
 class ImplicitDiffWarning(UserWarning):
     """Base of every warning of this library."""
+
+
+class AccuracyWarning(ImplicitDiffWarning):
+    """The derivative is known to few digits: noise or rounding in A, times its condition number, leaves no more."""
 
 
 class NotASolutionWarning(ImplicitDiffWarning):

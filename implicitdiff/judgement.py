@@ -7,6 +7,7 @@ from typing import Any
 from implicitdiff.arrays import Array, any_true, item_numbers, named_items, to_python
 from implicitdiff.curvature import tell_kind
 from implicitdiff.errors import (
+    AccuracyWarning,
     DerivativeError,
     NonFiniteError,
     NonFiniteProductError,
@@ -18,7 +19,18 @@ from implicitdiff.errors import (
 from implicitdiff.failure import explain, warn
 from implicitdiff.ravel import Ravel
 
-__all__ = ["check_loss", "independent", "judge", "loss_independent", "reject_non_finite", "warn_not_solution"]
+__all__ = [
+    "UNCERTAIN",
+    "check_loss",
+    "independent",
+    "judge",
+    "loss_independent",
+    "reject_non_finite",
+    "warn_not_solution",
+]
+
+UNCERTAIN = 4e-3
+"""Relative error of a solution, as the rounding of A and the condition number suggest it, that is told."""
 
 
 def reject_non_finite(task: Any, border: Ravel, vector: Any, name: str) -> None:
@@ -66,6 +78,7 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
             return rules.condition.diagnose(evidence.findings, error, rules.prepared.operator)
         return error
     _look_at_curvature(evidence, rules)
+    _tell_accuracy(evidence, rules)
     return _product_error(rules.point, evidence.image | ~good, "mixed_vjp (Bᵀ u)")
 
 
@@ -75,6 +88,23 @@ def _look_at_curvature(evidence: Any, rules: Any) -> None:
     if suspect is not None and not rules.curved and any_true(rules.point.backend.xp, suspect & evidence.inputs):
         rules.curved = True
         tell_kind(rules.condition.point_kind, rules.prepared.operator, evidence.inputs)
+
+
+def _tell_accuracy(evidence: Any, rules: Any) -> None:
+    """Warn, once for a point, where the condition number leaves few digits of what rounding left of A."""
+    xp, unsure, op = rules.point.backend.xp, evidence.uncertain, rules.prepared.operator
+    if unsure is None or rules.unsure or not any_true(xp, unsure & evidence.inputs):
+        return
+    rules.unsure = True
+    error = float(xp.max(evidence.solution.uncertainty(xp, op.rounding)))
+    which = f" in {named_items(xp, unsure)}" if rules.point.items else ""
+    single = "in double precision (float64), " if float(xp.finfo(op.dtype).eps) > 1e-10 else ""
+    warn(
+        f"the derivative may be off by up to about {3 * error:.1%}{which}: {op.label} has a condition number of about "
+        f"{error / op.rounding:.1g}, and is known to {op.rounding:.1g} by rounding.\n"
+        f"Next: compute {single}scale or regularise the problem, or add damping.",
+        AccuracyWarning,
+    )
 
 
 def _findings_error(evidence: Any, rules: Any) -> SolveError | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic
 
 from implicitdiff.arrays import Array, any_true
@@ -18,6 +18,7 @@ from implicitdiff.registry import backend_for, get_backend, portable
 from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.typing import T, Y
+from implicitdiff.verification.confirmation import Confirmation
 from implicitdiff.verification.first_use import verify
 from implicitdiff.verification.outer import check_outer
 
@@ -183,7 +184,7 @@ class Linearization(Generic[Y, T]):
     # -- inside --------------------------------------------------------------------------------------
     def _call(self, mode: str, direction: Any, x0: Any) -> Any:
         """Run a mode of the rules, judge what was seen, and hand the value over."""
-        task = self._task
+        task, xp = self._task, self._task.backend.xp
         with task.backend.computing():
             if mode == "gradient":
                 seen = task.backend.local(task.y, task.theta)
@@ -194,9 +195,11 @@ class Linearization(Generic[Y, T]):
             error = self._judge(run, mode, direction)
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
                 # a failed solve is blamed on A only if A is what it should be
-                found = None if error is not None else run.evidence.solution.x
+                found = None if error is not None or run.evidence.unsure(xp) else run.evidence.solution.x
                 verify(self._task, lambda: run.rules or self._rules, mode, found)
                 self._verified = True
+            if error is None and run.rules is not None:
+                self._confirmation.check(run.rules, run.evidence.solution, mode, direction, x0)
         if self._task.on_report is not None and self.report is not None:
             self._task.on_report(self.report)
         if error is not None:  # with the value attached: nothing is lost
@@ -229,6 +232,10 @@ class Linearization(Generic[Y, T]):
                 reject_non_finite(task, border, vector, name)
         rules.kinds.update({"outer": ""} if mode == "gradient" else {})
         return judge(run.evidence, rules, method_of(run.evidence.solution, run.methods)[0])
+
+    @cached_property
+    def _confirmation(self) -> Confirmation:
+        return Confirmation(self._task, partial(Rules, flat=True))
 
     @cached_property
     def _rules(self) -> Rules:

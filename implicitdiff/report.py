@@ -77,6 +77,9 @@ class Counts(NamedTuple):
         Estimate of the reciprocal condition number (direct methods).
     tolerance : float or array, optional
         The relative residual that the solver called success.
+    condition : float or array, optional
+        What a relative error of A is multiplied by in the solution, where that is known and not 1/rcond; from below
+        for iterative methods.
     method : int or array, optional
         Which of the methods that ``Solver.describe`` lists was used, where it lists several.
     """
@@ -87,6 +90,7 @@ class Counts(NamedTuple):
     operator_norm: Any = None
     rcond: Any = None
     tolerance: Any = None
+    condition: Any = None
     method: Any = None
 
 

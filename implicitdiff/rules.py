@@ -26,7 +26,7 @@ from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
 from implicitdiff.errors import ShapeError
-from implicitdiff.judgement import check_loss, reject_non_finite
+from implicitdiff.judgement import UNCERTAIN, check_loss, reject_non_finite
 from implicitdiff.linalg.equilibration import TINY
 from implicitdiff.linalg.solve import Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
@@ -91,6 +91,12 @@ class Evidence(NamedTuple):
     """What the condition saw beside F."""
     suspect: Any = None
     """Items in which the solve saw curvature that contradicts what y is said to be."""
+    uncertain: Any = None
+    """Items in which the rounding of A may have changed the solution visibly."""
+
+    def unsure(self, xp: Any) -> bool:
+        """Whether any item is `uncertain`."""
+        return self.uncertain is not None and any_true(xp, self.uncertain)
 
     def sound(self, xp: Any) -> Array:
         """Whether there is nothing to tell: one number to look at."""
@@ -98,8 +104,8 @@ class Evidence(NamedTuple):
         good = good & ~self.step.unsolved & ~self.step.doubtful
         if self.findings is not None:
             good = good & self.findings.quiet
-        if self.suspect is not None:
-            good = good & ~self.suspect
+        for doubt in (self.suspect, self.uncertain):
+            good = good if doubt is None else good & ~doubt
         return xp.all(good) & ~xp.any(self.vanished)
 
 
@@ -129,9 +135,10 @@ class Rules:
         self.frame, self.findings, self.checked = maps.frame, maps.findings, maps.checked
         self.prepared = prepare(maps.A, condition.routed(solver), mute=mute and task.on_failure != "ignore")
         self.kinds: dict[str, str] = {}
-        self.told = self.warned = self.curved = False
+        self.told = self.warned = self.curved = self.unsure = False
         self.check = SolutionCheck(self.point, maps, self.prepared)
         self._seen: Step | None = None
+        self.latest: tuple[str, Any] | None = None  # "theta" or "y", and the latest derivative by or of it
 
     @property
     def derivatives(self) -> dict[str, str]:
@@ -238,7 +245,8 @@ class Rules:
         right, b = self._per_item(space.finite(b)), -b
         solution = self._solve(b, x0, inputs, transposed=False)
         evidence = self._evidence(solution, b, False, inputs, vanished)
-        return self._told(self._back(solution.x), evidence._replace(right=right))
+        self.latest = "y", self._back(solution.x)
+        return self._told(self.latest[1], evidence._replace(right=right))
 
     def _back(self, x: Any) -> Any:
         """The part of the system's unknowns that is y."""
@@ -255,6 +263,7 @@ class Rules:
         vanished = theta.vanishes(g) & ~space(u).vanishes(u)
         evidence = self._evidence(solution, b, True, inputs, vanished)
         right = evidence.right if right is None else right
+        self.latest = "theta", g
         return self._told(g, evidence._replace(right=right, image=self._per_item(theta.finite(g))))
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:
@@ -325,7 +334,9 @@ class Rules:
             self._seen = step
         yes = self.point.backend.xp.ones_like(inputs)
         suspect = None if self.mute else suspicion(self.condition.point_kind, self.prepared, solution, b)
-        return Evidence(solution, inputs, yes, yes, vanished, step, self.findings, suspect)
+        error = solution.uncertainty(self.point.backend.xp, self.prepared.operator.rounding)
+        uncertain = None if error is None else error > UNCERTAIN
+        return Evidence(solution, inputs, yes, yes, vanished, step, self.findings, suspect, uncertain)
 
 
 class Run(NamedTuple):

@@ -147,6 +147,10 @@ class Outcome:
         """Whether the call returned without an error or a warning."""
         return self.error is None and not self.warnings
 
+    def but(self, *kinds: type[Warning]) -> Outcome:
+        """Return it without warnings of these types."""
+        return Outcome(self.value, self.error, [w for w in self.warnings if not isinstance(w, kinds)])
+
     @property
     def told(self) -> list[Exception]:
         """The error and the warnings."""

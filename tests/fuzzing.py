@@ -235,6 +235,8 @@ def _plausible(case: Case) -> Callable[[Exception], bool]:
     names = {"SingularError", "NotConvergedError", "NotASolutionWarning", "SolveWarning"}
     if case.noise:
         names |= {"NoiseError", "RegularityWarning", "NotPositiveDefiniteError"}
+    if case.noise or case.condition * accuracy(case) > 1e-4:
+        names |= {"AccuracyWarning"}
     if case.condition * accuracy(case) > 1e-2:
         names |= {"NotPositiveDefiniteError", "NoiseError"}
     return lambda e: type(e).__name__ in names

@@ -26,6 +26,7 @@ from conftest import (
 )
 
 from implicitdiff import (
+    AccuracyWarning,
     NotConvergedError,
     NotPositiveDefiniteError,
     SingularError,
@@ -36,8 +37,8 @@ from implicitdiff import (
 )
 
 two_libraries = pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
-TOLD = (NotConvergedError, SingularError, NotPositiveDefiniteError)
-CAUSE = r"residual|rcond|not positive definite"
+TOLD = (NotConvergedError, SingularError, NotPositiveDefiniteError, AccuracyWarning)
+CAUSE = r"residual|rcond|not positive definite|condition number"
 SMALL_RESIDUAL = {"float64": 1e-10, "float32": 1e-5}  # the documented default of the iterative methods
 
 
@@ -58,6 +59,7 @@ def rounding_of(A, b, x) -> float:
 
 
 # -- 12 and 13: hard, at the two precisions ------------------------------------------------------------------------
+FEW_DIGITS: dict[str, tuple[type[Warning], ...]] = {"float64": (), "float32": (AccuracyWarning,)}
 PRECISIONS = [("float64", 1e10, 1e-6), ("float32", 1e6, 1e-2)]
 
 
@@ -70,14 +72,15 @@ def test_12_13_direct_solvers(lib, door, dtype, condition, rtol, name):
     for seed in range(3):
         A, b = with_condition(10, condition, seed, dtype=dtype)
         found = through(lib, door, A, b, name, dtype=dtype)
-        assert_right(lib, found, expected_through(door, A, b), rtol)
+        # in single precision that is as much as rounding leaves of A, and may be said
+        assert_right(lib, found.but(*FEW_DIGITS[dtype]), expected_through(door, A, b), rtol)
 
 
 @each_door("solve:matrix", "vjp:hvp", "jvp:root", "vjp:adjoint")
 @pytest.mark.parametrize(("dtype", "condition", "rtol"), PRECISIONS, ids=["12-float64", "13-float32"])
 def test_12_13_iterative_solvers(lib, door, dtype, condition, rtol, solver):
     A, b = with_condition(10, condition, 12, dtype=dtype)
-    found = through(lib, door, A, b, solver, dtype=dtype)
+    found = through(lib, door, A, b, solver, dtype=dtype).but(*FEW_DIGITS[dtype])
     if not found.quiet:
         assert solver in ITERATIVE, found.text
         assert_told(found, TOLD, CAUSE)

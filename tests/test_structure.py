@@ -38,7 +38,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BUILD_ON_ARRAY_API = {"numpy", "torch", "jax", "cupy"}
-HELPERS = {"base", "curvature", "differences", "lending", "noise", "sampling", "steps", "autograd"}
+HELPERS = {"base", "curvature", "differences", "lending", "noise", "sampling", "sizes", "steps", "autograd"}
 
 
 def module_name(path: Path) -> str:

@@ -298,12 +298,13 @@ class _Builder:
         jvp, vjp = given.mixed_jvp, given.mixed_vjp
         forward = None if jvp is None else p.product(jvp, "mixed_jvp", p.theta, p.y)
         adjoint = None if vjp is None else p.product(vjp, "mixed_vjp", p.y, p.theta)
-        kind = "given"
+        kind, accuracy = "given", 0.0
         if forward is None and adjoint is None:
             forward, adjoint, kind = self.derived.jvp_theta, self.derived.vjp_theta, self.derived.kind
+            accuracy = self.derived.accuracy
         return LinearMap(
             p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
-            kind=kind, label="B", domain=p.theta.dtype,
+            kind=kind, label="B", domain=p.theta.dtype, accuracy=accuracy,
         )  # fmt: skip
 
 

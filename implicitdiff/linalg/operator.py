@@ -23,6 +23,10 @@ __all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map", 
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]
+ASSEMBLED = 256
+"""Up to this order a noisy A is assembled: no more products than an iterative method may need."""
+NOISY = 1e-9
+"""Relative error of products that rounding does not explain."""
 ROUNDING = 0.1
 """Part of the machine epsilon that counts as the error of a product: ten entries of one size average to less."""
 
@@ -56,6 +60,8 @@ class LinearMap:
         or None; then the matrix is assembled from the product that is there.
     domain : dtype, optional
         Of the vectors of length ``columns``, where it is another one.
+    accuracy : float
+        Relative error of a product beyond rounding; not 0 for finite differences.
     """
 
     backend: Backend
@@ -72,6 +78,7 @@ class LinearMap:
     label: str = "A"
     derive: Derive | None = None
     domain: Any = None
+    accuracy: float = 0.0
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -163,8 +170,6 @@ class Operator(LinearMap):
         transpose); one that was only declared is checked.
     damping : float
         δ of (A + δI), applied to every product and to the matrix.
-    accuracy : float
-        Relative error of a product beyond rounding; not 0 for finite differences.
     offset : float
         Size of what cancels in A beside its entries: 1 for I − ∂T, of which a small rest is known to the rounding of 1.
     leaves : tuple of int
@@ -177,20 +182,23 @@ class Operator(LinearMap):
     positive_definite: bool | None = None
     trusted: bool = False
     damping: float = 0.0
-    accuracy: float = 0.0
     offset: float = 0.0
     leaves: tuple[int, ...] = ()
     like: Any = field(default=None, repr=False, compare=False)
 
     @property
-    def resolution(self) -> float:
-        """Relative error of A itself: what is smaller than that, against ‖A‖, is not known to be different from zero.
+    def rounding(self) -> float:
+        """Relative error of A by rounding.
 
         It is not the worst that rounding may do, but what it usually does: a product may be exact (of a matrix, say),
         but for the rounding of its entries. What cancels in I − ∂T is known to the rounding of 1.
         """
-        eps = float(self.backend.xp.finfo(self.dtype).eps)
-        return max(self.accuracy, (0.5 if self.offset else ROUNDING) * eps)
+        return (0.5 if self.offset else ROUNDING) * float(self.backend.xp.finfo(self.dtype).eps)
+
+    @property
+    def resolution(self) -> float:
+        """Relative error of A itself: what is smaller, against ‖A‖, is not known to be different from zero."""
+        return max(self.accuracy, self.rounding)
 
     @property
     def n(self) -> int:
@@ -229,6 +237,19 @@ class Operator(LinearMap):
             label=self.label.removesuffix("ᵀ") if self.label.endswith("ᵀ") else self.label + "ᵀ",
             _cache={},
         )
+
+    def settled(self) -> Operator:
+        """Return one fixed A, where each product brings noise of its own: no method converges for a matrix that moves.
+
+        It is assembled up to an order of `ASSEMBLED`; beyond, or where the products are good, A is as it is.
+        """
+        if self.accuracy <= NOISY or self.n > ASSEMBLED or self.matrix is not None or self.backend.traced:
+            return self
+        xp, matrix = self.backend.xp, self.dense()
+        if self.symmetric:
+            matrix = 0.5 * (matrix + xp.matrix_transpose(matrix))
+        forward, adjoint = matrix_product(xp, matrix), matrix_product(xp, matrix, transposed=True)
+        return replace(self, matrix=matrix, forward=forward, adjoint=forward if self.symmetric else adjoint)
 
     def damped(self, damping: float) -> Operator:
         """Return A + δI."""

@@ -32,6 +32,16 @@ class Solution(NamedTuple):
     rcond: Any
     operator_norm: Any
     method: Any
+    condition: Any = None
+
+    def uncertainty(self, xp: Any, accuracy: float) -> Any:
+        """Relative error of x where A has one of that accuracy; None where nothing is known of the condition number."""
+        if self.condition is not None:
+            return accuracy * xp.asarray(self.condition)
+        if self.rcond is None:
+            return None
+        rcond = xp.asarray(self.rcond)
+        return xp.where(rcond > 0, accuracy / xp.where(rcond > 0, rcond, xp.ones_like(rcond)), 0 * rcond)
 
     @property
     def failed(self) -> Array:
@@ -248,7 +258,7 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
     least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
     return Solution(
         x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),
-        worst(counts.tolerance), least, worst(counts.operator_norm), worst(counts.method),
+        worst(counts.tolerance), least, worst(counts.operator_norm), worst(counts.method), worst(counts.condition),
     )  # fmt: skip
 
 

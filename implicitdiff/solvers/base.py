@@ -10,10 +10,13 @@ from implicitdiff.arrays import Array, needed
 from implicitdiff.linalg.equilibration import Scaling, equilibrated
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_sound
+from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
 from implicitdiff.report import Counts, Status
+from implicitdiff.solvers.checks import LOST, cancelled
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
+from implicitdiff.solvers.unit import one_step, unit_of
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -124,7 +127,8 @@ class Start(NamedTuple):
 class Cycle(NamedTuple):
     """What one run of an iterative method returns to the driver below.
 
-    ``operator_norm`` is a lower estimate of ‖A‖; ``flat`` tells where ‖A v‖ <= 4 √ε ‖A‖ for a unit vector v was met.
+    ``operator_norm`` and ``gain`` are lower estimates of ‖A‖ and ‖A⁻¹‖; ``flat`` tells where ‖A v‖ <= 4 √ε ‖A‖ for a
+    unit vector v was met.
     """
 
     x: Array
@@ -133,6 +137,7 @@ class Cycle(NamedTuple):
     status: Array
     operator_norm: Array
     flat: Any = False
+    gain: Any = 0.0
 
 
 class KrylovState(NamedTuple):
@@ -154,6 +159,7 @@ class _Outer(NamedTuple):
     operator_norm: Array
     tolerance: Array
     unit: Array  # σ: the method runs on A/σ
+    condition: Array
 
 
 def accuracy(state: KrylovState, space: Any) -> float:
@@ -196,6 +202,7 @@ class Krylov(Solver):
     monotone: ClassVar[bool] = False  # whether ‖r‖ cannot grow but for rounding
 
     def init(self, operator: Operator) -> KrylovState:
+        operator = operator.settled()
         if self.preconditioner is not None:  # it makes the norm in which the system is seen
             return KrylovState(operator, as_preconditioner(self.preconditioner, operator))
         scaled, scaling = equilibrated(operator, symmetric=self.symmetric_only)
@@ -214,7 +221,7 @@ class Krylov(Solver):
     def loosely(self, state: KrylovState, b: Array) -> tuple[Array, Any, Counts]:
         backend = state.operator.backend
         if backend.traced and not backend.tells:
-            return _one_step(state, b)
+            return one_step(state, b)
         most = min(self.most(state.operator.n), LOOSE_ITERATIONS)
         return replace(self, rtol=LOOSE, maxiter=most).solve(state, b, None)
 
@@ -243,9 +250,10 @@ class Krylov(Solver):
         # GMRES is the same loop with many cycles; CG and MINRES nearly always take one.
         op, backend = state.operator, state.operator.backend
         space = backend.space(b)
-        default = max(1e-10 if space.eps < 1e-10 else 1e-5, 30 * op.accuracy)
+        noise = min(30 * op.accuracy, 1e-2) if op.matrix is None else 0.0
+        default = max(1e-10 if space.eps < 1e-10 else 1e-5, noise)
         rtol, maxiter = space.scalar(self.rtol or default), self.most(space.length)
-        unit, scale = _unit(space, b)
+        unit, scale = unit_of(space, b)
         state_0 = _start(space, op, unit, x0, scale, rtol)
 
         def body(s: _Outer) -> _Outer:
@@ -259,7 +267,11 @@ class Krylov(Solver):
             converged = end.status == int(Status.CONVERGED)
             residual = state.scaling.told(backend, converged, (residual, end.tolerance), end.r, unit())
         known = space.where(space.isfinite(end.operator_norm), end.operator_norm, space.scalar(0.0))
-        counts = Counts(end.iterations, end.matvecs, residual, known, None, end.tolerance)
+        condition = end.condition if state.preconditioner.identity else None
+        if condition is not None and op.offset and state.scaling is not None and not is_tree_vector(b):
+            more = cancelled(space.xp, op, state.scaling, space.xp.asarray(known) * op.n**0.5) / op.rounding
+            condition = condition * space.maximum(space.scalar(1.0), more)
+        counts = Counts(end.iterations, end.matvecs, residual, known, None, end.tolerance, condition)
         return space.scale(scale, end.x), status, counts
 
     def _after_cycle(
@@ -269,7 +281,9 @@ class Krylov(Solver):
         norm = space.maximum(s.operator_norm, c.operator_norm)
         iterations = s.iterations + c.iterations
         # Rounding in A x alone (or noise) leaves eps ‖A‖ ‖x‖: below that no method can go, and it is no failure.
-        floor = accuracy(state, space) * space.norm(space.scale(norm, space.copy(c.x)))  # no square under- or overflows
+        size = space.norm(space.scale(norm, space.copy(c.x)))  # ‖A‖ ‖x‖: no square under- or overflows
+        floor = accuracy(state, space) * size
+        condition = space.where(s.active, space.maximum(size, norm * c.gain), s.condition)
         finite = space.isfinite(residual)
         flat, limit, number = s.active & c.flat, 20 * space.eps**0.5, space.scalar
         improved = residual < space.where(flat, number(min(0.9, self.stall)), number(self.stall)) * s.residual
@@ -287,11 +301,13 @@ class Krylov(Solver):
                 status = space.where(residual > 2 * s.residual, int(Status.SINGULAR), status)
         status = space.where(c.status != 0, c.status, status)
         status = space.where(finite, status, int(Status.NON_FINITE))
-        status = space.where(done, int(Status.CONVERGED), status)
+        lost = (state.operator.resolution * condition > LOST) & state.preconditioner.identity
+        # and then a small residual means nothing, either
+        status = space.where(done, space.where(lost, int(Status.SINGULAR), int(Status.CONVERGED)), status)
         again = s.active & ~done & finite & improved & (c.status == 0) & (iterations < maxiter)
         return _Outer(
             c.x, r, residual, again, space.where(s.active, status, s.status), iterations,
-            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance), s.unit,
+            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance), s.unit, condition,
         )  # fmt: skip
 
     def _rescaled(self, space: Any, s: _Outer, end: _Outer, unit: Callable[[], Array], backend: Backend) -> _Outer:
@@ -344,43 +360,7 @@ def _scaled(
 
     scaled = state._replace(operator=replace(op, forward=product, _cache={}))
     c = cycle(scaled, space, start._replace(x=space.scale(s.unit, start.x)))
-    return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=c.operator_norm * s.unit)
-
-
-def _one_step(state: KrylovState, b: Array) -> tuple[Array, Any, Counts]:
-    """One step of minimal residual: what a compiled program that cannot branch can afford, in time and in size."""
-    backend = state.operator.backend
-    scaling, precondition = state.scaling, state.preconditioner
-    right = b if scaling is None else scaling.scaled(b)
-    space = backend.space(right)
-    unit, scale = _unit(space, right)
-    r = unit()
-    z = r if precondition.identity else precondition(r)
-    image = state.operator.matvec(z)
-    square = space.inner(image, image)
-    alpha = space.inner(image, r) / space.where(square > 0, square, space.scalar(1.0))
-    x = space.scale(scale * alpha, space.copy(z))
-    x = x if scaling is None else scaling.restored(x)
-    return x, space.where(space.finite(x), int(Status.APPROXIMATE), int(Status.NON_FINITE)), Counts(matvecs=1)
-
-
-def _unit(space: Any, b: Array) -> tuple[Callable[[], Array], Array]:
-    """Return a function that makes b / ‖b‖ anew (it is not kept: one vector less), and ‖b‖."""
-    one = space.scalar(1.0)
-    largest = space.largest(b)
-    largest = space.where((largest > 0) & space.isfinite(largest), largest, one)
-    root = 1 / space.sqrt(largest)  # twice its root, since 1 / 1e-308 may overflow
-
-    def scaled() -> Array:
-        return space.scale(root, space.scale(root, space.copy(b)))
-
-    norm = space.norm(scaled())
-    safe = space.where(norm > 0, norm, one)
-
-    def unit() -> Array:
-        return space.scale(1 / safe, scaled())
-
-    return unit, norm * largest
+    return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=c.operator_norm * s.unit, gain=c.gain / s.unit)
 
 
 def _start(space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None, scale: Array, rtol: Array) -> _Outer:
@@ -397,4 +377,4 @@ def _start(space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None
     active = ~done  # a NaN stays active and is told
     status = space.where(done, int(Status.CONVERGED), int(Status.MAX_ITERATIONS))
     zero, one = space.scalar(0.0), space.scalar(1.0)
-    return _Outer(x, r, residual, active, status, space.counter(), matvecs, zero, rtol, one)
+    return _Outer(x, r, residual, active, status, space.counter(), matvecs, zero, rtol, one, zero)

@@ -40,6 +40,7 @@ class _State(NamedTuple):
     matvecs: Array
     ritz: Array  # β/α of the step before: with 1/α the next diagonal entry of the Lanczos matrix
     operator_norm: Array
+    gain: Array  # largest pᵀp / pᵀAp: a lower bound of ‖A⁻¹‖
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +72,7 @@ class CG(Krylov):
         zero = space.scalar(0.0)
         first = _State(
             start.x, start.r, space.copy(z), rz, rr, rz, start.active, space.counter(), space.counter(),
-            0, zero, zero,
+            0, zero, zero, zero,
         )  # fmt: skip
         target = start.target * start.target
 
@@ -82,7 +83,7 @@ class CG(Krylov):
         end = loop(lambda s: space.any(s.active), step, first, limit=most)
         end = _flat(end, state, space, 16 * noise)
         norm = end.operator_norm if precondition.identity else without_preconditioner(space, end.operator_norm, rr, rz)
-        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm)
+        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm, gain=end.gain)
 
 
 def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array, level: float) -> _State:
@@ -111,7 +112,8 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & (rr > target) & (iterations < budget)
     pp = space.where(go, rz + beta * beta * s.pp, s.pp)
-    return _State(x, r, p, rz, rr, pp, active, status, iterations, s.matvecs + 1, beta * inverse, norm)
+    gain = space.maximum(s.gain, space.where(go, s.pp / space.where(go, curvature, one), zero))
+    return _State(x, r, p, rz, rr, pp, active, status, iterations, s.matvecs + 1, beta * inverse, norm, gain)
 
 
 def _flat(end: _State, state: KrylovState, space: Any, level: float) -> _State:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.report import Status
 
-__all__ = ["asymmetry", "classify", "skew_tolerance"]
+__all__ = ["LOST", "PROBES", "amplification", "asymmetry", "cancelled", "classify", "skew_tolerance"]
+
+LOST = 0.03
+"""Estimated relative error of a solution, by that of A, from which A is called singular."""
+
+PROBES = 4
+"""Vectors on which ‖A⁻¹‖ is seen."""
 
 
 def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Array, Array]:
@@ -24,6 +31,23 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
     status = xp.where((failed == 0) & ~good, stagnated, failed)
     status = xp.where((failed == 0) & xp.isnan(residual), xp.full_like(status, int(Status.NON_FINITE)), status)
     return status, tolerance
+
+
+def cancelled(xp: Any, operator: Any, scaling: Any, norm: Array) -> Array:
+    """Relative error of an equilibrated I − ∂T: what is left of the diagonal is known to the rounding of 1."""
+    error = operator.offset * max(operator.accuracy, 0.5 * float(xp.finfo(operator.dtype).eps))
+    scale = 1.0 if scaling is None else xp.max(scaling.rows * scaling.columns, axis=-1)
+    size = norm / math.sqrt(operator.n)
+    return error * scale / xp.where(size > 0, size, xp.ones_like(size))
+
+
+def amplification(xp: Any, operator: Any, scaling: Any, norm: Array, rcond: Array) -> Array | None:
+    """What rounding of A is multiplied by, where that is more than 1/rcond: A is what is left of I − ∂T; else None."""
+    if not operator.offset:
+        return None
+    error, usable = cancelled(xp, operator, scaling, norm) / operator.rounding, rcond > 0
+    error = xp.where(error > 1, error, xp.ones_like(error))
+    return xp.where(usable, error / xp.where(usable, rcond, xp.ones_like(rcond)), xp.zeros_like(rcond))
 
 
 def asymmetry(xp: Any, matrix: Array) -> Array:

@@ -8,7 +8,7 @@ equilibrated matrix, and the rank is held against the precision in which A was m
 References
 ----------
 J. D. Dixon, "Estimating extremal eigenvalues and condition numbers of matrices", SIAM J. Numer. Anal. 20
-(1983) 812-814. DOI 10.1137/0720053 (the estimate of ‖A⁻¹‖ from a probe vector)
+(1983) 812-814. DOI 10.1137/0720053 (the estimate of ‖A⁻¹‖ from probe vectors)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from implicitdiff.linalg.operator import Operator, matrix_product
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Solver
-from implicitdiff.solvers.checks import asymmetry, classify, skew_tolerance
+from implicitdiff.solvers.checks import LOST, PROBES, amplification, asymmetry, cancelled, classify, skew_tolerance
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -103,8 +103,13 @@ class DenseSolver(Solver):
         state = DenseState(operator, matrix, scaling, factor, False, norm, size, None, failed)
         if backend.traced:
             return state
-        z = _probe(state)
-        return _with_condition(state, z, self.apply(backend, factor, z[..., None], False)[..., 0])
+        z = _probes(state)
+        w = self._apply_rows(state, z)
+        # one step of the power method for (Aᵀ A)⁻¹: few vectors may all be nearly orthogonal to a singular one
+        v = xp.sum(w, axis=0)
+        size = item_norm(xp, v)[..., None]
+        v = self._apply_rows(state._replace(transposed=True), v / xp.where(size > 0, size, xp.ones_like(size)))
+        return _with_condition(state, z, w, item_norm(xp, v))
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         if not isinstance(state, DenseState):
@@ -120,7 +125,7 @@ class DenseSolver(Solver):
             state, x, r = self._with_probe(state, wide / scale)
         else:
             x, r = self._refined(state, wide / scale)
-        residual = xp.sqrt(xp.vecdot(r, r))
+        state, residual = _by_solution(state, x), xp.sqrt(xp.vecdot(r, r))
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
         if state.scaling is not None:
             converged = status == int(Status.CONVERGED)
@@ -131,7 +136,9 @@ class DenseSolver(Solver):
             x = xp.where(zero[..., None], xp.zeros_like(x), x)
         x = x if state.scaling is None else state.scaling.restored(x)
         x = backend.astype(x * scale, b.dtype)
-        return x, status, Counts(0, 0, residual, state.size / math.sqrt(state.operator.n), state.rcond, tolerance)
+        norm = state.size / math.sqrt(state.operator.n)
+        condition = amplification(xp, state.operator, state.scaling, state.norm, state.rcond)
+        return x, status, Counts(0, 0, residual, norm, state.rcond, tolerance, condition)
 
     def factored(self, state: Any) -> bool:
         return True
@@ -166,7 +173,7 @@ class DenseSolver(Solver):
         return backend.rescue(~(residual <= 100 * rounding), refine, (x, r))
 
     def _with_probe(self, state: DenseState, b: Array) -> tuple[DenseState, Array, Array]:
-        """Solve for b and for the probe vector in one go.
+        """Solve for b and for the probe vectors in one go.
 
         A compiled program has no branch that is cheap: data in single precision is always refined, in double never.
         (XLA may compute an entry of A twice, for the factors and for the residual, and round it to single precision
@@ -177,9 +184,9 @@ class DenseSolver(Solver):
         xp = backend.xp
         product = matrix_product(xp, state.matrix, transposed=state.transposed)
         many = len(b.shape) > lead + 1
-        z = _probe(state)
-        rows = self._apply_rows(state, xp.concat([b if many else b[None, ...], z[None, ...]], axis=0))
-        x, w = (rows[:-1, ...] if many else rows[0, ...]), rows[-1, ...]
+        z = _probes(state)
+        rows = self._apply_rows(state, xp.concat([b if many else b[None, ...], z], axis=0))
+        x, w = (rows[:-PROBES, ...] if many else rows[0, ...]), rows[-PROBES:, ...]
         r = b - product(x)
         if float(xp.finfo(state.operator.dtype).eps) > 1e-10:
             x = x + self._apply_rows(state, r)
@@ -204,39 +211,46 @@ class DenseSolver(Solver):
         return state._replace(operator=state.operator.transpose(), scaling=scaling, transposed=not state.transposed)
 
 
-def _probe(state: DenseState) -> Array:
-    """Return a vector without structure for every item, shape (*items, n)."""
+def _probes(state: DenseState) -> Array:
+    """Return vectors without structure for every item, shape (PROBES, *items, n)."""
     op = state.operator
-    z = probe_vector(op.backend.xp, op.n, state.matrix.dtype, op.device)
-    return op.backend.xp.broadcast_to(z, (*op.items, op.n)) if op.items else z
+    xp = op.backend.xp
+    z = probe_vector(xp, PROBES * op.n, state.matrix.dtype, op.device)
+    z = xp.reshape(z, (PROBES, *(1,) * len(op.items), op.n))
+    return xp.broadcast_to(z, (PROBES, *op.items, op.n)) if op.items else z
 
 
-def _with_condition(state: DenseState, z: Array, w: Array) -> DenseState:
-    """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the image of the probe vector z under A⁻¹.
+def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> DenseState:
+    """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the images of the probe vectors z under A⁻¹, and from a gain of A⁻ᵀ.
 
     ‖A‖ is the Frobenius norm and ‖A⁻¹‖ that of the image of a unit vector without structure, about the Frobenius norm
     over √n: together what an error of A without structure, of relative size ε, does to a solution, in units of ε.
     """
     xp = state.operator.backend.xp
-    product = state.norm * item_norm(xp, w) / item_norm(xp, z)
+    gains = item_norm(xp, w) / item_norm(xp, z)
+    gains = item_norm(xp, xp.moveaxis(gains, 0, -1)) / math.sqrt(PROBES)
+    product = state.norm * xp.maximum(gains, gains * 0 + gain / math.sqrt(state.operator.n))
     usable = xp.isfinite(product) & (product > 0)
     one = xp.ones_like(product)
     rcond = xp.where(usable, one / xp.where(usable, product, one), 0 * one)
-    # one probe sees ‖A⁻¹‖ up to a modest factor; at 1 % of uncertainty the solution is told singular
-    least = 100 * max(float(xp.finfo(state.matrix.dtype).eps), state.operator.resolution)
-    failed = _mark(xp, state.failed, rcond < least, Status.SINGULAR)
+    failed = _mark(xp, state.failed, rcond < _least(state), Status.SINGULAR)
     if state.operator.offset:
-        failed = _mark(xp, failed, rcond < _cancelled(state), Status.SINGULAR)
+        failed = _mark(xp, failed, rcond < cancelled(xp, state.operator, state.scaling, state.norm), Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
 
 
-def _cancelled(state: DenseState) -> Array:
-    """Relative error of an equilibrated I − ∂T: what is left of the diagonal is known to the rounding of 1."""
-    op, xp = state.operator, state.operator.backend.xp
-    error = op.offset * max(op.accuracy, 0.5 * float(xp.finfo(op.dtype).eps))
-    scale = 1.0 if state.scaling is None else xp.max(state.scaling.rows * state.scaling.columns, axis=-1)
-    size = state.norm / math.sqrt(op.n)
-    return error * scale / xp.where(size > 0, size, xp.ones_like(size))
+def _least(state: DenseState) -> float:
+    """Below which rcond A is singular to the accuracy that it has."""
+    return max(float(state.operator.backend.xp.finfo(state.matrix.dtype).eps), state.operator.resolution) / LOST
+
+
+def _by_solution(state: DenseState, x: Array) -> DenseState:
+    """Take over what the solution for a unit vector shows of A⁻¹, where that is more than the probe vectors did."""
+    xp = state.operator.backend.xp
+    gain = state.norm * item_norm(xp, x) / math.sqrt(state.operator.n)
+    rcond = xp.where(state.rcond * gain > 1, 1 / xp.where(gain > 0, gain, xp.ones_like(gain)), state.rcond + 0 * gain)
+    failed = _mark(xp, xp.broadcast_to(state.failed, rcond.shape), rcond < _least(state), Status.SINGULAR)
+    return state._replace(rcond=rcond, failed=failed)
 
 
 def _frobenius(xp: Any, matrix: Array) -> Array:

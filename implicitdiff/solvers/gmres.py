@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, item_norm, probe_vector
 from implicitdiff.report import Status
 from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy, without_preconditioner
 
 __all__ = ["GMRES"]
+
+PROBES = 2
+"""Vectors on which the inverse of the triangular factor is seen."""
 
 
 class _State(NamedTuple):
@@ -96,7 +99,7 @@ class GMRES(Krylov):
             )
             done = room - 1
         k = end.j if isinstance(end.j, int) else m  # in a compiled program it is not known
-        y = _triangular_solve(space, end, beta, k)
+        y, gain = _triangular_solve(space, end, beta, k)
         d = space.combine(end.basis, end.j - 1, y, m)
         step = d if left else precondition(d)
         norm = end.operator_norm
@@ -107,7 +110,7 @@ class GMRES(Krylov):
             sizes = (space.norm(start.r), beta) if left else (space.norm(d), space.norm(step))
             norm = without_preconditioner(space, norm, *sizes)
         x = space.axpy(space.scalar(1.0), step, start.x)
-        return Cycle(x, end.iterations, end.j, end.status, norm, flat)
+        return Cycle(x, end.iterations, end.j, end.status, norm, flat, gain)
 
 
 def _first(space: Any, r: Array, beta: Array, active: Array, m: int) -> _State:
@@ -189,13 +192,19 @@ def _one_hot(space: Any, j: Any, m: int) -> Array:
     return xp.astype(xp.arange(m, device=space.device) == j, space.dtype)
 
 
-def _triangular_solve(space: Any, end: _State, beta: Array, k: int) -> Array:
-    """Solve R y = β Q e₀ for the columns that each item has of the first k; 0 beyond."""
+def _triangular_solve(space: Any, end: _State, beta: Array, k: int) -> tuple[Array, Array]:
+    """Solve R y = β Q e₀ for the columns that each item has of the first k, 0 beyond; and estimate ‖R⁻¹‖."""
     xp = space.xp
     columns = space.where(end.status == 0, end.iterations, end.iterations - 1)  # the last one may be bad
     known = xp.arange(k, device=space.device) < xp.asarray(columns)[..., None]
     g = xp.asarray(beta)[..., None] * end.rotation[..., :k, 0]
     g = xp.where(known, g, xp.zeros_like(g))
     eye = xp.eye(k, dtype=space.dtype, device=space.device)
-    upper = xp.where(known[..., None], end.upper[..., :k, :k], eye)
-    return space.solve_triangular(xp.matrix_transpose(upper), g)
+    upper = xp.matrix_transpose(xp.where(known[..., None], end.upper[..., :k, :k], eye))
+    y, gain = space.solve_triangular(upper, g), space.scalar(0.0)
+    for number in range(PROBES):
+        z = xp.where(known, probe_vector(xp, k, space.dtype, space.device, number * k), xp.zeros_like(g))
+        size = xp.sqrt(xp.sum(z * z, axis=-1))
+        image = item_norm(xp, space.solve_triangular(upper, z))
+        gain = space.maximum(gain, space.where(size > 0, image / xp.where(size > 0, size, xp.ones_like(size)), gain))
+    return y, gain

@@ -42,6 +42,7 @@ class _State(NamedTuple):
     iterations: Array
     matvecs: Array
     operator_norm: Array
+    gain: Array  # 1 / the smallest diagonal entry of R: a lower bound of ‖A⁻¹‖
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,7 +78,7 @@ class MINRES(Krylov):
         rr = square if precondition.identity else space.inner(start.r, start.r)
         first = _State(
             start.x, space.zeros(), start.r, y, space.zeros(), space.zeros(), beta, zero, zero, zero,
-            zero - 1, zero, beta, start.active & (status == 0), status, space.counter(), 0, zero,
+            zero - 1, zero, beta, start.active & (status == 0), status, space.counter(), 0, zero, zero,
         )  # fmt: skip
         # φ is a norm in M; without M it is the residual itself. With M, one decimal more is asked for
         # and the driver has the last word on the true residual.
@@ -90,7 +91,7 @@ class MINRES(Krylov):
         end = loop(lambda s: space.any(s.active), step, first, limit=most)
         norm = end.operator_norm
         norm = norm if precondition.identity else without_preconditioner(space, norm, rr, square)
-        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm)
+        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm, gain=end.gain)
 
 
 def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array) -> _State:
@@ -131,6 +132,7 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     return _State(
         x, s.r2, y, space.copy(z), s.w2, w, beta, s.beta, -s.cs * beta, s.sn * beta, cs, sn, phi, active,
         status, iterations, s.matvecs + 1, space.maximum(s.operator_norm, space.where(s.active, norm, zero)),
+        space.maximum(s.gain, space.where(go, one / safe, zero)),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from implicitdiff.arrays import item_norm, probe_vector
 from implicitdiff.linalg.equilibration import Scaling, of_sparse, scaled_sparse
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.report import Counts, Status
-from implicitdiff.solvers.checks import classify, skew_tolerance
+from implicitdiff.solvers.checks import LOST, PROBES, amplification, classify, skew_tolerance
 
 __all__ = ["SparseState", "init", "solve"]
 
@@ -73,11 +73,12 @@ def init(operator: Operator, *, symmetric: bool) -> SparseState:
         return state(Status.SINGULAR)
     if symmetric and not _positive(factor):
         return state(Status.NOT_POSITIVE_DEFINITE)
-    z = probe_vector(np, operator.n, np.float64, None)
+    z = probe_vector(np, PROBES * operator.n, np.float64, None).reshape(PROBES, -1)
     with np.errstate(all="ignore"):
-        product = _frobenius(matrix) * item_norm(np, factor.solve(z)) / item_norm(np, z)
+        gains = item_norm(np, factor.solve(z.T).T) / item_norm(np, z)
+        product = _frobenius(matrix) * item_norm(np, gains) / math.sqrt(PROBES)
     rcond = float(1 / product) if np.isfinite(product) and product > 0 else 0.0
-    least = 100 * max(float(np.finfo(float).eps), operator.resolution)
+    least = max(float(np.finfo(float).eps), operator.resolution) / LOST
     return state(Status.SINGULAR if rcond < least else Status.CONVERGED, factor, rcond)
 
 
@@ -126,4 +127,6 @@ def solve(state: SparseState, b: Any) -> tuple[Any, Any, Counts]:
     x = x if state.scaling is None else state.scaling.restored(x)
     x = (x * scale[..., None]).astype(b.dtype)
     norm = np.float64(state.size / math.sqrt(state.operator.n))
-    return x, status, Counts(0, 0, residual, norm, np.asarray(state.rcond), tolerance)
+    rcond = np.asarray(state.rcond)
+    condition = amplification(np, state.operator, state.scaling, np.asarray(_frobenius(state.matrix)), rcond)
+    return x, status, Counts(0, 0, residual, norm, rcond, tolerance, condition)

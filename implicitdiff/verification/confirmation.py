@@ -1,0 +1,136 @@
+"""A second opinion where derivatives by differences are noisy: everything once more at other steps, and compared.
+
+How well a difference is known can be estimated; what its error makes of the result (through A⁻¹, through B, over many
+entries) hardly. Two results from steps of different length share the truth and not the noise, so they differ by about
+the error of each. The work is done twice only where the function is noisy beyond rounding, or A so ill-conditioned that
+the accuracy of its products may not do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from implicitdiff.arrays import Array, any_true, item_norm, named_items
+from implicitdiff.errors import AccuracyWarning, ImplicitDiffError, NoiseError
+from implicitdiff.failure import warn
+from implicitdiff.linalg.vector_space import is_tree_vector
+
+__all__ = ["Confirmation"]
+
+NOISY = 1e-8
+"""Relative error of a product by differences that rounding alone does not explain."""
+DOUBTFUL, TELLING, USELESS = 1e-4, 3e-3, 0.1
+"""Estimated relative errors: to be looked at, to be told, and from which nothing is handed out."""
+
+
+class Confirmation:
+    """Runs modes of the rules again with differences at other steps.
+
+    Parameters
+    ----------
+    task : Task
+    build : callable
+        Makes `Rules` of a task.
+    """
+
+    def __init__(self, task: Any, build: Any) -> None:
+        self._task, self._build = task, build
+        self._other: Any = None
+
+    def check(self, rules: Any, solution: Any, mode: str, direction: Any, x0: Any) -> None:
+        """Warn, or raise, where the other result is another one.
+
+        Raises
+        ------
+        NoiseError
+        """
+        if rules.latest is None or is_tree_vector(rules.latest[1]) or not self._doubtful(rules, solution):
+            return
+        try:
+            if self._other is None:
+                self._other = self._build(replace(self._task, backend=self._task.backend.varied()))
+            other, evidence = self._other, getattr(self._other, mode)(direction, x0)[1]
+        except ImplicitDiffError as error:
+            raise _unknown(rules, "there is none") from error
+        xp = rules.point.backend.xp
+        gap = _relative(rules, rules.latest[1], other.latest[1])
+        gap = xp.where(evidence.solution.failed | ~xp.isfinite(gap), xp.ones_like(gap), gap)
+        if any_true(xp, gap > USELESS):
+            raise _unknown(rules, f"it differs by {float(xp.max(gap)):.0%}{_where(xp, gap > USELESS)}")
+        if any_true(xp, gap > TELLING):
+            warn(_told(rules, solution, gap), AccuracyWarning)
+
+    def _doubtful(self, rules: Any, solution: Any) -> bool:
+        if "finite differences" not in rules.derivatives.values():
+            return False
+        A = rules.prepared.operator
+        if max(A.accuracy, rules.B.accuracy) > NOISY:
+            return True
+        error = solution.uncertainty(rules.point.backend.xp, A.accuracy)
+        return error is not None and any_true(rules.point.backend.xp, error > DOUBTFUL)
+
+
+def _where(xp: Any, mask: Array) -> str:
+    return f" in {named_items(xp, mask)}" if len(mask.shape) else ""
+
+
+def _sizes(xp: Any, x: Array) -> Array:
+    """|x|, and where that is 0 the largest of them."""
+    size = xp.abs(x)
+    largest = xp.max(size, axis=-1, keepdims=True)
+    return xp.where(size > 0, size, xp.where(largest > 0, largest, xp.ones_like(largest)))
+
+
+def _relative(rules: Any, one: Array, other: Array) -> Array:
+    """‖other − one‖ / ‖one‖ per item, over all right-hand sides.
+
+    Every entry counts in the unit of its coordinate, or all alike, whichever shows more: a coordinate may be of a small
+    unit, or small by accident.
+    """
+    p = rules.point
+    xp = p.backend.xp
+    own = {"y": 1 / _sizes(xp, p.y.vector), "theta": _sizes(xp, p.theta.vector)}
+    alike = {name: xp.ones_like(units) for name, units in own.items()}
+    return xp.maximum(*(_in_units(rules, units, one, other) for units in (own, alike)))
+
+
+def _in_units(rules: Any, units: dict[str, Array], one: Array, other: Array) -> Array:
+    p = rules.point
+    xp = p.backend.xp
+    inner, across = ("y", "theta") if rules.latest[0] == "y" else ("theta", "y")
+    one, other = one * units[inner], other * units[inner]
+    if len(one.shape) > len(p.items) + 1:
+        lead = xp.moveaxis(units[across], -1, 0)[..., None]
+        if lead.shape[0] == one.shape[0]:  # a Jacobian: each of them belongs to a coordinate
+            one, other = one * lead, other * lead
+        one, other = (xp.reshape(xp.moveaxis(x, 0, -2), (*p.items, -1)) for x in (one, other))
+    size, gap = item_norm(xp, one), item_norm(xp, other - one)
+    return xp.where(gap == 0, xp.zeros_like(gap), gap / xp.where(size > 0, size, gap))  # NaN stays what it is
+
+
+def _unknown(rules: Any, how: str) -> NoiseError:
+    return NoiseError(
+        f"the derivative lies below the noise of the function: at other steps of its differences {how}.\n"
+        f"Likely cause: noise of F or f (random numbers, an inner tolerance), A known to {_accuracy(rules)}.\n"
+        f"Next: {_NEXT}"
+    )
+
+
+def _told(rules: Any, solution: Any, gap: Array) -> str:
+    xp = rules.point.backend.xp
+    number = solution.uncertainty(xp, 1.0)
+    condition = "" if number is None else f", at a condition number of about {float(xp.max(number)):.1g}"
+    return (
+        f"the derivative is known to {float(xp.max(gap)):.1%} only{_where(xp, gap > TELLING)}: "
+        "at other steps of its differences it is another one by that much.\n"
+        f"Likely cause: noise of F or f; A is known to {_accuracy(rules)}{condition}.\n"
+        f"Next: {_NEXT}"
+    )
+
+
+_NEXT = "give the derivatives (grad, hvp, jvp, vjp), or write the function so that autodiff takes it."
+
+
+def _accuracy(rules: Any) -> str:
+    return f"{max(rules.prepared.operator.accuracy, rules.B.accuracy):.1g}"
