@@ -1,4 +1,4 @@
-"""Derivatives by differences: steps in any unit, measured noise, kinks; the complex step by component."""
+"""FAULTS 58, 60 to 62, 65 and 66: differences with steps in any unit, measured noise, kinks; the complex step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Systems in mixed units are equilibrated: what is singular, converged or right does not depend on the units."""
+"""FAULTS 56: systems in mixed units are equilibrated: what is singular, converged or right does not depend on units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JAX: functions with a ``custom_vjp`` inside of a condition. Only their reverse products exist."""
+"""FAULTS 74: functions with a ``custom_vjp`` inside of a condition. Only their reverse products exist."""
 
 from __future__ import annotations
 

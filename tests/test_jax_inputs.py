@@ -1,4 +1,4 @@
-"""What JAX takes for an array is one here: NumPy's arrays and scalars, Python's numbers, JAX's own typed literals."""
+"""FAULTS 73: what JAX takes for an array is one here: NumPy's arrays and scalars, Python's numbers, typed literals."""
 
 from __future__ import annotations
 

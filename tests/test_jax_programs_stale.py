@@ -1,4 +1,4 @@
-"""JAX: a compiled program is never stale, whatever its functions see and wherever a value is changed."""
+"""FAULTS 70: a compiled program is never stale, whatever its functions see and wherever a value is changed."""
 
 from __future__ import annotations
 

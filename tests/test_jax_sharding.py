@@ -1,4 +1,4 @@
-"""JAX past one device: the leaves keep their sharding, and nothing is gathered."""
+"""FAULTS 74: JAX past one device: the leaves keep their sharding, and nothing is gathered."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import ast
 import enum
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -324,3 +325,13 @@ def test_public_methods_have_docstrings(name: str) -> None:
         if not attribute.startswith("_") and isinstance(value, (FunctionType, property, classmethod, staticmethod))
     }
     assert [attribute for attribute in ours if not inspect.getdoc(getattr(cls, attribute))] == []
+
+
+def test_every_class_of_faults_has_its_tests() -> None:
+    """The first line of a file of tests names the classes of faults that it is about: ``FAULTS 1 to 11, 13 and 70``."""
+    about: set[int] = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        numbers = re.match(r'"""faults? ([0-9, and to]+)', path.read_text(encoding="utf-8"), re.IGNORECASE)
+        for low, high in re.findall(r"(\d+)(?: to (\d+))?", numbers[1]) if numbers else ():
+            about.update(range(int(low), int(high or low) + 1))
+    assert about == set(range(1, 79))

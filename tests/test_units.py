@@ -1,4 +1,4 @@
-"""Units do not matter: y → D y, θ → E θ, F → S F (f → c f) makes D (dy/dθ) E⁻¹ of dy/dθ, and changes nothing else.
+"""FAULTS 55 and 56: y → D y, θ → E θ, F → S F (f → c f) makes D (dy/dθ) E⁻¹ of dy/dθ, and changes nothing else.
 
 A metamorphic suite. A problem from `generated` is posed in drawn units, from 1e-9 to 1e9, all equal or mixed within one
 vector, powers of two or not, and the result is held against LAPACK's in the units of the maker. The cases are a

@@ -1,4 +1,4 @@
-"""Constraints in any units: what is active, weak, violated or a kink does not depend on them, and the result follows.
+"""FAULTS 57: what is active, weak, violated or a kink does not depend on units, and the result follows.
 
 With y → D y, θ → E θ, f → c f and constraint i → s_i c_i the derivative is D (dy/dθ) E⁻¹, and nothing is told.
 """
