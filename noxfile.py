@@ -140,9 +140,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types."""
-    install(session, "-e", ".[torch,jax]", "mypy")
+    """Check types: those of the package, and those that a user sees."""
+    install(session, "-e", ".[test,torch,jax]", "mypy")
     session.run("mypy")
+    session.run("python", "-m", "pytest", "--exhaustive", "tests/test_typing.py")
 
 
 @nox.session

@@ -33,7 +33,7 @@ CALLS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the session `types` runs it
 def test_a_user_sees_real_types(tmp_path: Path) -> None:
     """One strict run over `typed_user.py`, in which results are asserted, and mistakes have to be found."""
     api = pytest.importorskip("mypy.api")
