@@ -85,7 +85,8 @@ def noise_along(xp: Any, function: Callable[[float], Array], middle: Array, leas
         values = [function(spacing * (j + 1)) for j in range(POINTS)]  # beside the point, which may be a jump
         found, seen, sure = difference_table(xp, values)
         usable = wanted & xp.isfinite(found) & (sure | (spacing == SPACINGS[0]))
-        noise = xp.where(usable, xp.maximum(found, least), noise)
+        # a jump between values that are equal was noise, even if later ones are apart by so many jumps each
+        noise = xp.where(usable, xp.maximum(found, noise), noise)
         wanted = wanted & ~seen & xp.isfinite(found)
         if not any_true(xp, wanted):
             break

@@ -22,6 +22,7 @@ from implicitdiff import (
     linear_solve,
 )
 from implicitdiff.arrays import probe_vector
+from implicitdiff.backends.noise import noise_along
 from implicitdiff.backends.numpy import NumpyBackend
 
 TOLD = (AccuracyWarning, NoiseError, SingularError)
@@ -112,3 +113,10 @@ def test_noise_that_leaves_two_digits_is_told_with_the_value() -> None:
     for solver in ("lu", "gmres"):
         found = outcome(lambda s=solver: implicit_vjp(problem, y, A @ y, np.ones(4), solver=s, backend=NUMERIC))
         assert found.quiet or found.error is None
+
+
+def test_60_rounding_in_step_with_the_values() -> None:
+    """Values that are apart by whole multiples of what they are rounded to look exact; equal ones nearer by do not."""
+    least = np.array([1e-16])
+    found = noise_along(np, lambda t: np.round(np.array([0.3 + 16e4 * t])) * 2e-3, np.array([0.0]), least)
+    assert 1e-4 < found[0] < 2e-3
