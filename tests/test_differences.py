@@ -326,6 +326,19 @@ def test_large_constant_is_right_or_told(constant: float) -> None:
     np.testing.assert_allclose(found, np.linalg.inv(H), atol=2e-2 * np.max(np.linalg.inv(H)))
 
 
+def test_plain_objective_of_condition_1e8_is_right_or_told() -> None:
+    """Its smallest curvature lies at the rounding of its values."""
+    Q = np.linalg.qr(RNG.standard_normal((4, 4)))[0]
+    K = (Q * np.geomspace(1.0, 1e-8, 4)) @ Q.T
+    y = np.array([1.0, -0.6, 0.3, 0.8])
+    backend = NumpyBackend("finite_differences")
+    try:
+        found = idf.implicit_jacobian(lambda y, t: 0.5 * y @ K @ y - y @ t, y, K @ y, backend=backend)
+    except (idf.NoiseError, idf.SingularError):
+        return
+    np.testing.assert_allclose(found, np.linalg.inv(K), atol=0.1 * np.max(np.abs(np.linalg.inv(K))))
+
+
 @SOURCE
 def test_closure_is_told(source: str) -> None:
     """A condition that uses a theta from the enclosing scope, of which only values are known."""

@@ -318,3 +318,13 @@ def test_18_identity(door: str, solver: str) -> None:
     np.testing.assert_allclose(LIB.numpy(found.value[0]), truth_at(door, A, b), rtol=1e-14)
     assert found.value[1].iterations == (1 if solver in ITERATIVE else 0)
     assert_compiled_right(door, A, b, solver, truth_at(door, A, b), 1e-13)
+
+
+@pytest.mark.slow
+def test_13_a_condition_that_single_precision_bears() -> None:
+    """n = 250 at condition 9000 was refused."""
+    A, b = with_condition(250, 9000.0, 0)
+    M, y = jnp.asarray(A, dtype=jnp.float32), jnp.ones(250, dtype=jnp.float32)
+    g = implicit_vjp(lambda y, t: y @ M @ y / 2 - t @ y, y, M @ y, jnp.asarray(b, dtype=jnp.float32))
+    exact = np.linalg.solve(A, b)
+    assert np.linalg.norm(np.asarray(g) - exact) <= 1e-3 * np.linalg.norm(exact)
