@@ -20,6 +20,7 @@ import numpy as np
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.errors import BackendError
 from implicitdiff.linalg.vector_space import ArraySpace
+from implicitdiff.mode import Mode
 
 __all__ = ["Backend", "Derivatives"]
 
@@ -64,13 +65,14 @@ class Backend(ABC):
     """
 
     name: str = "backend"
-    traced: ClassVar[bool] = False
-    """Whether values are never seen, only their shapes: nothing can be branched on, raised or warned about."""
-    tells: ClassVar[bool] = True
-    """Whether what was seen on the way can be told afterwards."""
-    composable: ClassVar[bool] = False
-    """Whether what is computed may be differentiated again."""
+    mode: ClassVar[Mode] = Mode.EAGER
+    """How what is computed with this backend runs."""
     xp: Any
+
+    @property
+    def traced(self) -> bool:
+        """Whether values are not seen, only their shapes: nothing can be branched on, raised or warned about."""
+        return self.mode is not Mode.EAGER
 
     # -- arrays at the border ------------------------------------------------------------------------
     @abstractmethod

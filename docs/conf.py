@@ -13,10 +13,11 @@ author = "the implicitdiff authors"
 copyright = "the implicitdiff authors"  # noqa: A001
 version = release = implicitdiff.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_gallery.gen_gallery"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "numpydoc", "sphinx_gallery.gen_gallery"]
 exclude_patterns = ["_build", "gallery"]  # of the gallery, what is made of it is read
 default_role = "py:obj"
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"

@@ -12,6 +12,7 @@ from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, Sin
 from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
 from implicitdiff.linalg.solve import make_report, method_of
+from implicitdiff.mode import Mode
 from implicitdiff.pytree import copied, map_leaves
 from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend, portable
@@ -190,7 +191,7 @@ class Linearization(Generic[Y, T]):
                 seen = task.backend.local(task.y, task.theta)
                 check_outer(direction, task.backend, task.y, task.theta, (lambda: self._rules.point) if seen else None)
             self._run = run = self._runner(mode, direction, x0)
-            if not run.visible:
+            if run.mode is Mode.INLINE:
                 return run.value
             error = self._judge(run, mode, direction)
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
@@ -242,9 +243,9 @@ class Linearization(Generic[Y, T]):
         return Rules(self._task, flat=True)
 
     def _report(self, run: Run) -> Report:
-        e, see = run.evidence, run.visible
+        e = run.evidence
         return make_report(
-            e.solution, run.damping, run.methods, run.seconds, e.step.size, run.derivatives, see, ~e.step.unsolved
+            e.solution, run.damping, run.methods, run.seconds, e.step.size, run.derivatives, run.mode, ~e.step.unsolved
         )
 
 

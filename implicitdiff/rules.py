@@ -30,6 +30,7 @@ from implicitdiff.judgement import UNCERTAIN, check_loss, reject_non_finite
 from implicitdiff.linalg.equilibration import TINY
 from implicitdiff.linalg.solve import Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.mode import Mode
 from implicitdiff.ravel import LeafRavel, Ravel
 from implicitdiff.report import Status
 from implicitdiff.solution_check import SolutionCheck, Step
@@ -117,14 +118,12 @@ class Rules:
     task : Task
     flat : bool
         Whether to concatenate the leaves even where the method could do without.
-    mute : bool
-        Whether nothing can be told outside, so that a failed item has to be NaN.
     """
 
-    def __init__(self, task: Task, *, flat: bool = False, mute: bool = False) -> None:
+    def __init__(self, task: Task, *, flat: bool = False) -> None:
         engine, solver, condition = task.backend, get_solver(task.solver), as_condition(task.condition)
         keep = not flat and _may_stay_trees(task, condition, solver)
-        self.task, self.mute = task, mute
+        self.task, self.silent = task, engine.mode is Mode.INLINE and task.on_failure != "ignore"
         y = _border(keep, engine, task.y)(engine, task.y, "y", task.batched, task.own)
         theta = _border(keep, engine, task.theta)(engine, task.theta, "theta", task.batched, task.own)
         y.check_partner(theta)
@@ -133,7 +132,7 @@ class Rules:
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.condition, self.B, self.at = condition, maps.B, maps.at
         self.frame, self.findings, self.checked = maps.frame, maps.findings, maps.checked
-        self.prepared = prepare(maps.A, condition.routed(solver), mute=mute and task.on_failure != "ignore")
+        self.prepared = prepare(maps.A, condition.routed(solver), nan_on_failure=self.silent)
         self.kinds: dict[str, str] = {}
         self.told = self.warned = self.curved = self.unsure = False
         self.check = SolutionCheck(self.point, maps, self.prepared)
@@ -174,7 +173,7 @@ class Rules:
         """
         border = self.point.theta
         b = self.B.matvec(border.like(tangent, "tangent", dtype=border.dtype))
-        mask = self._mask(told) if self.mute and self.task.on_failure != "ignore" else None
+        mask = self._mask(told) if self.silent else None
         if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
             b = self.point.backend.space(b).scale(mask, b)
         w = self._back(self.point.backend.linear(self.prepared, -b, None, False).x)
@@ -287,12 +286,11 @@ class Rules:
     @cached_property
     def _contradicted(self) -> Array | None:
         """Items in which what was given of derivatives is wrong; None where nobody looks, or others do."""
-        silent = self.mute and self.task.backend.traced and self.task.on_failure != "ignore"
-        return contradicted(self.checked) if silent and self.condition.to_verify else None
+        return contradicted(self.checked) if self.silent and self.condition.to_verify else None
 
     def _wrong(self, solution: Solution, b: Any) -> Array | None:
         """Items in which what the user says is not so, where nothing can be told of it."""
-        if not self.mute or self.task.on_failure == "ignore":
+        if not self.silent:
             return None
         found = (self._contradicted, refuted(self.condition.point_kind, self.prepared.operator, solution.x, b))
         wrong = [x for x in found if x is not None]
@@ -306,10 +304,9 @@ class Rules:
     def _told(self, value: Any, evidence: Evidence) -> tuple[Any, Evidence]:
         """NaN in the failed items, where that is asked for, or where nothing can be raised."""
         mode, backend, solution = self.task.on_failure, self.point.backend, evidence.solution
-        mute = self.mute and mode != "ignore"
         failed = solution.failed if self.findings is None else solution.failed | ~self.findings.usable
-        failed = failed | evidence.step.far if mute else failed
-        if not (mute or mode == "nan") or not needed(backend, failed):
+        failed = failed | evidence.step.far if self.silent else failed
+        if not (self.silent or mode == "nan") or not needed(backend, failed):
             return value, evidence
         space = backend.space(value)
         return space.select(backend.xp.broadcast_to(failed, space.items), space.nan(), value), evidence
@@ -333,7 +330,9 @@ class Rules:
         if not self.point.backend.traced:  # what is traced belongs to its own trace
             self._seen = step
         yes = self.point.backend.xp.ones_like(inputs)
-        suspect = None if self.mute else suspicion(self.condition.point_kind, self.prepared, solution, b)
+        suspect = None
+        if self.point.backend.mode is not Mode.INLINE:
+            suspect = suspicion(self.condition.point_kind, self.prepared, solution, b)
         error = solution.uncertainty(self.point.backend.xp, self.prepared.operator.rounding)
         uncertain = None if error is None else error > UNCERTAIN
         return Evidence(solution, inputs, yes, yes, vanished, step, self.findings, suspect, uncertain)
@@ -350,7 +349,8 @@ class Run(NamedTuple):
     seconds: float
     rules: Rules | None = None
     """None where they were inside a compiled program."""
-    visible: bool = True
+    mode: Mode = Mode.EAGER
+    """How it ran: inline, values cannot be seen."""
     sound: Any = None
     """From a compiled program, whether there is nothing to tell."""
     certain: Any = None
@@ -363,13 +363,10 @@ class Direct:
     Parameters
     ----------
     task : Task
-    mute : bool
-        Whether nothing can be told outside.
     """
 
-    def __init__(self, task: Task, *, mute: bool = False) -> None:
-        self._task, self._mute = task, mute
-        self._rules = Rules(task, mute=mute)
+    def __init__(self, task: Task) -> None:
+        self._task, self._rules = task, Rules(task)
 
     @property
     def derivatives(self) -> dict[str, str]:
@@ -379,10 +376,10 @@ class Direct:
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
         rules = self._rules
         if mode == "jacobian" and isinstance(rules.point.y, LeafRavel):  # dense: there is no keeping leaves apart
-            rules = Rules(self._task, flat=True, mute=self._mute)
+            rules = Rules(self._task, flat=True)
         value, evidence = getattr(rules, mode)(direction, x0)
         p = rules.prepared
-        return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, not self._mute)
+        return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, self._task.backend.mode)
 
 
 def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.mode import Mode
 
 __all__ = ["FAR", "SolutionCheck", "Step", "levels"]
 
@@ -105,7 +106,7 @@ class SolutionCheck:
         size = space.size(F)
         seen = self._quiet(size, space.finite(F))
         doubt = seen.finite & (size > 0)
-        if backend.traced and not (sure or backend.tells) and self.prepared.factored:
+        if backend.mode is Mode.INLINE and not sure and self.prepared.factored:
             if solution is not None:  # calls of LAPACK must not run side by side (see `DenseSolver`)
                 F = space.scale(1 + 0 * solution.residual, F)
             sure = True
@@ -117,7 +118,7 @@ class SolutionCheck:
             return self._measured(F, seen, doubt) if any_true(self.xp, doubt) else seen
         if sure:
             return self._measured(F, seen, doubt)
-        if backend.tells:  # a program of its own makes sure, where there is doubt
+        if backend.mode is Mode.COMPILED:  # a program of its own makes sure, where there is doubt
             return seen._replace(doubtful=doubt)
         self._scale_of_data()  # derived here, not inside of the loop
         return backend.rescue(doubt, lambda old: self._measured(F, old, doubt), seen)
@@ -298,7 +299,7 @@ class SolutionCheck:
     def _noise(self) -> list[Any]:
         """Return the change of F by a change of y that is no more than rounding, seen twice."""
         at, y = self.maps.at, self.point.y.vector
-        if at is None or self.maps.frame is not None or (self.backend.traced and not self.backend.tells):
+        if at is None or self.maps.frame is not None or self.backend.mode is Mode.INLINE:
             return []
         probe, theta, space = self.point.y.space.probe(), self.point.theta.vector, self.backend.space
         here, found = None, []

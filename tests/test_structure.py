@@ -22,7 +22,8 @@ CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
 
 # From the leaves up. A module may import what stands on an earlier line, and of its own line what makes no cycle.
 LAYERS = (
-    ("errors", "report", "arrays", "pytree", "compilers", "closures", "namespaces", "records", "projections", "proxes"),
+    ("errors", "mode", "report", "arrays", "pytree", "compilers", "closures", "namespaces", "records"),
+    ("projections", "proxes"),
     ("linalg.__init__", "linalg.vector_space", "ravel", "registry"),
     ("linalg.operator",),
     ("linalg.block_operator", "linalg.equilibration", "linalg.blocks"),

@@ -22,6 +22,7 @@ from implicitdiff.errors import BackendError
 from implicitdiff.judgement import independent, loss_independent
 from implicitdiff.linalg.system import System, Told
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
+from implicitdiff.mode import Mode
 from implicitdiff.pytree import flatten, hint
 from implicitdiff.ravel import reject_dtype
 from implicitdiff.report import Report
@@ -60,8 +61,7 @@ class JaxBackend(ArrayAPIBackend):
     it becomes part of what is traced: then nothing can be raised or warned about, and a failed solve is NaN.
     """
 
-    traced = True
-    tells = True
+    mode = Mode.COMPILED
     """Whether what is wrong can be told after the run: not where the user traces."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class JaxBackend(ArrayAPIBackend):
         return Derivatives(self, gradient, y, theta, whole=_is_whole(function))
 
     def check_dependence(self, function: Callable[[Any], Any], theta: Any) -> None:
-        if not self.tells and not _uses(function, theta):  # nothing can be told later: a silent zero
+        if self.mode is Mode.INLINE and not _uses(function, theta):  # nothing can be told later: a silent zero
             raise independent("what JAX traced of it does not use it")
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
@@ -229,8 +229,7 @@ class JaxBackend(ArrayAPIBackend):
 class _Inline(JaxBackend):
     """The same inside of what is being traced: a solve has derivatives of its own."""
 
-    tells = False
-    composable = True
+    mode = Mode.INLINE
 
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         if not prepared.operator.n or 0 in b.shape:

@@ -220,7 +220,7 @@ def _tangent(task: Task, tangent: Any) -> Any:
 
 def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:
     task = replace(call.task_at(y, theta, dynamic), backend=call.task.backend.inline)
-    rules = Rules(task, mute=True)
+    rules = Rules(task)
     if task.on_report is not None:
         rules.prepared.on_solved = partial(hand_out_solved, rules)
     return rules.tangent(tangent, told=call.mode != "tangent")

@@ -21,6 +21,7 @@ from implicitdiff.backends.jax.rules import arrays_of, filled, functions_of, nam
 from implicitdiff.errors import RecompilationWarning
 from implicitdiff.failure import warn
 from implicitdiff.linalg.system import System, Told
+from implicitdiff.mode import Mode
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 
@@ -264,11 +265,11 @@ class Runner:
     def _inlined(self, mode: str, direction: Any, x0: Any) -> Run:
         if self._task.batched and not self._task.own:
             task = replace(self._task, backend=self._inline)
-            value, evidence, rules = run_rules(task, mode, direction, x0, mute=True)
+            value, evidence, rules = run_rules(task, mode, direction, x0)
             p = rules.prepared
-            return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, False)
+            return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, Mode.INLINE)
         if self._direct is None:
-            self._direct = Direct(replace(self._task, backend=self._inline, own=False), mute=True)
+            self._direct = Direct(replace(self._task, backend=self._inline, own=False))
         return self._direct(mode, direction, x0)
 
     def _factored(self, call: _Call) -> tuple[Program, Any]:
@@ -372,7 +373,7 @@ def _evaluator(jaxpr: Any) -> Callable[[Any, Any], Any]:
 def solved(system: System, inline: Any) -> Told:
     """Solve a linear system: compiled where values are at hand, inline where JAX is tracing."""
     if is_traced(system.A, system.b, system.x0):
-        return replace(system, backend=inline).solved(mute=system.on_failure != "ignore")._replace(visible=False)
+        return replace(system, backend=inline).solved()
     matrix, product = (system.A, None) if hasattr(system.A, "shape") else (None, system.A)
     if matrix is not None and system.symmetric is None and matrix.ndim >= 2:
         same = matrix.shape[-1] == matrix.shape[-2] and bool(jnp.all(matrix == jnp.swapaxes(matrix, -1, -2)))
@@ -384,7 +385,7 @@ def solved(system: System, inline: Any) -> Told:
     start = time.perf_counter()
     solution = program(call)
     if is_traced(solution):
-        return replace(system, backend=inline).solved(mute=system.on_failure != "ignore")._replace(visible=False)
+        return replace(system, backend=inline).solved()
     return Told(solution, {**program.facts["told"], "seconds": time.perf_counter() - start})
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from implicitdiff.linalg.solve import Solution, make_report
+from implicitdiff.mode import Mode
 from implicitdiff.report import Report
 from implicitdiff.rules import Rules, Run
 from implicitdiff.solution_check import Step
@@ -45,7 +46,7 @@ def _emit(on_report: OnReport, solution: Solution, step: Step, facts: tuple[Any,
 
     def receive(*numbers: Any) -> None:
         found, size, unsolved = jax.tree.unflatten(treedef, list(map(np.asarray, numbers)))
-        report = make_report(found, damping, methods, float("nan"), size, derivatives, True, ~unsolved)
+        report = make_report(found, damping, methods, float("nan"), size, derivatives, Mode.EAGER, ~unsolved)
         kept = _between.get(id(on_report))
         if kept is None:
             on_report(report)

@@ -42,21 +42,21 @@ def filled(condition: Any, arrays: dict[str, Any]) -> Any:
     return filled
 
 
-def run_rules(task: Task, mode: str, direction: Any, x0: Any, *, mute: bool = False) -> tuple[Any, Any, Rules]:
+def run_rules(task: Task, mode: str, direction: Any, x0: Any) -> tuple[Any, Any, Rules]:
     """Run a mode of the rules; for a batch those of one item, mapped over the items.
 
     XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
     """
     flat = mode == "jacobian"
     if not task.batched or not _check_items(task, mode, direction, x0):
-        rules = Rules(task, flat=flat, mute=mute)
+        rules = Rules(task, flat=flat)
         return *getattr(rules, mode)(direction, x0), rules
     made: list[Rules] = []
     each = {name: value for name, value in arrays_of(task.condition).items() if name in task.condition.per_item}
 
     def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any]) -> Any:
         condition = filled(task.condition, each)
-        rules = Rules(replace(task, y=y, theta=theta, condition=condition, batched=False), flat=flat, mute=mute)
+        rules = Rules(replace(task, y=y, theta=theta, condition=condition, batched=False), flat=flat)
         made.append(rules)
         return getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
 

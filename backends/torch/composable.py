@@ -17,6 +17,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.torch.arrays import TorchArrays
 from implicitdiff.backends.torch.autograd import over_items
+from implicitdiff.mode import Mode
 
 __all__ = ["Composable"]
 
@@ -99,7 +100,7 @@ def transposed(linear: tuple[Array, Function]) -> Function:
 class Composable(TorchArrays):
     """The second mode of the backend, for conditions whose products are themselves differentiated."""
 
-    composable = True
+    mode = Mode.INLINE
 
     def as_leaf(self, leaf: Any, where: str) -> Array:
         return ArrayAPIBackend.as_leaf(self, leaf, where)
@@ -109,6 +110,9 @@ class Composable(TorchArrays):
 
     def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
+
+    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+        return function(value)
 
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         many_of = over_items(product)

@@ -74,7 +74,7 @@ def candidates(backend: Backend, equality: Array, first: Any, units: Units, limi
         z = backend.cho_solve(backend.cho_factor(gram), -times(unit, first.gradient * units.reach)[..., None])[..., 0]
         return tight | (near & (z / _safe(xp, units.distance) * units.give * units.give > gap))
 
-    return pressed(tight) if backend.composable and not backend.traced else backend.rescue(near, pressed, tight)
+    return backend.rescue(near, pressed, tight)
 
 
 def _safe(xp: Any, x: Array) -> Array:
@@ -96,7 +96,7 @@ def recovered(backend: Backend, first: Any, units: Units, candidate: Array) -> t
     def solve(b: Array) -> Array:
         z = backend.cho_solve(factor, b[..., None])[..., 0]
         bad = ~xp.all(xp.isfinite(z), axis=-1)
-        if backend.traced or backend.composable or not needed(backend, bad):
+        if backend.traced or not needed(backend, bad):
             return z
         return xp.where(bad[..., None], times(xp.linalg.pinv(gram), b), z)
 
@@ -125,8 +125,6 @@ def _dependent(backend: Backend, gram: Array, candidate: Array) -> tuple[Array, 
     """
     xp = backend.xp
     factor = backend.cho_factor(gram)
-    if backend.composable and not backend.traced:  # judged where the numbers are
-        return xp.zeros_like(candidate), factor
     pivots = xp.linalg.diagonal(factor)
     singular = ~(xp.min(pivots * pivots, axis=-1) > _singular_below(xp, gram))  # NaN: not positive definite
     if not backend.traced and needed(backend, singular):

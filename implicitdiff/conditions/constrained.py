@@ -41,6 +41,7 @@ from implicitdiff.errors import (
 )
 from implicitdiff.linalg.block_operator import padded, saddle
 from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_product
+from implicitdiff.mode import Mode
 from implicitdiff.namespaces import item_sum, namespace, without
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
@@ -166,7 +167,7 @@ class Constrained(Condition):
         equality = xp.broadcast_to(_equalities(point, first), first.values.shape)
         candidate = active_set.candidates(backend, equality, first, units, limits)
         given = self._given(point, first)
-        if given is not None and not backend.composable:
+        if given is not None and backend.mode is not Mode.INLINE:
             candidate = candidate | _pressed(first, given, units, limits)
             z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
             whole = self.system(point, first, given)

@@ -35,6 +35,7 @@ from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.operator import LinearMap, Operator
 from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.mode import Mode
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.support import OnSupport, ProximalOperator
 
@@ -124,7 +125,8 @@ class _Composite(Condition):
         gradient = cast("Callable[[Array, Array], Array]", smooth.at)
         at = _residual_seen(outer, gradient, metric)
         backend.check_dependence(lambda t: at(y, t), theta)
-        findings = None if backend.composable or is_tree_vector(x) else _kinks(point, P.A.kind, outer, x, metric)
+        blind = backend.mode is Mode.INLINE or is_tree_vector(x)
+        findings = None if blind else _kinks(point, P.A.kind, outer, x, metric)
         A, B = _system(P.A, metric.scaled(smooth.A), metric), _mixed(P, smooth, metric)
         checked = None if smooth.checked is None else smooth.checked._replace(solved=None)
         return Maps(lambda: metric.down(y - outer(x, theta)), at, A, B, metric.frame(), findings, checked)
@@ -376,7 +378,7 @@ class ProximalGradient(_Composite):
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
         backend = point.backend
-        if self.step is not None and (backend.traced or backend.composable or is_tree_vector(slope)):
+        if self.step is not None and (backend.traced or is_tree_vector(slope)):
             return Metric.of(point, self.step)  # nothing is seen that could be tried
         return metric_at(point, H, slope).near(self.step, binding=True)
 

@@ -88,7 +88,7 @@ def units_at(
     leaf, known = _leaves(here)
     if hessian is not None:
         return _by_curvature(here, leaf, known, hessian)
-    blind = backend.traced or backend.composable
+    blind = backend.traced
     if blind and n + k <= ASSEMBLED:
         return _by_curvature(here, leaf, known, _assembled(point, product))
     u = power_of_two(xp, leaf)

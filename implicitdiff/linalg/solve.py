@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, item_norm, needed, to_python
 from implicitdiff.linalg.operator import Operator
+from implicitdiff.mode import Mode
 from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.base import methods_of
@@ -57,13 +58,13 @@ class Prepared:
     ----------
     operator : Operator
     solver : Solver
-    mute : bool
+    nan_on_failure : bool
         Whether the items that failed come out as NaN, since nothing will be told.
     """
 
     operator: Operator
     solver: Any
-    mute: bool = False
+    nan_on_failure: bool = False
     seconds: float = 0.0
     methods: Sequence[tuple[str, str]] = ()
     spent: int = 0
@@ -108,7 +109,7 @@ class Prepared:
             x = space.select(xp.broadcast_to(broken, space.items), space.nan(), x)
         self.methods = methods_of(self.solver, state)
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
-        if self.mute:
+        if self.nan_on_failure:
             space = op.backend.space(x)
             failed = xp.broadcast_to(solution.failed, space.items)
             solution = solution._replace(x=space.select(failed, space.nan(), x))
@@ -152,9 +153,9 @@ class Prepared:
         return self.counted - before
 
 
-def prepare(operator: Operator, solver: Any, *, mute: bool = False) -> Prepared:
+def prepare(operator: Operator, solver: Any, *, nan_on_failure: bool = False) -> Prepared:
     """Pair an operator with the solver of that name, or with the instance."""
-    return Prepared(operator, get_solver(solver), mute)
+    return Prepared(operator, get_solver(solver), nan_on_failure)
 
 
 def _name(solver: Any) -> str:
@@ -264,12 +265,13 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
 
 def make_report(
     solution: Solution, damping: float, methods: Sequence[tuple[str, str]], seconds: float, stationarity: Any,
-    derivatives: dict[str, str], visible: bool = True, solved: Any = None,
+    derivatives: dict[str, str], mode: Mode = Mode.EAGER, solved: Any = None,
 ) -> Report:  # fmt: skip
     """Turn a solution into the public report: Python numbers for one problem, arrays for a batch.
 
     Inside of a compiled program, where values are not visible, the fields are arrays, too.
     """
+    visible = mode is not Mode.INLINE
     read = to_python if visible else _as_it_is
     status = read(solution.status)
     single = isinstance(status, int)

@@ -11,6 +11,7 @@ from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveE
 from implicitdiff.failure import check_mode, explain, settle
 from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
 from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, poison, prepare
+from implicitdiff.mode import Mode
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.report import Report
 from implicitdiff.solvers import get_solver
@@ -23,11 +24,11 @@ __all__ = ["System", "Told", "linear_solve", "solve_system"]
 
 
 class Told(NamedTuple):
-    """How a system was solved; ``visible`` says whether the values can be seen."""
+    """How a system was solved, and in which mode: inline, values cannot be seen."""
 
     solution: Solution
     facts: dict[str, Any]
-    visible: bool = True
+    mode: Mode = Mode.EAGER
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class System:
     batched: bool
     on_failure: str
 
-    def prepared(self, vector: Array, *, mute: bool = False) -> Prepared:
+    def prepared(self, vector: Array) -> Prepared:
         """Return the operator with its solver."""
-        return prepare(_as_operator(self, vector), self.solver, mute=mute)
+        silent = self.backend.mode is Mode.INLINE and self.on_failure != "ignore"
+        return prepare(_as_operator(self, vector), self.solver, nan_on_failure=silent)
 
     def vectors(self) -> tuple[Array, Array | None]:
         """Return b and the start as vectors (*rhs, *items, n)."""
@@ -73,14 +75,14 @@ class System:
         if (not self.batched or self.on_failure == "raise") and any_true(self.backend.xp, ~finite):
             raise NonFiniteError("b holds NaN or Inf.")
 
-    def solved(self, *, mute: bool = False) -> Told:
+    def solved(self) -> Told:
         """Solve where the arrays are."""
         vector, start = self.vectors()
-        prepared = self.prepared(vector, mute=mute)
+        prepared = self.prepared(vector)
         solution = self.backend.linear(prepared, vector, start, False)
         facts = {"damping": prepared.damping, "methods": prepared.methods, "seconds": prepared.seconds,
                  "derivatives": {"A": prepared.operator.sources}}  # fmt: skip
-        return Told(solution, facts, not mute)
+        return Told(solution, facts, self.backend.mode)
 
 
 @overload
@@ -158,13 +160,13 @@ def solve_system(system: System) -> tuple[Array, Report]:
     """Solve in numbers, and settle what went wrong."""
     engine, on_failure = system.backend, system.on_failure
     with engine.computing():
-        solution, facts, visible = engine.solved(system)
+        solution, facts, mode = engine.solved(system)
         x, error = solution.x, None
-        if visible and any_true(engine.xp, solution.failed):
+        if mode is not Mode.INLINE and any_true(engine.xp, solution.failed):
             error = _explained(system, solution, facts)
             x = poison(engine.xp, solution, x) if on_failure == "nan" else x
         x = engine.xp.matrix_transpose(x) if len(x.shape) == 2 and not system.batched else x
-        report = make_report(solution, stationarity=float("nan"), visible=visible, **facts)
+        report = make_report(solution, stationarity=float("nan"), mode=mode, **facts)
     if error is not None:
         error.value, error.report = x, report
     settle(error, on_failure)

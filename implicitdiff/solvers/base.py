@@ -11,6 +11,7 @@ from implicitdiff.linalg.equilibration import Scaling, equilibrated
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_sound
 from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.mode import Mode
 from implicitdiff.records import Record
 from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.checks import LOST, cancelled
@@ -220,7 +221,7 @@ class Krylov(Solver):
 
     def loosely(self, state: KrylovState, b: Array) -> tuple[Array, Any, Counts]:
         backend = state.operator.backend
-        if backend.traced and not backend.tells:
+        if backend.mode is Mode.INLINE:
             return one_step(state, b)
         most = min(self.most(state.operator.n), LOOSE_ITERATIONS)
         return replace(self, rtol=LOOSE, maxiter=most).solve(state, b, None)
