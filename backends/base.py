@@ -67,6 +67,9 @@ class Backend(ABC):
     name: str = "backend"
     mode: ClassVar[Mode] = Mode.EAGER
     """How what is computed with this backend runs."""
+    shared: bool = False
+    """Whether what is made in this mode is used together with what is made in another: then F has to come out the same
+    in both, and its form cannot depend on what is seen here alone."""
     xp: Any
 
     @property

@@ -131,7 +131,7 @@ class Rules:
         self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.condition, self.B, self.at = condition, maps.B, maps.at
-        self.frame, self.findings, self.checked = maps.frame, maps.findings, maps.checked
+        self.frame, self.scale, self.findings, self.checked = maps.frame, maps.scale, maps.findings, maps.checked
         self.prepared = prepare(maps.A, condition.routed(solver), nan_on_failure=self.silent)
         self.kinds: dict[str, str] = {}
         self.told = self.warned = self.curved = self.unsure = False
@@ -218,11 +218,11 @@ class Rules:
         return p.nest(xp.moveaxis(rows, 0, -2)), evidence
 
     def solve(self, b: Any, x0: None = None) -> tuple[Any, Evidence]:
-        """A⁻¹ b for raveled vectors."""
+        """A⁻¹ b for raveled vectors, of F as it is: whatever scale the system has."""
         return self._solved(b, transposed=False)
 
     def solve_adjoint(self, b: Any, x0: None = None) -> tuple[Any, Evidence]:
-        """A⁻ᵀ b for raveled vectors."""
+        """A⁻ᵀ b, likewise."""
         return self._solved(b, transposed=True)
 
     def pullback(self, v: Any, x0: None = None) -> tuple[Any, Evidence]:
@@ -231,9 +231,11 @@ class Rules:
 
     def _solved(self, b: Any, *, transposed: bool) -> tuple[Any, Evidence]:
         inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))
+        b = b if self.scale is None else self.scale * b
         solution = self._solve(b, None, inputs, transposed=transposed)
         no = ~self.point.backend.xp.any(inputs | ~inputs)
-        return self._told(solution.x, self._evidence(solution, b, transposed, inputs, no))
+        value, evidence = self._told(solution.x, self._evidence(solution, b, transposed, inputs, no))
+        return value if self.scale is None else self.scale * value, evidence
 
     # -- vectors -------------------------------------------------------------------------------------
     def _push(self, b: Any, x0: Any, inputs: Array, t: Any) -> tuple[Any, Evidence]:

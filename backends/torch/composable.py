@@ -100,7 +100,7 @@ def transposed(linear: tuple[Array, Function]) -> Function:
 class Composable(TorchArrays):
     """The second mode of the backend, for conditions whose products are themselves differentiated."""
 
-    mode = Mode.INLINE
+    mode, shared = Mode.INLINE, True
 
     def as_leaf(self, leaf: Any, where: str) -> Array:
         return ArrayAPIBackend.as_leaf(self, leaf, where)

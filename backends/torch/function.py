@@ -33,14 +33,14 @@ Tensors = Sequence[Array]
 def pull(problem: Problem, y: Array, v: Array, tensors: Tensors) -> Array:
     """−Bᵀ A⁻ᵀ v, raveled, differentiable in y, v and θ."""
     maps = problem.composed(y, tensors)[1]
-    u = Solve.apply(problem, True, y, v if maps.frame is None else maps.frame.into(v), *tensors)
-    return -maps.B.rmatvec(u)
+    u = Solve.apply(problem, True, y, maps.raw(v if maps.frame is None else maps.frame.into(v)), *tensors)
+    return -maps.B.rmatvec(maps.raw(u))
 
 
 def push(problem: Problem, y: Array, t: Array, tensors: Tensors) -> Array:
     """−A⁻¹ B t, differentiable in y, t and θ."""
     maps = problem.composed(y, tensors)[1]
-    w = Solve.apply(problem, False, y, -maps.B.matvec(t), *tensors)
+    w = maps.raw(Solve.apply(problem, False, y, maps.raw(-maps.B.matvec(t)), *tensors))
     return w if maps.frame is None else maps.frame.back(w)
 
 
@@ -79,7 +79,10 @@ class Implicit(torch.autograd.Function):
 
 
 class Solve(torch.autograd.Function):
-    """A⁻¹ b, or A⁻ᵀ b, for b of shape (*rhs, *items, n)."""
+    """A⁻¹ b, or A⁻ᵀ b, for b of shape (*rhs, *items, n), of F as it is: how the system is scaled is a matter of where.
+
+    The scales of what is solved, in numbers, and of what is differentiated need not be the same.
+    """
 
     @staticmethod
     def forward(problem: Problem, adjoint: bool, y: Array, b: Array, *tensors: Array) -> Array:
@@ -102,8 +105,8 @@ class Solve(torch.autograd.Function):
         theta, data = ctx.problem.split(tensors)
 
         def pairing(y: Array, *theta: Array) -> Array:
-            A = ctx.problem.composed(y, (*theta, *data))[1].A
-            return -(A.rmatvec(left) * right).sum()
+            maps = ctx.problem.composed(y, (*theta, *data))[1]
+            return -(maps.A.rmatvec(maps.raw(left)) * maps.raw(right)).sum()
 
         value, pull_back = vjp(pairing, y, *theta)
         by_y, *by_theta = _wanted(pull_back(torch.ones_like(value)), wanted)
@@ -116,8 +119,8 @@ class Solve(torch.autograd.Function):
             theta, data = ctx.problem.split(tensors)
 
             def product(y: Array, *theta: Array) -> Array:
-                A = ctx.problem.composed(y, (*theta, *data))[1].A
-                return (A.rmatvec if ctx.adjoint else A.matvec)(x)
+                maps = ctx.problem.composed(y, (*theta, *data))[1]
+                return maps.raw((maps.A.rmatvec if ctx.adjoint else maps.A.matvec)(maps.raw(x)))
 
             b = -_along(product, (y, *theta), (dy, *tangents))
             return Solve.apply(ctx.problem, ctx.adjoint, y, b if db is None else db + b, *tensors)

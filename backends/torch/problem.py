@@ -221,9 +221,13 @@ class Problem:
         yield
         self.aux, self._collected = self._collected, outer
 
-    def _linearized(self, y: Array, tensors: Sequence[Array]) -> Linearization[Any, Any]:
+    def _linearized(self, y: Array, tensors: Sequence[Array], *, shared: bool = False) -> Linearization[Any, Any]:
         theta, args, _ = self._trees([plain(x) for x in tensors])
-        return Linearization(self.condition, self.y.unravel(y.detach()), theta, args=args, **self.options)
+        options = self.options
+        if shared:  # the right-hand side comes from `composed`
+            engine = copy.copy(self.engine)
+            engine.shared, options = True, {**options, "backend": engine}
+        return Linearization(self.condition, self.y.unravel(y.detach()), theta, args=args, **options)
 
     def pullback(self, y: Array, v: Array, tensors: Sequence[Array]) -> Array:
         """−Bᵀ A⁻ᵀ v, raveled."""
@@ -233,7 +237,7 @@ class Problem:
         """A⁻¹ b or A⁻ᵀ b; one factorisation serves all the solves of one point."""
         held = [(x.data_ptr(), x._version, x.detach()) for x in (y, *tensors)]
         if self._latest is None or [h[:2] for h in self._latest[0]] != [h[:2] for h in held]:
-            self._latest = held, self._linearized(y, tensors)
+            self._latest = held, self._linearized(y, tensors, shared=True)
         lin = self._latest[1]
         if "finite differences" in lin.derivatives.values():
             raise DerivativeError(

@@ -97,6 +97,16 @@ class Maps(NamedTuple):
     frame: Frame | None = None
     findings: Findings | None = None
     checked: Checked | None = None
+    scale: Array | None = None
+    """W, shape (*items, rows of A): the system is W F, and its unknowns are W⁻¹ those of F; zero where it has none."""
+
+    def raw(self, x: Array) -> Array:
+        """W⁻¹ x: a right-hand side of the system as one of F, or unknowns of F as those of the system."""
+        if self.scale is None:
+            return x
+        xp = self.A.backend.xp
+        safe = xp.where(self.scale > 0, self.scale, xp.ones_like(self.scale))
+        return xp.where(self.scale > 0, x / safe, xp.zeros_like(x))
 
 
 class Condition(Record):

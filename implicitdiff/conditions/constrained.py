@@ -364,6 +364,7 @@ def _reduced(
         _scaled(whole.B, scale),
         Frame(lambda v: padded(backend, v, A.n), lambda x: x[..., :n]),
         Findings(usable, quiet, found),
+        scale=scale,
     )
 
 

@@ -60,7 +60,7 @@ class Metric:
         if isinstance(step, float):
             return cls(point, step, step)
         number, backend = step[..., 0], point.backend
-        if backend.traced:
+        if backend.traced or backend.shared:
             return cls(point, number, step, better=better)
         if not point.items:
             return cls(point, float(number), float(number), better=better)
@@ -177,7 +177,9 @@ def metric_at(point: Any, H: Operator, slope: Any, *, blind: bool = False) -> Me
     u = power_of_two(xp, leaf)
     d = u / xp.sqrt(energy(point, u, slope, H.matvec(u * point.y.space.probe())))
     better = None
-    if not backend.traced:
+    if backend.shared:
+        pass
+    elif not backend.traced:
         if H.matrix is not None or (point.y.n <= ASSEMBLED and H.sparse is None and _mixed(point, H, leaf)):
             d = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
         better = d if any_true(xp, xp.max(d, axis=-1) > 32 * xp.min(d, axis=-1)) else None
