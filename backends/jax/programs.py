@@ -247,9 +247,8 @@ class Runner:
             out = program(call)
         if is_traced(out):  # constants, met inside of a program that is being traced
             return self._traced(mode, direction, x0)
-        value, evidence, sound = out
-        facts, seconds = program.facts, time.perf_counter() - start
-        return Run(value, evidence, **facts["told"], seconds=seconds, sound=sound, certain=self._certain)
+        (value, evidence, sound), seconds = out, time.perf_counter() - start
+        return Run(value, evidence, **program.facts["told"], seconds=seconds, sound=sound, certain=self._certain)
 
     def _certain(self) -> Any:
         if self._step is None:
