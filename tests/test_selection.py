@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import LIBRARIES, Library
 from covering import cover
-from selection import backends, choice
+from selection import backends, choice, choices, mark_what_the_cover_leaves
 
 FULL = [tuple(enumerate(case)) for case in product("abcd", range(6), "xyz", [None, ""]) if case[:2] != ("a", 0)]
 
@@ -40,13 +42,33 @@ def test_choices_are_told_apart_by_value_or_by_identity() -> None:
 
 
 @pytest.mark.parametrize("lib", LIBRARIES, ids=lambda lib: lib.name)
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("second", [0, 1])
-def test_the_tests_of_a_library_are_found(
-    lib: Library, first: int, second: int, request: pytest.FixtureRequest
-) -> None:
-    """And of this test, each library runs with every choice of the other two."""
+def test_the_tests_of_a_library_are_found(lib: Library, request: pytest.FixtureRequest) -> None:
     assert backends(request.node) == {lib.name.removesuffix("-readonly")}
-    count = sum(item.originalname == request.node.originalname for item in request.session.items)
-    chosen = request.config.getoption("exhaustive") or request.config.getoption("backend")
-    assert chosen or count <= 2 * len(LIBRARIES)
+
+
+class Item:
+    """As much of a collected case as the selection looks at."""
+
+    def __init__(self, file: str, **params: Any) -> None:
+        self.path, self.originalname, self.marks = Path(file), "test", []
+        self.callspec = SimpleNamespace(params=params)
+
+    def get_closest_marker(self, name: str) -> None:
+        return None
+
+    def add_marker(self, name: str) -> None:
+        self.marks.append(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "strength", "runs"), [("test_x.py", None, 6), ("test_jax_x.py", None, 3), ("test_x.py", 1, 3)]
+)
+def test_what_is_not_marked_holds_every_pair_and_on_jax_every_choice(
+    file: str, strength: int | None, runs: int
+) -> None:
+    items = [Item(file, a=a, b=b, c=c) for a, b, c in product(range(2), range(3), range(2))]
+    mark_what_the_cover_leaves(items, strength)  # type: ignore[arg-type]
+    kept = [choices(item) for item in items if item.marks != ["exhaustive"]]  # type: ignore[arg-type]
+    assert len(kept) == runs
+    size = strength or (1 if "jax" in file else 2)
+    assert held(kept, size) == held([choices(item) for item in items], size)  # type: ignore[arg-type]
