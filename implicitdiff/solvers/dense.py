@@ -199,6 +199,8 @@ class DenseSolver(Solver):
         xp = backend.xp
         if len(b.shape) == len(items) + 1:
             return self.apply(backend, state.factor, b[..., None], state.transposed)[..., 0]
+        if not items:  # the same, at a fraction of the cost of `moveaxis` in Python
+            return xp.matrix_transpose(self.apply(backend, state.factor, xp.matrix_transpose(b), state.transposed))
         x = self.apply(backend, state.factor, xp.moveaxis(b, 0, -1), state.transposed)
         return xp.moveaxis(x, -1, 0)
 
@@ -228,7 +230,7 @@ def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> D
     """
     xp = state.operator.backend.xp
     gains = item_norm(xp, w) / item_norm(xp, z)
-    gains = item_norm(xp, xp.moveaxis(gains, 0, -1)) / math.sqrt(PROBES)
+    gains = item_norm(xp, xp.moveaxis(gains, 0, -1) if state.operator.items else gains) / math.sqrt(PROBES)
     product = state.norm * xp.maximum(gains, gains * 0 + gain / math.sqrt(state.operator.n))
     usable = xp.isfinite(product) & (product > 0)
     one = xp.ones_like(product)
