@@ -73,14 +73,17 @@ class Along:
         Whether the units are known.
     width : int, optional
         Number of entries of G, where it is not that of y.
+    beside : Along, optional
+        The same along a direction without structure, where the terms of this one may cancel.
     """
 
     def __init__(
         self, xp: Any, function: Callable[[Array, Array], Array], y: Array, theta: Array, dy: Array | None,
         dtheta: Array | None, *, scalar: Array | None = None, known: bool = True, width: int | None = None,
+        beside: Along | None = None,
     ) -> None:  # fmt: skip
         self.xp, self.function, self.y, self.theta = xp, function, y, theta
-        self.dy, self.dtheta, self.scalar = dy, dtheta, scalar
+        self.dy, self.dtheta, self.scalar, self.beside = dy, dtheta, scalar, beside
         self._nowhere = float("nan") * (y[..., :width] if scalar is None else y[..., 0])
         self.eps = float(xp.finfo(y.dtype).eps)
         steps = (_STEPS if scalar is None else _STEPS_OF_VALUES)[self.eps > 1e-10]
@@ -137,7 +140,9 @@ class Along:
         """What rounding of a product may come to."""
         if self.scalar is not None:
             return 0 * self.xp.vecdot(u, u)
-        return 50 * self.eps * self.xp.vecdot(self.xp.abs(u), self.xp.abs(self.change(0)))
+        change = self.xp.abs(self.change(0))
+        change = change if self.beside is None else self.xp.maximum(change, self.xp.abs(self.beside.change(0)))
+        return 50 * self.eps * self.xp.vecdot(self.xp.abs(u), change)
 
 
 class Gap(NamedTuple):

@@ -56,11 +56,13 @@ class Trial:
         self.adjoint = None if adjoint is None else look(adjoint)
         moves = tangent is not None and bool(xp.all(self.size > 0))
         self.w = self._scaled(look(tangent)) if moves else None
-        self.along_w = None if self.w is None else self._along(function, self.w, None)
+        self.along_w = None if self.w is None else self._along(function, self.w, None, self.along_z)
 
-    def _along(self, function: Any, dy: Array | None, dtheta: Array | None) -> Along:
+    def _along(self, function: Any, dy: Array | None, dtheta: Array | None, beside: Along | None = None) -> Along:
         f = self.applied(function)
-        return Along(self.xp, f, self.y, self.theta, dy, dtheta, scalar=self.scalar, known=self.both)
+        return Along(
+            self.xp, f, self.y, self.theta, dy, dtheta, scalar=self.scalar, known=self.both, beside=beside
+        )  # fmt: skip
 
     def applied(self, function: Callable[..., Array]) -> Callable[..., Array]:
         """A function of the framework's vectors on those that are looked at."""
