@@ -82,6 +82,14 @@ def test_what_long_runs_found(fields: tuple[object, ...]) -> None:
     assert not verdict.failure, str(verdict)
 
 
+@pytest.mark.skipif(not TORCH, reason="needs torch")
+@pytest.mark.parametrize("seed", [500094, 501514, 504001, 706231, 800509])
+def test_what_went_wrong_once(seed: int) -> None:
+    """Singular in single precision; off, in a unit of its own; blamed on a Hessian; a fixed point under gmres."""
+    verdict = run(draw("torch", seed))
+    assert not verdict.failure, str(verdict)
+
+
 HEALTHY = Case(0, "numpy", "quartic", "float64", 3, "definite", 10.0, "products", "lu", "vjp", "one", "one", "one",
                False, 0, "", "")  # fmt: skip
 

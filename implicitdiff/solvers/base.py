@@ -270,7 +270,8 @@ class Krylov(Solver):
         known = space.where(space.isfinite(end.operator_norm), end.operator_norm, space.scalar(0.0))
         condition = end.condition if state.preconditioner.identity else None
         if condition is not None and op.offset and state.scaling is not None and not is_tree_vector(b):
-            more = cancelled(space.xp, op, state.scaling, space.xp.asarray(known) * op.n**0.5) / op.rounding
+            norm = backend.xp.asarray(known, device=op.device) * op.n**0.5
+            more = space.xp.asarray(cancelled(backend.xp, op, state.scaling, norm) / op.rounding)
             condition = condition * space.maximum(space.scalar(1.0), more)
         counts = Counts(end.iterations, end.matvecs, residual, known, None, end.tolerance, condition)
         return space.scale(scale, end.x), status, counts
