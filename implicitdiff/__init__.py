@@ -49,8 +49,8 @@ from implicitdiff.errors import (
 )
 from implicitdiff.linalg.system import linear_solve
 from implicitdiff.linearization import Linearization
+from implicitdiff.outcome import Counts, Report, Status
 from implicitdiff.registry import register_backend
-from implicitdiff.report import Counts, Report, Status
 from implicitdiff.solvers import (
     CG,
     GMRES,

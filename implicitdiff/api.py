@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 
 from implicitdiff.compilers import public
 from implicitdiff.linearization import Linearization, linearized
-from implicitdiff.report import Report
+from implicitdiff.outcome import Report
 from implicitdiff.typing import DEFAULTS, ConditionLike, Options, StartedOptions, T, Y
 
 __all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize"]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array, any_true, named_items
 from implicitdiff.errors import RegularityWarning
-from implicitdiff.failure import warn
 from implicitdiff.linalg.operator import Operator
+from implicitdiff.outcome import warn
 from implicitdiff.solvers import suitable
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from implicitdiff.errors import (
     SolveError,
     SolveWarning,
 )
-from implicitdiff.failure import explain, warn
+from implicitdiff.outcome import explain, warn
 from implicitdiff.ravel import Ravel
 
 __all__ = [

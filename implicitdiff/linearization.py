@@ -9,14 +9,13 @@ from typing import Any, Generic
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
-from implicitdiff.failure import check_mode, settle
 from implicitdiff.judgement import judge, reject_non_finite
 from implicitdiff.linalg.solve import make_report, method_of
 from implicitdiff.mode import Mode
+from implicitdiff.outcome import Report, check_mode, settle
 from implicitdiff.pytree import copied, map_leaves
 from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend, portable
-from implicitdiff.report import Report
 from implicitdiff.rules import Direct, Rules, Run, Task
 from implicitdiff.typing import T, Y
 from implicitdiff.verification.confirmation import Confirmation

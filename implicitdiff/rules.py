@@ -31,8 +31,8 @@ from implicitdiff.linalg.equilibration import TINY
 from implicitdiff.linalg.solve import Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
+from implicitdiff.outcome import Status
 from implicitdiff.ravel import LeafRavel, Ravel
-from implicitdiff.report import Status
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
 from implicitdiff.verification.consistency import contradicted

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions import Condition
-from implicitdiff.report import Report
+from implicitdiff.outcome import Report
 
 __all__ = [
     "DEFAULTS",

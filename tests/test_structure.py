@@ -22,12 +22,13 @@ CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
 
 # From the leaves up. A module may import what stands on an earlier line, and of its own line what makes no cycle.
 LAYERS = (
-    ("errors", "mode", "report", "arrays", "pytree", "compilers", "closures", "namespaces", "records"),
+    ("errors", "mode", "arrays", "pytree", "compilers", "closures", "namespaces", "records"),
+    ("outcome",),
     ("projections", "proxes"),
     ("linalg.__init__", "linalg.vector_space", "ravel", "registry"),
     ("linalg.operator",),
     ("linalg.block_operator", "linalg.equilibration", "linalg.blocks"),
-    ("linalg.preconditioner", "failure"),
+    ("linalg.preconditioner",),
     ("solvers",),
     ("linalg.solve", "solution_check"),
     ("conditions", "verification", "curvature", "rules", "typing", "judgement", "linearization", "linalg.system"),

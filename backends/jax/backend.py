@@ -23,9 +23,9 @@ from implicitdiff.judgement import independent, loss_independent
 from implicitdiff.linalg.system import System, Told
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 from implicitdiff.mode import Mode
+from implicitdiff.outcome import Report
 from implicitdiff.pytree import flatten, hint
 from implicitdiff.ravel import reject_dtype
-from implicitdiff.report import Report
 from implicitdiff.rules import Task
 
 __all__ = ["INLINE", "JaxBackend"]

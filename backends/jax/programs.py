@@ -19,9 +19,9 @@ from implicitdiff.backends.jax.repeats import Repeats, code_of, repeats_of
 from implicitdiff.backends.jax.reports import hand_out
 from implicitdiff.backends.jax.rules import arrays_of, filled, functions_of, named_functions, run_rules
 from implicitdiff.errors import RecompilationWarning
-from implicitdiff.failure import warn
 from implicitdiff.linalg.system import System, Told
 from implicitdiff.mode import Mode
+from implicitdiff.outcome import warn
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Direct, Rules, Run, Task
 

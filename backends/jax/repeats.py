@@ -16,7 +16,7 @@ from typing import Any
 from implicitdiff.backends.jax.contents import reference, same
 from implicitdiff.closures import PLAIN
 from implicitdiff.errors import RecompilationWarning
-from implicitdiff.failure import warn
+from implicitdiff.outcome import warn
 
 __all__ = ["Repeats", "code_of", "repeats_of"]
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from implicitdiff.linalg.solve import Solution, make_report
 from implicitdiff.mode import Mode
-from implicitdiff.report import Report
+from implicitdiff.outcome import Report
 from implicitdiff.rules import Rules, Run
 from implicitdiff.solution_check import Step
 

@@ -19,8 +19,8 @@ from jax.interpreters import ad, batching, mlir
 
 from implicitdiff.backends.jax.reports import between
 from implicitdiff.errors import ImplicitDiffError, SolveWarning
-from implicitdiff.failure import warn
 from implicitdiff.linearization import Linearization
+from implicitdiff.outcome import warn
 from implicitdiff.rules import Task
 
 __all__ = ["Watch"]

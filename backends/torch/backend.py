@@ -18,7 +18,7 @@ from implicitdiff.backends.torch.system import solve_recorded
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linalg.system import System
 from implicitdiff.linearization import Linearization
-from implicitdiff.report import Report
+from implicitdiff.outcome import Report
 
 __all__ = ["TorchBackend"]
 

@@ -21,8 +21,8 @@ from implicitdiff.backends.torch.problem import (
 from implicitdiff.backends.torch.refusal import owned, with_refused
 from implicitdiff.compilers import is_within_compiled, untraced
 from implicitdiff.conditions.point import Point
-from implicitdiff.failure import check_mode
 from implicitdiff.linearization import Linearization
+from implicitdiff.outcome import check_mode
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Ravel
 from implicitdiff.rules import Task

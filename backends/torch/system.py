@@ -18,7 +18,7 @@ from implicitdiff.backends.torch.refusal import owned, with_refused
 from implicitdiff.compilers import is_within_compiled
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linalg.system import System, solve_system
-from implicitdiff.report import Report
+from implicitdiff.outcome import Report
 
 if TYPE_CHECKING:
     from implicitdiff.backends.torch.arrays import TorchArrays

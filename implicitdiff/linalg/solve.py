@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, item_norm, needed, to_python
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.mode import Mode
-from implicitdiff.report import Counts, Report, Status
+from implicitdiff.outcome import Counts, Report, Status
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.base import methods_of
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.compilers import public
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
-from implicitdiff.failure import check_mode, explain, settle
 from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
 from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, poison, prepare
 from implicitdiff.mode import Mode
+from implicitdiff.outcome import Report, check_mode, explain, settle
 from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.report import Report
 from implicitdiff.solvers import get_solver
 from implicitdiff.typing import DEFAULTS, SystemOptions, Y, completed
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.linalg.operator import Operator
-from implicitdiff.report import Counts, Status
+from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.cg import CG
 from implicitdiff.solvers.cholesky import Cholesky

@@ -12,8 +12,8 @@ from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_sound
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
+from implicitdiff.outcome import Counts, Status
 from implicitdiff.records import Record
-from implicitdiff.report import Counts, Status
 from implicitdiff.solvers.checks import LOST, cancelled
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from implicitdiff.arrays import Array
-from implicitdiff.report import Status
+from implicitdiff.outcome import Status
 
 __all__ = ["LOST", "PROBES", "amplification", "asymmetry", "cancelled", "classify", "skew_tolerance"]
 

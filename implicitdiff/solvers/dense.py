@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from implicitdiff.arrays import Array, any_true, item_norm, needed, probe_vector
 from implicitdiff.linalg.equilibration import Scaling, of_matrix
 from implicitdiff.linalg.operator import Operator, matrix_product
-from implicitdiff.report import Counts, Status
+from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.checks import LOST, PROBES, amplification, asymmetry, cancelled, classify, skew_tolerance

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, item_norm, probe_vector
-from implicitdiff.report import Status
+from implicitdiff.outcome import Status
 from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy, without_preconditioner
 
 __all__ = ["GMRES"]

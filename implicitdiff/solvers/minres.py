@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
-from implicitdiff.report import Status
+from implicitdiff.outcome import Status
 from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, Structure, without_preconditioner
 
 __all__ = ["MINRES"]

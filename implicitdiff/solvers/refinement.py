@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator, Product, matrix_product
-from implicitdiff.report import Counts, Status
+from implicitdiff.outcome import Counts, Status
 
 __all__ = ["refined"]
 

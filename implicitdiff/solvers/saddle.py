@@ -23,7 +23,7 @@ from implicitdiff.errors import InputError
 from implicitdiff.linalg.block_operator import SaddleOperator
 from implicitdiff.linalg.equilibration import Scaling
 from implicitdiff.linalg.operator import Operator
-from implicitdiff.report import Counts, Status
+from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver, methods_of
 
 __all__ = ["NullSpace", "Schur"]

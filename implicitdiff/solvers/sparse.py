@@ -18,7 +18,7 @@ import numpy as np
 from implicitdiff.arrays import item_norm, probe_vector
 from implicitdiff.linalg.equilibration import Scaling, of_sparse, scaled_sparse
 from implicitdiff.linalg.operator import Operator
-from implicitdiff.report import Counts, Status
+from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.checks import LOST, PROBES, amplification, classify, skew_tolerance
 
 __all__ = ["SparseState", "init", "solve"]

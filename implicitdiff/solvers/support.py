@@ -30,7 +30,7 @@ from implicitdiff.arrays import Array, item_norm, needed
 from implicitdiff.errors import NotSymmetricError
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.vector_space import is_tree_vector
-from implicitdiff.report import Counts, Status
+from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver, methods_of
 
 __all__ = ["OnSupport", "ProximalOperator", "Support", "support_of"]

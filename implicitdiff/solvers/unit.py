@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitdiff.arrays import Array
-from implicitdiff.report import Counts, Status
+from implicitdiff.outcome import Counts, Status
 
 __all__ = ["one_step", "unit_of"]
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from implicitdiff.linalg.operator import Operator, matrix_map
 from implicitdiff.linalg.system import linear_solve
+from implicitdiff.outcome import Status
 from implicitdiff.registry import get_backend
-from implicitdiff.report import Status
 from implicitdiff.solvers import get_solver
 from implicitdiff.testing.common import Checks, close, require, run
 

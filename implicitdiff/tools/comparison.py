@@ -14,10 +14,10 @@ from implicitdiff.api import implicit_grad
 from implicitdiff.arrays import item_norm, to_python
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import ImplicitDiffWarning, InputError, SolveError
+from implicitdiff.outcome import Report, Status
 from implicitdiff.ravel import Ravel
 from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.report import Report, Status
 from implicitdiff.solvers import get_solver, suitable
 from implicitdiff.typing import ConditionLike
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from implicitdiff.arrays import Array, any_true, item_norm, named_items
 from implicitdiff.errors import AccuracyWarning, ImplicitDiffError, NoiseError
-from implicitdiff.failure import warn
 from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.outcome import warn
 
 __all__ = ["Confirmation"]
 
