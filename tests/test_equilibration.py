@@ -9,7 +9,7 @@ from conftest import JAX, NUMPY, STRICT, TORCH, Library, relative_error, with_co
 from generated import Posed, make
 
 from implicitdiff import Root, SingularError, Stationary, implicit_jacobian, implicit_vjp, linear_solve
-from implicitdiff.linalg.equilibration import of_matrix
+from implicitdiff.linalg.equilibration import of_matrix, of_sparse
 from implicitdiff.registry import get_backend
 
 GENERAL = ("auto", "lu", "gmres")
@@ -124,6 +124,39 @@ def test_scaling_is_by_powers_of_two_and_undoes_units(symmetric: bool) -> None:
     equilibrated = scaling.rows[:, None] * M * scaling.columns
     assert np.linalg.cond(equilibrated) <= 1e4
     assert of_matrix(backend, with_condition(12, 10.0, 0)[0], symmetric=symmetric) is None
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-16, 1e-8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_units_are_undone_whatever_the_pattern_of_zeros(symmetric: bool, sparse: bool, noise: float) -> None:
+    """Exact zeros, or what rounding left in their places; once in three the diagonal has some, too."""
+    rng, ratios = np.random.default_rng(3), []
+    for _ in range(60):
+        n = int(rng.integers(2, 12))
+        kept = (rng.random((n, n)) < rng.choice([0.15, 0.3, 0.6])) | (np.eye(n) * rng.random(n) < rng.choice([0.7, 2]))
+        A = np.where(kept, rng.standard_normal((n, n)), noise * rng.standard_normal((n, n)))
+        A = np.triu(A) + np.triu(A, 1).T if symmetric else A
+        if not np.linalg.cond(A) < 1e3:
+            continue
+        D, S = units(n, int(rng.integers(1000))), units(n, int(rng.integers(1000)))
+        M = (1 / D if symmetric else S)[:, None] * A / D
+        one = of_sparse(scipy.sparse.csc_array(M), symmetric=symmetric) if sparse else None
+        scaling = one if sparse else of_matrix(get_backend("numpy"), M, symmetric=symmetric)
+        found = M if scaling is None else scaling.rows[:, None] * M * scaling.columns
+        ratios.append(np.linalg.cond(found) / np.linalg.cond(A))
+    assert len(ratios) > 20
+    assert max(ratios) < 100
+
+
+@pytest.mark.parametrize("solver", ["auto", "lu", "gmres"])
+def test_a_column_in_a_tiny_unit_with_a_zero_in_it(solver: str) -> None:
+    A = np.array([[2.9, 0.3, 0.1], [0.1, 2.5, -0.4], [0.2, 0.0, 1.3]])
+    for unit in (1e12, 1e-12):
+        M = A * np.array([1.0, unit, 1.0])
+        x, report = linear_solve(M, np.ones(3), solver=solver, return_report=True)
+        assert report.converged
+        np.testing.assert_allclose(x * np.array([1.0, unit, 1.0]), np.linalg.solve(A, np.ones(3)), rtol=1e-8)
 
 
 # -- the precision in which A was made ------------------------------------------------------------------------------
