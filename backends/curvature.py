@@ -171,6 +171,8 @@ class GradientDifferences(SecondDerivatives, Differences):
         plan = Plan(1 + 0 * u.value, 1 + 0 * u.value, xp.abs(u.value) + xp.abs(t.value), *2 * (s.by_y.tolerance,))
         found = search(xp, s.stencil, lambda a, wanted: s.at(s.x + a * (d + e)), s.middle, s.noise, plan)
         cross, error = xp.abs(found.value - u.value - t.value), found.error + u.error + t.error
+        if any_true(xp, ~xp.isfinite(cross)):
+            return True  # f is not finite next to the point: others tell
         known = (cross > error) | (error <= s.eps**0.5 * xp.abs(u.value))  # a zero that is known well is one
         if any_true(xp, known) or not any_true(xp, cross != 0):
             return any_true(xp, cross > 0)

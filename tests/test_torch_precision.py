@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SOLVERS
 
-from implicitdiff import ImplicitDiffError, NotPositiveDefiniteError, Root, SingularError, implicit_vjp
+from implicitdiff import AccuracyWarning, ImplicitDiffError, NotPositiveDefiniteError, Root, SingularError, implicit_vjp
 
 torch = pytest.importorskip("torch")
 
@@ -72,7 +72,7 @@ def test_fault_63_conditions(condition: float) -> None:
         single, y = H.float(), truth.float()
         try:
             got = implicit_vjp(lambda y, t: y @ (single @ y) / 2 - y @ t, y, single @ y, v.float())
-        except ImplicitDiffError:
+        except (ImplicitDiffError, AccuracyWarning):
             assert condition > 1e5, "false alarm"
         else:
             error = float((got.double() - truth).norm() / truth.norm())

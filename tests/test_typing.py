@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import implicitdiff
-from implicitdiff import Auto, Root, failure, implicit_function, linear_solve
+from implicitdiff import Auto, Root, implicit_function, linear_solve, outcome
 from implicitdiff.typing import DEFAULTS, OnFailure, SolverName
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def test_signatures_spell_options_out(name: str) -> None:
 
 
 def test_literals_are_the_names_that_there_are() -> None:
-    assert set(get_args(OnFailure)) == set(failure.MODES)
+    assert set(get_args(OnFailure)) == set(outcome.MODES)
     built_in = [cls for cls in vars(implicitdiff).values() if inspect.isclass(cls) and "name" in vars(cls)]
     assert set(get_args(SolverName)) == {cls.name for cls in built_in if issubclass(cls, implicitdiff.Solver)} - {
         implicitdiff.Solver.name

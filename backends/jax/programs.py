@@ -229,8 +229,7 @@ class Runner:
     def __init__(self, task: Task, inline: Any) -> None:
         self._task, self._inline = task, inline
         self._direct: Direct | None = None
-        self._factors: Any = None
-        self._program: Any = None
+        self._factors: tuple[Program, Any] | None = None
         self._step: Any = None
 
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
@@ -276,14 +275,14 @@ class Runner:
         vector = call.arrays[3]
         call = replace(call, arrays=call.arrays[:3])
         if self._factors is None:  # what the functions see may be another later: this is the point as it was
-            self._program = program_for(replace(call, mode="linearize"), _build_parts)
-            self._factors = self._program(call)
-        program = self._program
+            made = program_for(replace(call, mode="linearize"), _build_parts)
+            self._factors = made, made(call)  # at once: another thread may be doing the same
+        program, factors = self._factors
         part = program.facts[call.mode]
         leaves = part.leaves(self._task, vector)
-        if is_traced(self._factors):
-            return program, self._factors
-        return program, jax.tree.unflatten(part.form, part.compiled(self._factors[call.mode], leaves))
+        if is_traced(factors):
+            return program, factors
+        return program, jax.tree.unflatten(part.form, part.compiled(factors[call.mode], leaves))
 
 
 def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:

@@ -26,6 +26,7 @@ class Diagonal(idf.Solver):
 
     entries: Any = None
     name: ClassVar[str] = "hessian-diagonal"
+    approximate: ClassVar[bool] = True
 
     def init(self, operator):
         return np.diagonal(operator.dense()) if self.entries is None else self.entries

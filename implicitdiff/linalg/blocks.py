@@ -59,7 +59,7 @@ def largest_linked(op: Operator, scaling: Any, x: Array) -> Array | None:
         wider = xp.where(wider > s.x, wider, s.x)
         return _Spread(wider, xp.any(wider > s.x, axis=-1), s.round + 1)
 
-    start = _Spread(x, xp.any(x == x, axis=-1), xp.asarray(0))
+    start = _Spread(x, xp.any(x == x, axis=-1), xp.zeros((), dtype=xp.int32, device=op.device))
     end = backend.while_loop(lambda s: xp.any(s.grows) & (s.round < ROUNDS), body, start, limit=ROUNDS)
     return xp.where(end.grows[..., None], xp.max(x, axis=-1, keepdims=True), end.x)
 

@@ -87,7 +87,8 @@ def refined(
     omega, status = judged(x, r), xp.asarray(status, device=op.device) + xp.zeros_like(xp.asarray(counts.iterations))
     active = (status == int(Status.CONVERGED)) & ~(omega <= tolerance)
     status = xp.where(active, xp.full_like(status, int(Status.STAGNATED)), status)
-    first = _State(x, r, omega, status, counts.iterations, counts.matvecs + 1, active, xp.asarray(0))
+    zero = xp.zeros((), dtype=xp.int32, device=op.device)
+    first = _State(x, r, omega, status, counts.iterations, counts.matvecs + 1, active, zero)
     end = backend.while_loop(lambda s: xp.any(s.active), body, first, limit=ROUNDS)
     return end.x, end.status, counts._replace(iterations=end.iterations, matvecs=end.matvecs)
 
