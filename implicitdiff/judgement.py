@@ -144,15 +144,18 @@ def _check_dependence(rules: Any) -> None:
     here and at another y? (y = 0 may be a solution for every θ, and then F(0, θ) tells nothing.)
     """
     p, at = rules.point, rules.at
-    if at is None or 0 in (p.theta.n, p.y.n, *p.items):
+    if 0 in (p.theta.n, p.y.n, *p.items):
         return
-    y, theta = p.y.vector, p.theta.vector
+    y, theta, xp = p.y.vector, p.theta.vector, p.backend.xp
     moved, space = p.theta.space.nearby(theta), p.y.space
-    for here in (y, space.nearby(y)):
-        there = space.copy(at(here, moved))  # it may be a buffer that the next call fills again
-        if not bool(space.vanishes(there - at(here, theta))):
-            return
-    raise independent("it is the same to the last bit at another theta")
+    here = (y, space.nearby(y))
+    # what a function returns may be a buffer that its next call fills again
+    if at is not None and all(bool(space.vanishes(space.copy(at(z, moved)) - at(z, theta))) for z in here):
+        raise independent("it is the same to the last bit at another theta")
+    # by differences ∇f is not the same to the last bit, since their steps look at θ, too; but f is
+    f = None if rules.checked is None else rules.checked.values
+    if f is not None and not any(any_true(xp, xp.asarray(f(z, moved), copy=True) != f(z, theta)) for z in here):
+        raise independent("f is the same to the last bit at another theta")
 
 
 def check_loss(point: Any, loss: Any) -> None:

@@ -340,11 +340,14 @@ def test_plain_objective_of_condition_1e8_is_right_or_told() -> None:
 
 
 @SOURCE
-def test_closure_is_told(source: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_closure_is_told(source: str, dtype: str, scale: float) -> None:
     """A condition that uses a theta from the enclosing scope, of which only values are known."""
+    h, t = H.astype(dtype), (scale * T).astype(dtype)
     with pytest.raises(idf.DerivativeError, match="does not depend on theta"):
-        idf.implicit_jacobian(
-            lambda y, t: 0.5 * y @ H @ y - y @ T, np.linalg.solve(H, T), T, backend=backend_of(source)
+        idf.implicit_vjp(
+            lambda y, th: y @ h @ y / 2 - y @ t, np.linalg.solve(h, t), t, np.ones_like(t), backend=backend_of(source)
         )
 
 
