@@ -1,9 +1,9 @@
 """What a backend is: an abstract class of some ten methods, and a default for the rest.
 
 A backend holds what the array standard lacks, and no mathematics. All methods here see flat vectors of shape
-(*items, n), where ``items`` is ``()`` or ``(number of items,)``; products take vectors with one more leading axis of
-right-hand sides. Arithmetic goes through ``xp``. Of another library, `implicitdiff.testing.check_backend` says what is
-missing, and `implicitdiff.register_backend` makes it known.
+``(*items, n)``, where ``items`` is ``()`` or ``(number of items,)``; products take vectors with one more leading
+axis, of right-hand sides. Arithmetic goes through ``xp``. Of another library, `implicitdiff.testing.check_backend`
+says what is missing, and `implicitdiff.register_backend` makes it known.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Backend(ABC):
         return self.vector_space(x.shape, x.dtype, self.device(x))
 
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
-        """Return the space of the vectors of that shape (*items, n)."""
+        """Return the space of the vectors of that shape ``(*items, n)``."""
         return ArraySpace(self.xp, shape, dtype, device)
 
     def trees(self, y: Any, theta: Any) -> bool:
@@ -237,7 +237,7 @@ class Backend(ABC):
         return function(value) if any_true(self.xp, wanted) else value
 
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
-        """Let a function of (*items, n) take (k, *items, n), too."""
+        """Let a function of ``(*items, n)`` take ``(k, *items, n)``, too."""
 
         def many(x: Array) -> Array:
             if len(x.shape) == len(items) + 1:
@@ -267,11 +267,11 @@ class Backend(ABC):
 
     @abstractmethod
     def lu_factor(self, matrix: Array) -> Any:
-        """LU factors of (*items, n, n)."""
+        """LU factors of ``(*items, n, n)``."""
 
     @abstractmethod
     def lu_solve(self, factor: Any, b: Array, transposed: bool) -> Array:
-        """Solve with columns b, shape (*items, n, k)."""
+        """Solve with columns b, shape ``(*items, n, k)``."""
 
     @abstractmethod
     def cho_factor(self, matrix: Array) -> Array:
@@ -279,16 +279,16 @@ class Backend(ABC):
 
     @abstractmethod
     def cho_solve(self, factor: Array, b: Array) -> Array:
-        """Solve with columns b, shape (*items, n, k)."""
+        """Solve with columns b, shape ``(*items, n, k)``."""
 
     def has_ldl(self, matrix: Array) -> bool:
         """Whether `ldl_factor` of such a matrix is an LDLᵀ factorisation, and not LU in its place."""
         return False
 
     def ldl_factor(self, matrix: Array) -> Any:
-        """LDLᵀ factors of symmetric (*items, n, n)."""
+        """LDLᵀ factors of symmetric ``(*items, n, n)``."""
         return self.lu_factor(matrix)
 
     def ldl_solve(self, factor: Any, b: Array) -> Array:
-        """Solve with columns b, shape (*items, n, k)."""
+        """Solve with columns b, shape ``(*items, n, k)``."""
         return self.lu_solve(factor, b, False)
