@@ -166,6 +166,10 @@ def test_errors_carry_their_report() -> None:
 def test_linearizations(lib: Library) -> None:
     """Copies solve again and know the last report; factors and programs are made anew."""
     one = lib.array([1.0, 1.0])
+    try:
+        copy.deepcopy(one)
+    except TypeError:
+        pytest.skip(f"this release of {lib.name} cannot copy its arrays")
     lin = linearize(ROOT, lib.array([1.0, 2.0]), lib.array([1.0, 8.0]), solver="lu")
     assert repr(lin).startswith("Linearization(condition=Root(fun=cubic, jvp=slope")
     assert repr(lin).endswith("solver='lu')")
