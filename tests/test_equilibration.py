@@ -126,8 +126,7 @@ def test_scaling_is_by_powers_of_two_and_undoes_units(symmetric: bool) -> None:
     assert of_matrix(backend, with_condition(12, 10.0, 0)[0], symmetric=symmetric) is None
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-16, 1e-8])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("symmetric", "noise"), [(True, 0.0), (False, 0.0), (False, 1e-16), (False, 1e-8)])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_units_are_undone_whatever_the_pattern_of_zeros(symmetric: bool, sparse: bool, noise: float) -> None:
     """Exact zeros, or what rounding left in their places; once in three the diagonal has some, too."""

@@ -6,10 +6,11 @@ are judged on Â, where units have dropped out, and since R and C hold powers of
 
 - A positive definite matrix: R = C = D with d_i = a_ii^(-1/2), within a factor n of the best diagonal scaling there is
   (van der Sluis).
-- Any other: sweeps of Sinkhorn and Knopp's iteration, to rows and columns whose absolute values sum to one; symmetric,
-  with the square root of each step. What it comes to does not depend on the units that it begins with, and entries that
-  are nothing but rounding hardly count. (The largest entry in place of the sum would do neither: with zeros in the
-  pattern, a column in a unit of 1e12 makes every row that has an entry there a row of that entry alone.)
+- Symmetric: the same, where the diagonal has an entry; then sweeps d_i /= sqrt(max_j |d_i a_ij d_j|) (Ruiz).
+- Any other: sweeps of Sinkhorn and Knopp's iteration, to rows and columns whose absolute values sum to one. What it
+  comes to does not depend on the units that it begins with, and entries that are nothing but rounding hardly count.
+  (The largest entry in place of the sum would do neither: with zeros in the pattern, a column in a unit of 1e12 makes
+  every row that has an entry there a row of that entry alone.)
 - Products only: the same for the matrix of the norms of the blocks between the leaves of y, seen on one vector each.
   A leaf is a unit then; entries within one are not scaled against each other. A small system, though, is assembled for
   its scales where the entries of y, or those of the image of one vector in their units, are of very different sizes.
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from implicitdiff.arrays import Array, any_true, item_norm, times
+from implicitdiff.arrays import Array, any_true, item_norm, needed, times
 from implicitdiff.linalg.operator import Operator, Product
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 
@@ -121,32 +122,45 @@ def of_matrix(backend: Backend, matrix: Array, *, symmetric: bool, definite: boo
         d = _inverse_root(xp, xp.abs(xp.linalg.diagonal(matrix)))
         return _checked(backend, d, d)
     size = xp.abs(backend.detached(matrix))
+    if symmetric:
+        d = _symmetric(backend, size)
+        return _checked(backend, d, d)
     rows, columns = _inverse(xp, xp.max(size, axis=-1)), _inverse(xp, xp.max(size, axis=-2))
     if not backend.traced and _alike(xp, rows) and _alike(xp, columns):
         return None
     turned = xp.matrix_transpose(size)
-    if symmetric:  # sizes of blocks that were seen on one vector each are not quite
-        size = xp.where(size > turned, size, turned)
 
     def sums(d: Array, axis: int) -> Array:
         return times(size if axis else turned, d)
 
-    return _checked(backend, *_balanced(backend.while_loop, xp, sums, xp.ones_like(rows), symmetric=symmetric))
+    return _checked(backend, *_balanced(backend.while_loop, xp, sums, xp.ones_like(rows)))
 
 
-def _balanced(loop: Any, xp: Any, sums: Callable[[Array, int], Array], one: Array, *, symmetric: bool) -> Any:
+def _symmetric(backend: Backend, size: Array) -> Array:
+    xp = backend.xp
+    diagonal = xp.linalg.diagonal(size)
+    d = xp.where(diagonal > 0, _inverse_root(xp, diagonal), xp.zeros_like(diagonal))
+    if needed(backend, ~(diagonal > 0)):  # a row without a diagonal entry goes by those that have one
+        across = xp.max(size * d[..., None, :], axis=-1)
+        d = xp.where(diagonal > 0, d, _inverse(xp, across))
+    for _ in range(PROBED):
+        largest = d * xp.max(size * d[..., None, :], axis=-1)
+        if not backend.traced and not any_true(xp, (largest > 2) | (largest < 0.5)):
+            break
+        d = d * _inverse_root(xp, largest)
+    return d
+
+
+def _balanced(loop: Any, xp: Any, sums: Callable[[Array, int], Array], one: Array) -> Any:
     """Scale rows and columns in turn until the rows are even (the columns are, then).
 
     ``sums(d, axis)`` are the sums over each row (1), with columns times d, or over each column (0), with rows times d.
     """
 
     def sweep(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        rows, columns, total, done = state
-        if symmetric:
-            rows = columns = rows * _inverse_root(xp, total)
-        else:
-            rows = _inverse(xp, sums(columns, 1))
-            columns = _inverse(xp, sums(rows, 0))
+        _, columns, _, done = state
+        rows = _inverse(xp, sums(columns, 1))
+        columns = _inverse(xp, sums(rows, 0))
         return rows, columns, rows * sums(columns, 1), done + 1
 
     def goes_on(state: tuple[Array, Array, Array, Array]) -> Array:
@@ -176,7 +190,14 @@ def of_sparse(matrix: Any, *, symmetric: bool) -> Scaling | None:
     def sums(d: Array, axis: int) -> Array:
         return (size if axis else turned) @ d
 
-    rows, columns = _balanced(loop, np, sums, np.ones(size.shape[0]), symmetric=symmetric)
+    if symmetric:
+        diagonal = size.diagonal()
+        d = np.where(diagonal > 0, _inverse_root(np, diagonal), 0.0)
+        d = np.where(diagonal > 0, d, _inverse(np, size.multiply(d[None, :]).tocsr().max(axis=1).toarray().ravel()))
+        for _ in range(PROBED):
+            d = d * _inverse_root(np, d * size.multiply(d[None, :]).tocsr().max(axis=1).toarray().ravel())
+        return None if _alike(np, d) else _powers(np, d, d)
+    rows, columns = _balanced(loop, np, sums, np.ones(size.shape[0]))
     return None if _alike(np, rows) and _alike(np, columns) else _powers(np, rows, columns)
 
 
