@@ -140,7 +140,7 @@ def test_units_are_undone_whatever_the_pattern_of_zeros(symmetric: bool, sparse:
             continue
         D, S = units(n, int(rng.integers(1000))), units(n, int(rng.integers(1000)))
         M = (1 / D if symmetric else S)[:, None] * A / D
-        one = of_sparse(scipy.sparse.csc_array(M), symmetric=symmetric) if sparse else None
+        one = of_sparse(get_backend("numpy"), scipy.sparse.csc_array(M), symmetric=symmetric) if sparse else None
         scaling = one if sparse else of_matrix(get_backend("numpy"), M, symmetric=symmetric)
         found = M if scaling is None else scaling.rows[:, None] * M * scaling.columns
         ratios.append(np.linalg.cond(found) / np.linalg.cond(A))

@@ -123,7 +123,7 @@ def of_matrix(backend: Backend, matrix: Array, *, symmetric: bool, definite: boo
         return _checked(backend, d, d)
     size = xp.abs(backend.detached(matrix))
     if symmetric:
-        d = _symmetric(backend, size)
+        d = _symmetric(backend, xp.linalg.diagonal(size), lambda d: xp.max(size * d[..., None, :], axis=-1))
         return _checked(backend, d, d)
     rows, columns = _inverse(xp, xp.max(size, axis=-1)), _inverse(xp, xp.max(size, axis=-2))
     if not backend.traced and _alike(xp, rows) and _alike(xp, columns):
@@ -136,15 +136,14 @@ def of_matrix(backend: Backend, matrix: Array, *, symmetric: bool, definite: boo
     return _checked(backend, *_balanced(backend.while_loop, xp, sums, xp.ones_like(rows)))
 
 
-def _symmetric(backend: Backend, size: Array) -> Array:
+def _symmetric(backend: Backend, diagonal: Array, over: Callable[[Array], Array]) -> Array:
+    """Scale by the diagonal, then even out; ``over(d)`` is the largest entry of each row, with columns times d."""
     xp = backend.xp
-    diagonal = xp.linalg.diagonal(size)
     d = xp.where(diagonal > 0, _inverse_root(xp, diagonal), xp.zeros_like(diagonal))
     if needed(backend, ~(diagonal > 0)):  # a row without a diagonal entry goes by those that have one
-        across = xp.max(size * d[..., None, :], axis=-1)
-        d = xp.where(diagonal > 0, d, _inverse(xp, across))
+        d = xp.where(diagonal > 0, d, _inverse(xp, over(d)))
     for _ in range(PROBED):
-        largest = d * xp.max(size * d[..., None, :], axis=-1)
+        largest = d * over(d)
         if not backend.traced and not any_true(xp, (largest > 2) | (largest < 0.5)):
             break
         d = d * _inverse_root(xp, largest)
@@ -174,31 +173,22 @@ def _balanced(loop: Any, xp: Any, sums: Callable[[Array, int], Array], one: Arra
     return rows, columns
 
 
-def of_sparse(matrix: Any, *, symmetric: bool) -> Scaling | None:
+def of_sparse(backend: Backend, matrix: Any, *, symmetric: bool) -> Scaling | None:
     """Scale a SciPy sparse matrix (n, n); None where its rows and columns are alike already."""
     size = abs(matrix).tocsr()
+    if symmetric:
+        over = lambda d: size.multiply(d[None, :]).tocsr().max(axis=1).toarray().ravel()  # noqa: E731
+        d = _symmetric(backend, size.diagonal(), over)
+        return _checked(backend, d, d)
     largest = [_inverse(np, size.max(axis=axis).toarray().ravel()) for axis in (0, 1)]
     if all(_alike(np, d) for d in largest):
         return None
     turned = size.T.tocsr()
 
-    def loop(cond: Any, body: Any, state: Any, limit: int) -> Any:
-        while cond(state):
-            state = body(state)
-        return state
-
     def sums(d: Array, axis: int) -> Array:
         return (size if axis else turned) @ d
 
-    if symmetric:
-        diagonal = size.diagonal()
-        d = np.where(diagonal > 0, _inverse_root(np, diagonal), 0.0)
-        d = np.where(diagonal > 0, d, _inverse(np, size.multiply(d[None, :]).tocsr().max(axis=1).toarray().ravel()))
-        for _ in range(PROBED):
-            d = d * _inverse_root(np, d * size.multiply(d[None, :]).tocsr().max(axis=1).toarray().ravel())
-        return None if _alike(np, d) else _powers(np, d, d)
-    rows, columns = _balanced(loop, np, sums, np.ones(size.shape[0]))
-    return None if _alike(np, rows) and _alike(np, columns) else _powers(np, rows, columns)
+    return _checked(backend, *_balanced(backend.while_loop, np, sums, np.ones(size.shape[0])))
 
 
 def scaled_sparse(matrix: Any, scaling: Scaling) -> Any:
@@ -252,7 +242,7 @@ def _found(op: Operator, symmetric: bool) -> Scaling | None:
     if not op.n or 0 in op.items:
         return None
     if op.sparse is not None:
-        return of_sparse(op.sparse, symmetric=symmetric)
+        return of_sparse(op.backend, op.sparse, symmetric=symmetric)
     if op.matrix is not None or op.assembled or _mixed(op):
         return of_matrix(op.backend, op.dense(), symmetric=symmetric)
     return _by_leaves(op, symmetric) if len(op.leaves) > 1 else None

@@ -47,7 +47,8 @@ def solver_names() -> list[str]:
     return list(_FACTORIES)
 
 
-def suitable(structure: str = "general", *, direct: bool | None = None) -> list[str]:
+@functools.cache
+def suitable(structure: str = "general", *, direct: bool | None = None) -> tuple[str, ...]:
     """List the registered methods that are exact for a square A of that structure, `Auto` not among them.
 
     Parameters
@@ -59,7 +60,7 @@ def suitable(structure: str = "general", *, direct: bool | None = None) -> list[
 
     Returns
     -------
-    list of str
+    tuple of str
     """
     order = ("general", "symmetric", "positive definite")
 
@@ -69,7 +70,7 @@ def suitable(structure: str = "general", *, direct: bool | None = None) -> list[
         exact = not getattr(solver, "approximate", False) and order.index(needs) <= order.index(structure)
         return exact and direct in (None, getattr(solver, "direct", False)) and not isinstance(solver, Auto)
 
-    return [name for name in _FACTORIES if fits(name)]
+    return tuple(name for name in _FACTORIES if fits(name))
 
 
 def register_solver(name: str, factory: Callable[[], Any]) -> None:
@@ -94,6 +95,7 @@ def register_solver(name: str, factory: Callable[[], Any]) -> None:
     if not callable(factory):
         raise InputError(f"factory for {name!r} is not callable: {type(factory).__name__}.")
     _FACTORIES[name] = factory
+    suitable.cache_clear()
 
 
 def get_solver(solver: Any) -> Any:

@@ -58,7 +58,7 @@ def init(operator: Operator, *, symmetric: bool) -> SparseState:
     if not np.all(np.isfinite(matrix.data)):
         return state(Status.NON_FINITE)
     size, as_symmetric = _frobenius(matrix), symmetric or bool(operator.symmetric)
-    scaling = of_sparse(matrix, symmetric=as_symmetric)
+    scaling = of_sparse(operator.backend, matrix, symmetric=as_symmetric)
     if scaling is not None:
         matrix = scaled_sparse(matrix, scaling)
     if as_symmetric:
