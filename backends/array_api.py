@@ -36,7 +36,7 @@ class ArrayAPIBackend(Backend):
         self._root = framework(xp.zeros(0))
         self._supported = (xp.float32, xp.float64)
 
-    # -- arrays at the border ------------------------------------------------------------------------
+    # -- arrays of the user ------------------------------------------------------------------------
     def as_leaf(self, leaf: Any, where: str) -> Array:
         if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
             return self.xp.asarray(leaf, dtype=self.xp.float64)

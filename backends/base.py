@@ -77,7 +77,7 @@ class Backend(ABC):
         """Whether values are not seen, only their shapes: nothing can be branched on, raised or warned about."""
         return self.mode is not Mode.EAGER
 
-    # -- arrays at the border ------------------------------------------------------------------------
+    # -- arrays of the user ------------------------------------------------------------------------
     @abstractmethod
     def is_array(self, x: Any) -> bool:
         """Whether it is an array of this framework."""
@@ -127,7 +127,7 @@ class Backend(ABC):
         """Cast, also a value that is being traced."""
         return self.xp.astype(x, dtype, copy=False)
 
-    def widen(self, x: Array) -> Array:
+    def to_double(self, x: Array) -> Array:
         """Return the array in double precision, where the framework has it."""
         return self.xp.astype(x, self.xp.float64, copy=False)
 
@@ -232,7 +232,7 @@ class Backend(ABC):
         false does no harm, and the condition may be looked at now and then only.
         """
 
-    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+    def if_any(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         """``function(value)`` where any of the mask holds, else ``value``: work that is seldom needed."""
         return function(value) if any_true(self.xp, wanted) else value
 

@@ -77,7 +77,7 @@ class CupyBackend(ArrayAPIBackend):
         self.name = "cupy"
         self.autodiff = autodiff
 
-    # -- arrays at the border ------------------------------------------------------------------------
+    # -- arrays of the user ------------------------------------------------------------------------
     def is_array(self, x: Any) -> bool:
         return isinstance(x, cupy.ndarray)
 
@@ -143,7 +143,7 @@ class CupyBackend(ArrayAPIBackend):
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         return (CupySpace if len(shape) == 1 else CupyItemsSpace)(xp, shape, dtype, device)
 
-    def widen(self, x: Array) -> Array:
+    def to_double(self, x: Array) -> Array:
         return x.astype(cupy.float64, copy=False)
 
     def lu_factor(self, matrix: Array) -> Any:

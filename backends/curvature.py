@@ -101,7 +101,7 @@ class GradientDifferences(SecondDerivatives, Differences):
         if not self._block("y").moves:
             return self.xp.zeros(v.shape, dtype=self.dtype, device=self.backend.device(v))
         if "matrix" in self.__dict__ or n <= SMALL or (many and 2 * v.shape[0] >= n and n <= LARGE):
-            return self.backend.astype(times(self.matrix, self.backend.widen(v)), self.dtype)
+            return self.backend.astype(times(self.matrix, self.backend.to_double(v)), self.dtype)
         return self._crossed(v, "y", "y", self.dtype)
 
     @cached_property
@@ -143,7 +143,7 @@ class GradientDifferences(SecondDerivatives, Differences):
             return total
 
         items = tuple(s.x.shape[:-1])
-        return self.backend.astype(self.backend.batched(one, items)(self.backend.widen(v)), dtype)
+        return self.backend.astype(self.backend.batched(one, items)(self.backend.to_double(v)), dtype)
 
     def _block(self, by: str) -> Block:
         s = self.sampler

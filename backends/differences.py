@@ -51,7 +51,7 @@ class Differences:
     def __init__(self, backend: Backend, function: Function, y: Array, theta: Array, *, rounding: bool = False) -> None:
         self.backend, self.xp, self.function = backend, backend.xp, function
         self.dtype, self.theta_dtype = y.dtype, theta.dtype
-        self.y, self.theta = backend.widen(y), backend.widen(theta)
+        self.y, self.theta = backend.to_double(y), backend.to_double(theta)
         self.piecewise = getattr(getattr(function, "point", None), "piecewise", False)
         self.sampler = self._sampler(FIRST, rounding=rounding or self.piecewise)
         # a part of a larger F (a projection, say) may bend: whoever composes it looks for kinks
@@ -138,7 +138,7 @@ class Differences:
             return total
 
         items = tuple(s.x.shape[:-1])
-        return self.backend.astype(self.backend.batched(one, items)(self.backend.widen(v)), dtype)
+        return self.backend.astype(self.backend.batched(one, items)(self.backend.to_double(v)), dtype)
 
     def _along(self, w: Array, block: Block, by: str, number: int | None) -> Array:
         return block.cleaned(self.xp, self._tell_kink(self.sampler.along(w, block=block), by, number))
@@ -161,7 +161,7 @@ class Differences:
 
     def _backward(self, u: Array, by: str, dtype: Any) -> Array:
         xp, s, count = self.xp, self.sampler, self.sampler.n if by == "y" else self.sampler.m
-        u = self.backend.widen(u)
+        u = self.backend.to_double(u)
         if not count or 0 in u.shape or not self._block(by).moves:
             return xp.zeros((*u.shape[:-1], count), dtype=dtype, device=self.backend.device(u))
         columns = self._columns.get(by)
@@ -229,7 +229,7 @@ def scalar_gradients(backend: Backend, function: Function, y: Array, theta: Arra
     """∂L/∂y and ∂L/∂θ of a scalar function."""
     leaves = leaf_sizes(function, "y", y.shape[-1]), leaf_sizes(function, "theta", theta.shape[-1])
     sampler = Sampler(
-        backend, function, backend.widen(y), backend.widen(theta), FIRST, leaves=leaves, scalar=True,
+        backend, function, backend.to_double(y), backend.to_double(theta), FIRST, leaves=leaves, scalar=True,
         what=name_of(function),
     )  # fmt: skip
     found = gradient(sampler, whole=True)

@@ -19,7 +19,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Flat, Point
 from implicitdiff.errors import BackendError, DerivativeError, DTypeError
 from implicitdiff.pytree import map_leaves
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 from implicitdiff.registry import get_backend
 
 __all__ = ["LENDERS", "Lender", "Lent"]
@@ -85,11 +85,11 @@ class Lender:
         return there, point.y.vector, point.theta.vector
 
     def _point(self, here: Point, y: Array, theta: Array) -> Point:
-        y_border, theta_border = (
-            Ravel(self.engine, map_leaves(self.over, border.unravel(vector)), border.name, bool(here.items))
-            for border, vector in ((here.y, y), (here.theta, theta))
+        y_raveler, theta_raveler = (
+            Raveler(self.engine, map_leaves(self.over, raveler.unravel(vector)), raveler.name, bool(here.items))
+            for raveler, vector in ((here.y, y), (here.theta, theta))
         )
-        return Point(self.engine, y_border, theta_border, map_leaves(self.over, here.args))
+        return Point(self.engine, y_raveler, theta_raveler, map_leaves(self.over, here.args))
 
     def _compare(self, here: Flat, there: Any, y: Array, theta: Array) -> None:
         """Raise where the function gives other numbers there."""

@@ -53,7 +53,7 @@ class NumpyBackend(ArrayAPIBackend):
         self.autodiff = autodiff
         self.slices = None if reduce is None else Slices(reduce)
 
-    # -- arrays at the border ------------------------------------------------------------------------
+    # -- arrays of the user ------------------------------------------------------------------------
     def is_array(self, x: Any) -> bool:
         return isinstance(x, (np.ndarray, np.generic)) and x.dtype != object
 
@@ -204,7 +204,7 @@ class NumpyBackend(ArrayAPIBackend):
             return SliceSpace(shape, dtype, self.slices)
         return space_of(tuple(shape), dtype)
 
-    def widen(self, x: Array) -> Array:
+    def to_double(self, x: Array) -> Array:
         return x.astype(np.float64, copy=False)
 
     def lu_factor(self, matrix: Array) -> Any:

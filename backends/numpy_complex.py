@@ -54,7 +54,7 @@ class ComplexStep:
 
     def __init__(self, backend: Backend, function: Function, y: Array, theta: Array) -> None:
         self.backend, self.function = backend, function
-        self.y, self.theta = backend.widen(y), backend.widen(theta)
+        self.y, self.theta = backend.to_double(y), backend.to_double(theta)
         self.dtype, self.theta_dtype = y.dtype, theta.dtype
         self.accuracy = float(np.finfo(np.float64).eps)
 
@@ -83,10 +83,10 @@ class ComplexStep:
     def _forward(self, function: Callable[[Array], Array], x: Array, v: Array) -> Array:
         size = sizes_of(np, x, (x.shape[-1],))[0]
         many = self.backend.batched(lambda w: complex_step(function, x, w, size), tuple(x.shape[:-1]))
-        return self.backend.astype(many(self.backend.widen(v)), self.dtype)
+        return self.backend.astype(many(self.backend.to_double(v)), self.dtype)
 
     def _backward(self, function: Callable[[Array], Array], x: Array, u: Array, dtype: Any) -> Array:
-        u, size = self.backend.widen(u), sizes_of(np, x, (x.shape[-1],))[0]
+        u, size = self.backend.to_double(u), sizes_of(np, x, (x.shape[-1],))[0]
         columns = (complex_step(function, x, unit, size) for unit in unit_vectors(np, x))
         parts = [np.vecdot(np.broadcast_to(column, u.shape), u) for column in columns]
         return self.backend.astype(np.stack(parts, axis=-1) if parts else np.zeros((*u.shape[:-1], 0)), dtype)
@@ -110,7 +110,7 @@ class ComplexGradientDifferences(SecondDerivatives):
 
     def __init__(self, backend: Backend, function: Function, y: Array, theta: Array) -> None:
         self.backend, self.function = backend, function
-        self.y, self.theta = backend.widen(y), backend.widen(theta)
+        self.y, self.theta = backend.to_double(y), backend.to_double(theta)
         self.dtype, self.theta_dtype = y.dtype, theta.dtype
         self.leaves = leaf_sizes(function, "y", y.shape[-1]), leaf_sizes(function, "theta", theta.shape[-1])
         self.sizes = [sizes_of(np, x, n)[0] for x, n in zip((self.y, self.theta), self.leaves, strict=True)]
@@ -133,7 +133,7 @@ class ComplexGradientDifferences(SecondDerivatives):
         """H v for v of shape (*rhs, *items, n)."""
         n, many = self.y.shape[-1], v.ndim > self.y.ndim
         if "matrix" in self.__dict__ or (many and 2 * v.shape[0] >= n and 0 not in v.shape):
-            return self.backend.astype(times(self.matrix, self.backend.widen(v)), self.dtype)
+            return self.backend.astype(times(self.matrix, self.backend.to_double(v)), self.dtype)
         return self._crossed(v, "y", "y", self.dtype)
 
     @cached_property
@@ -184,7 +184,7 @@ class ComplexGradientDifferences(SecondDerivatives):
             return self._cross(w / safe, by, onto, 0) * largest
 
         many = self.backend.batched(one, tuple(self.y.shape[:-1]))
-        return self.backend.astype(many(self.backend.widen(v)), dtype)
+        return self.backend.astype(many(self.backend.to_double(v)), dtype)
 
 
 def complex_gradients(backend: Backend, function: Function, y: Array, theta: Array) -> tuple[Array, Array, str]:
@@ -213,7 +213,7 @@ def is_analytic(backend: Backend, function: Function, y: Array, theta: Array, *,
     a little beside the point, where its gradient does not vanish.
     """
     leaves = leaf_sizes(function, "y", y.shape[-1]), leaf_sizes(function, "theta", theta.shape[-1])
-    y, theta = backend.widen(y), backend.widen(theta)
+    y, theta = backend.to_double(y), backend.to_double(theta)
     if scalar:
         y, theta = (_beside(x, of) for x, of in zip((y, theta), leaves, strict=True))
     sampler = Sampler(backend, function, y, theta, leaves=leaves, scalar=scalar)

@@ -79,7 +79,7 @@ class NumpySpace(ArraySpace):
     def finite(self, x: Array) -> Array:
         return np.isfinite(np.dot(x, x)) or np.isfinite(x).all()  # one pass where squares do not overflow
 
-    def vanishes(self, x: Array) -> Array:
+    def is_zero(self, x: Array) -> Array:
         return ~x.any()
 
     def probe(self) -> Array:
@@ -184,7 +184,7 @@ class SliceSpace(NumpySpace):
     def finite(self, x: Array) -> Array:
         return np.bool_(self._sum(float(np.count_nonzero(~np.isfinite(x)))) == 0)
 
-    def vanishes(self, x: Array) -> Array:
+    def is_zero(self, x: Array) -> Array:
         return np.bool_(self._sum(float(np.count_nonzero(x))) == 0)
 
     def project(self, basis: Array, j: Any, x: Array, room: int) -> Array:

@@ -46,7 +46,7 @@ def linearize(condition: ConditionLike, y: Y, theta: T, **options: Unpack[Option
     >>> np.round(lin.jvp(np.array([12.0])), 6), np.round(lin.jacobian(), 6)
     (array([1.]), array([[0.083333]]))
     """
-    return linearized(condition, y, theta, own=True, **options)
+    return linearized(condition, y, theta, copy=True, **options)
 
 
 @overload

@@ -106,7 +106,7 @@ def _has_curvature(operator: Operator, sign: float) -> Array:
     backend, xp = operator.backend, operator.backend.xp
     eps = float(xp.finfo(operator.dtype).eps)
     if operator.n <= DENSE_LIMIT and operator.sparse is None:
-        matrix = backend.widen(operator.dense())
+        matrix = backend.to_double(operator.dense())
         matrix = -sign * (matrix + xp.matrix_transpose(matrix)) / 2
         return ~_is_definite(backend, matrix, max(1e3 * operator.n * eps, 10 * operator.accuracy))
     least, most = _ends(operator)

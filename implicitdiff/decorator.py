@@ -73,7 +73,7 @@ class ImplicitFunction(Generic[P, R, Y]):
         out = self._solution(theta, data, options)
         y: Y = out[0] if self.has_aux else out
         with self.explaining(y):
-            return linearized(self.condition, y, theta, args=data, own=True, **self.options)
+            return linearized(self.condition, y, theta, args=data, copy=True, **self.options)
 
     @contextlib.contextmanager
     def explaining(self, y: Any) -> Iterator[None]:

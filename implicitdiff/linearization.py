@@ -8,8 +8,8 @@ from typing import Any, Generic
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.compilers import untraced
+from implicitdiff.diagnosis import error_from, reject_non_finite
 from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
-from implicitdiff.judgement import judge, reject_non_finite
 from implicitdiff.linalg.solve import make_report, method_of
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, check_mode, settle
@@ -45,14 +45,14 @@ class Linearization(Generic[Y, T]):
 
     def __init__(
         self, condition: Any, y: Y, theta: T, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-        on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
+        on_failure: str = "raise", backend: Any = None, batched: bool = False, copy: bool = False,
         on_report: Callable[[Report], object] | None = None,
     ) -> None:  # fmt: skip
         check_mode(on_failure)
         engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
         self.y, self.theta = y, theta
-        args = tuple(map_leaves(copied, tuple(args))) if own else tuple(args)  # they may be filled anew afterwards
-        self._task = Task(engine, condition, y, theta, args, solver, on_failure, batched, own, on_report)
+        args = tuple(map_leaves(copied, tuple(args))) if copy else tuple(args)  # they may be filled anew afterwards
+        self._task = Task(engine, condition, y, theta, args, solver, on_failure, batched, copy, on_report)
         with engine.computing():
             self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
         self._run: Run | None = None
@@ -68,7 +68,7 @@ class Linearization(Generic[Y, T]):
         """Copy and pickle what it is made of, and the report; factors and programs are made again."""
         t = self._task
         origin = portable(self._origin)
-        made_of = (t.condition, t.y, t.theta, t.args, t.solver, t.on_failure, origin, t.batched, t.own, t.on_report)
+        made_of = (t.condition, t.y, t.theta, t.args, t.solver, t.on_failure, origin, t.batched, t.copy, t.on_report)
         return _restored, made_of, {"_shown": self.report}
 
     @property
@@ -192,14 +192,14 @@ class Linearization(Generic[Y, T]):
             self._run = run = self._runner(mode, direction, x0)
             if run.mode is Mode.INLINE:
                 return run.value
-            error = self._judge(run, mode, direction)
+            error = self._error_from(run, mode, direction)
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
                 # a failed solve is blamed on A only if A is what it should be
-                found = None if error is not None or run.evidence.unsure(xp) else run.evidence.solution.x
+                found = None if error is not None or run.diagnostics.unsure(xp) else run.diagnostics.solution.x
                 verify(self._task, lambda: run.rules or self._rules, mode, found)
                 self._verified = True
             if error is None and run.rules is not None:
-                self._confirmation.check(run.rules, run.evidence.solution, mode, direction, x0)
+                self._confirmation.check(run.rules, run.diagnostics.solution, mode, direction, x0)
         if self._task.on_report is not None and self.report is not None:
             self._task.on_report(self.report)
         if error is not None:  # with the value attached: nothing is lost
@@ -207,15 +207,15 @@ class Linearization(Generic[Y, T]):
             settle(error, self._task.on_failure)
         return run.value
 
-    def _judge(self, run: Run, mode: str, direction: Any) -> SolveError | None:
+    def _error_from(self, run: Run, mode: str, direction: Any) -> SolveError | None:
         if run.rules is not None:
-            return judge(run.evidence, run.rules, method_of(run.evidence.solution, run.methods)[0])
-        if bool(run.sound):  # one look at what a compiled program found
+            return error_from(run.diagnostics, run.rules, method_of(run.diagnostics.solution, run.methods)[0])
+        if bool(run.clean):  # one look at what a compiled program found
             return None
         xp = self._task.backend.xp
-        if run.certain is not None and any_true(xp, run.evidence.step.doubtful):
-            self._run = run = run._replace(evidence=run.evidence._replace(step=run.certain()))
-            if bool(run.evidence.sound(xp)):
+        if run.certain is not None and any_true(xp, run.diagnostics.step.doubtful):
+            self._run = run = run._replace(diagnostics=run.diagnostics._replace(step=run.certain()))
+            if bool(run.diagnostics.clean(xp)):
                 return None
         return self._inquire(run, mode, direction)
 
@@ -223,15 +223,15 @@ class Linearization(Generic[Y, T]):
         """Find out outside of a compiled program what is wrong, where the functions can be asked again."""
         rules, task = self._rules, self._task
         point = rules.point
-        borders = [(point.y, point.y.vector, "y"), (point.theta, point.theta.vector, "theta")]
+        ravelers = [(point.y, point.y.vector, "y"), (point.theta, point.theta.vector, "theta")]
         if mode in {"vjp", "jvp"}:
-            border, name = (point.y, "cotangent") if mode == "vjp" else (point.theta, "tangent")
-            borders.append((border, border.like(direction, name, dtype=border.dtype), name))
-        for border, vector, name in borders:
-            if not bool(point.backend.xp.all(border.space.finite(vector))):
-                reject_non_finite(task, border, vector, name)
+            raveler, name = (point.y, "cotangent") if mode == "vjp" else (point.theta, "tangent")
+            ravelers.append((raveler, raveler.like(direction, name, dtype=raveler.dtype), name))
+        for raveler, vector, name in ravelers:
+            if not bool(point.backend.xp.all(raveler.space.finite(vector))):
+                reject_non_finite(task, raveler, vector, name)
         rules.kinds.update({"outer": ""} if mode == "gradient" else {})
-        return judge(run.evidence, rules, method_of(run.evidence.solution, run.methods)[0])
+        return error_from(run.diagnostics, rules, method_of(run.diagnostics.solution, run.methods)[0])
 
     @cached_property
     def _confirmation(self) -> Confirmation:
@@ -242,14 +242,14 @@ class Linearization(Generic[Y, T]):
         return Rules(self._task, flat=True)
 
     def _report(self, run: Run) -> Report:
-        e = run.evidence
+        e = run.diagnostics
         return make_report(
             e.solution, run.damping, run.methods, run.seconds, e.step.size, run.derivatives, run.mode, ~e.step.unsolved
         )
 
 
 def _restored(condition: Any, y: Any, theta: Any, *rest: Any) -> Linearization[Any, Any]:
-    names = ("args", "solver", "on_failure", "backend", "batched", "own", "on_report")
+    names = ("args", "solver", "on_failure", "backend", "batched", "copy", "on_report")
     return linearized(condition, y, theta, **dict(zip(names, rest, strict=True)))
 
 

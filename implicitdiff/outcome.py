@@ -255,7 +255,7 @@ def _is_zero(operator: Operator, x: Array) -> bool:
         one = operator.backend.space(operator.like)
     else:
         one = operator.backend.space(x[0, ...] if len(x.shape) > len(operator.items) + 1 else x)
-    return bool(one.vanishes(operator.matvec(one.probe())))
+    return bool(one.is_zero(operator.matvec(one.probe())))
 
 
 _NOT_ZERO = {Status.NON_FINITE, Status.NOT_SYMMETRIC, Status.BAD_PRECONDITIONER}

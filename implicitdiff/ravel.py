@@ -1,4 +1,4 @@
-"""The border between pytrees and vectors: validation on the way in, structure on the way out."""
+"""From pytrees to vectors and back: validation on the way in, structure on the way out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from implicitdiff.pytree import Tree, flatten, same_structure
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["Leaf", "LeafRavel", "Ravel", "foreign"]
+__all__ = ["Leaf", "LeafRaveler", "Raveler", "foreign"]
 
 
 COMPLEX = "Complex data is unsupported: stack real and imaginary parts."
@@ -34,7 +34,7 @@ class Leaf(NamedTuple):
     size: int
 
 
-class Ravel:
+class Raveler:
     """How a tree of arrays becomes a vector of shape (..., n), and back.
 
     Parameters
@@ -47,7 +47,7 @@ class Ravel:
         What the user calls it, for messages.
     batched : bool
         Whether every leaf carries a leading axis of independent items.
-    own : bool
+    copy : bool
         Whether to copy: the vector then stays what it is when the user's arrays change.
 
     Attributes
@@ -60,7 +60,7 @@ class Ravel:
         ``()`` or ``(number of items,)``.
     """
 
-    def __init__(self, backend: Backend, tree: Any, name: str, batched: bool = False, own: bool = False) -> None:
+    def __init__(self, backend: Backend, tree: Any, name: str, batched: bool = False, copy: bool = False) -> None:
         self.backend, self.name = backend, name
         self.tree = flatten(tree)
         arrays = [backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)]
@@ -74,7 +74,7 @@ class Ravel:
         self._shape = (*self.items, *self.leaves[0].shape) if self._plain else ()
         self._flat = (*self.items, self.n)
         self.vector = self._join(arrays, self.dtype)
-        if own:
+        if copy:
             self.vector = self._copied()
 
     def _items(self, arrays: list[Array], name: str) -> tuple[int, ...]:
@@ -109,17 +109,17 @@ class Ravel:
         return self.backend.space(self.vector)
 
     def divide(self, vector: Array) -> Any:
-        """Return a raveled vector in the form of this border's vectors."""
+        """Return a raveled vector in the form of this raveler's vectors."""
         return vector
 
-    def of_one_item(self) -> Ravel:
-        """Return the border of one item of a batch: the same structure, and no vector of its own."""
+    def of_one_item(self) -> Raveler:
+        """Return the raveler of one item of a batch: the same structure, and no vector of its own."""
         one = self.structure()
         one.items, one._shape, one._flat = (), self._shape[len(self.items) :], (self.n,)
         return one
 
-    def structure(self) -> Ravel:
-        """Return the border without its vector."""
+    def structure(self) -> Raveler:
+        """Return the raveler without its vector."""
         bare = copy.copy(self)
         del bare.vector
         return bare
@@ -127,7 +127,7 @@ class Ravel:
     def unravel(self, vector: Array) -> Any:
         """Turn vectors (*lead, n) into a tree of leaves (*lead, *shape).
 
-        A vector of another dtype than the border's own (complex, or wider for a finite difference)
+        A vector of another dtype than the raveler's own (complex, or wider for a finite difference)
         is handed on as it is.
         """
         backend, lead = self.backend, tuple(vector.shape[:-1])
@@ -152,7 +152,7 @@ class Ravel:
         Parameters
         ----------
         tree : pytree
-            Structured like the tree of this border.
+            Structured like the tree of this raveler.
         name : str
             What to call it in a message.
         dtype : dtype, optional
@@ -213,7 +213,7 @@ class Ravel:
                 f"{name} lies on {device}, {self.name} on {self.device}.\nNothing is copied across devices."
             )
 
-    def check_partner(self, other: Ravel) -> None:
+    def check_partner(self, other: Raveler) -> None:
         """Raise where the other tree lies on another device or has another number of items."""
         if self.device != other.device and self.n and other.n:
             raise BackendError(
@@ -235,9 +235,9 @@ class Ravel:
         """Whether a vector is finite, per item."""
         return functools.reduce(operator.and_, [self.backend.space(x).finite(x) for x in self._looked_at(vector)])
 
-    def vanishes(self, vector: Any) -> Array:
+    def is_zero(self, vector: Any) -> Array:
         """Whether a vector is exactly zero in every item."""
-        return functools.reduce(operator.and_, [self.backend.space(x).vanishes(x) for x in self._looked_at(vector)])
+        return functools.reduce(operator.and_, [self.backend.space(x).is_zero(x) for x in self._looked_at(vector)])
 
     def _looked_at(self, vector: Any) -> list[Any]:
         # In a compiled program the leaves are looked at one by one, and need not be concatenated for it.
@@ -270,8 +270,8 @@ class Ravel:
         return self.name
 
 
-class LeafRavel(Ravel):
-    """A border that keeps the leaves apart: its vectors are `TreeVector`, of leaves of one dtype."""
+class LeafRaveler(Raveler):
+    """A raveler that keeps the leaves apart: its vectors are `TreeVector`, of leaves of one dtype."""
 
     @staticmethod
     def length(tree: Any) -> int:

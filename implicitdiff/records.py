@@ -96,5 +96,5 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str 
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     top = f"<thead>{line(head, 'th')}</thead>" if head else ""
-    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{told}{top}<tbody>{''.join(line(cells, 'td') for cells in rows)}</tbody></table>"
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}{top}<tbody>{''.join(line(cells, 'td') for cells in rows)}</tbody></table>"

@@ -10,8 +10,8 @@ so w solves A w = −B θ̇ (forward), and for a cotangent v of y
 
 so the cotangent of θ is −Bᵀ u (reverse). One factorisation of A serves both.
 
-Nothing here raises or warns about a value: what was seen is returned as `Evidence`, so that the same code runs inside
-a compiled program, and is judged outside of it.
+Nothing here raises or warns about a value: what was seen is returned as `Diagnostics`, so that the same code runs
+inside a compiled program, and is judged outside of it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
+from implicitdiff.diagnosis import UNCERTAIN, check_loss, reject_non_finite
 from implicitdiff.errors import ShapeError
-from implicitdiff.judgement import UNCERTAIN, check_loss, reject_non_finite
 from implicitdiff.linalg.equilibration import TINY
 from implicitdiff.linalg.solve import Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Status
-from implicitdiff.ravel import LeafRavel, Ravel
+from implicitdiff.ravel import LeafRaveler, Raveler
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
 from implicitdiff.verification.consistency import contradicted
@@ -40,7 +40,7 @@ from implicitdiff.verification.consistency import contradicted
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["Direct", "Evidence", "Rules", "Run", "Task"]
+__all__ = ["Diagnostics", "Direct", "Rules", "Run", "Task"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Task:
     solver: Any = "auto"
     on_failure: str = "raise"
     batched: bool = False
-    own: bool = False
+    copy: bool = False
     on_report: Callable[[Any], object] | None = None
 
 
-class Evidence(NamedTuple):
+class Diagnostics(NamedTuple):
     """What was seen on the way, per item where there are any: arrays only, so that it may leave a compiled program."""
 
     solution: Solution
@@ -84,11 +84,11 @@ class Evidence(NamedTuple):
     """Whether what made the right-hand side (B t, or the gradients of the loss) is finite."""
     image: Array
     """Whether Bᵀ u is finite."""
-    vanished: Array
+    zero_product: Array
     """Whether a product with B is exactly zero, and the vector is not."""
     step: Step
     """What was seen of y as a solution."""
-    findings: Any = None
+    observations: Any = None
     """What the condition saw beside F."""
     suspect: Any = None
     """Items in which the solve saw curvature that contradicts what y is said to be."""
@@ -99,15 +99,15 @@ class Evidence(NamedTuple):
         """Whether any item is `uncertain`."""
         return self.uncertain is not None and any_true(xp, self.uncertain)
 
-    def sound(self, xp: Any) -> Array:
+    def clean(self, xp: Any) -> Array:
         """Whether there is nothing to tell: one number to look at."""
         good = self.inputs & self.right & self.image & self.step.finite & ~self.solution.failed
         good = good & ~self.step.unsolved & ~self.step.doubtful
-        if self.findings is not None:
-            good = good & self.findings.quiet
+        if self.observations is not None:
+            good = good & self.observations.quiet
         for doubt in (self.suspect, self.uncertain):
             good = good if doubt is None else good & ~doubt
-        return xp.all(good) & ~xp.any(self.vanished)
+        return xp.all(good) & ~xp.any(self.zero_product)
 
 
 class Rules:
@@ -123,18 +123,19 @@ class Rules:
     def __init__(self, task: Task, *, flat: bool = False) -> None:
         engine, solver, condition = task.backend, get_solver(task.solver), as_condition(task.condition)
         keep = not flat and _may_stay_trees(task, condition, solver)
-        self.task, self.silent = task, engine.mode is Mode.INLINE and task.on_failure != "ignore"
-        y = _border(keep, engine, task.y)(engine, task.y, "y", task.batched, task.own)
-        theta = _border(keep, engine, task.theta)(engine, task.theta, "theta", task.batched, task.own)
+        self.task, self.nan_on_failure = task, engine.mode is Mode.INLINE and task.on_failure != "ignore"
+        y = _raveler_type(keep, engine, task.y)(engine, task.y, "y", task.batched, task.copy)
+        theta = _raveler_type(keep, engine, task.theta)(engine, task.theta, "theta", task.batched, task.copy)
         y.check_partner(theta)
         self.point = Point(engine, y, theta, tuple(task.args))
         self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.condition, self.B, self.at = condition, maps.B, maps.at
-        self.frame, self.scale, self.findings, self.checked = maps.frame, maps.scale, maps.findings, maps.checked
-        self.prepared = prepare(maps.A, condition.routed(solver), nan_on_failure=self.silent)
+        self.embedding, self.scale = maps.embedding, maps.scale
+        self.observations, self.checked = maps.observations, maps.checked
+        self.prepared = prepare(maps.A, condition.routed(solver), nan_on_failure=self.nan_on_failure)
         self.kinds: dict[str, str] = {}
-        self.told = self.warned = self.curved = self.unsure = False
+        self.solution_warned = self.warned = self.curved = self.unsure = False
         self.check = SolutionCheck(self.point, maps, self.prepared)
         self._seen: Step | None = None
         self.latest: tuple[str, Any] | None = None  # "theta" or "y", and the latest derivative by or of it
@@ -144,65 +145,65 @@ class Rules:
         """Where the products came from that were used so far."""
         return {"A": self.prepared.operator.sources, "B": self.B.sources, **self.kinds}
 
-    def _finite(self, x: Any, border: Ravel, name: str) -> Array:
+    def _finite(self, x: Any, raveler: Raveler, name: str) -> Array:
         """Whether the items of a vector are finite; where values are seen, one that is not is told at once."""
-        finite = border.finite(x) if x.shape[-1] == border.n else self.task.backend.space(x).finite(x)
+        finite = raveler.finite(x) if x.shape[-1] == raveler.n else self.task.backend.space(x).finite(x)
         if not self.task.backend.traced and any_true(self.task.backend.xp, ~finite):
-            reject_non_finite(self.task, border, x, name)
+            reject_non_finite(self.task, raveler, x, name)
         return finite
 
     # -- the modes -----------------------------------------------------------------------------------
-    def vjp(self, cotangent: Any, x0: Any = None) -> tuple[Any, Evidence]:
+    def vjp(self, cotangent: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v."""
-        border = self.point.y
-        v = border.like(cotangent, "cotangent", dtype=border.dtype)
-        g, evidence = self._pull(v, x0, self.inputs & self._finite(v, border, "cotangent"))
-        return self.point.theta.unravel(g), evidence
+        raveler = self.point.y
+        v = raveler.like(cotangent, "cotangent", dtype=raveler.dtype)
+        g, diagnostics = self._pull(v, x0, self.inputs & self._finite(v, raveler, "cotangent"))
+        return self.point.theta.unravel(g), diagnostics
 
-    def jvp(self, tangent: Any, x0: Any = None) -> tuple[Any, Evidence]:
+    def jvp(self, tangent: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
         """The solution w of A w = −B θ̇."""
-        border = self.point.theta
-        t = border.like(tangent, "tangent", dtype=border.dtype)
-        w, evidence = self._push(self.B.matvec(t), x0, self.inputs & self._finite(t, border, "tangent"), t)
-        return self.point.y.unravel(w), evidence
+        raveler = self.point.theta
+        t = raveler.like(tangent, "tangent", dtype=raveler.dtype)
+        w, diagnostics = self._push(self.B.matvec(t), x0, self.inputs & self._finite(t, raveler, "tangent"), t)
+        return self.point.y.unravel(w), diagnostics
 
-    def tangent(self, tangent: Any, *, told: bool = False) -> Any:
+    def tangent(self, tangent: Any, *, solution_checked: bool = False) -> Any:
         """w of A w = −B θ̇, as a linear function of θ̇ and nothing else: no look at what θ̇ is.
 
-        ``told`` says that y was looked at as a solution before.
+        ``solution_checked`` says that y was looked at as a solution before.
         """
-        border = self.point.theta
-        b = self.B.matvec(border.like(tangent, "tangent", dtype=border.dtype))
-        mask = self._mask(told) if self.silent else None
+        raveler = self.point.theta
+        b = self.B.matvec(raveler.like(tangent, "tangent", dtype=raveler.dtype))
+        mask = self._mask(solution_checked) if self.nan_on_failure else None
         if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
             b = self.point.backend.space(b).scale(mask, b)
-        w = self._back(self.point.backend.linear(self.prepared, -b, None, False).x)
+        w = self._restricted(self.point.backend.linear(self.prepared, -b, None, False).x)
         return self.point.y.unravel(w if mask is None else self.point.y.space.scale(mask, w))
 
-    def _mask(self, told: bool) -> Array:
+    def _mask(self, solution_checked: bool) -> Array:
         """One, and NaN in items where y or θ is not finite, y is far from a solution, or it has no derivative."""
         backend, p = self.point.backend, self.point
         one = backend.xp.ones(p.items, dtype=p.y.dtype, device=p.y.device)
-        usable = self.inputs if self.findings is None else self.inputs & self.findings.usable
-        if not told:
+        usable = self.inputs if self.observations is None else self.inputs & self.observations.usable
+        if not solution_checked:
             step, wrong = self.check.look(), self._contradicted
             one, usable = 1 + 0 * step.step, usable & ~step.far
             usable = usable if wrong is None else usable & ~wrong
         return backend.detached(backend.xp.where(usable, one, one * float("nan")))
 
-    def gradient(self, outer: Any, x0: Any = None) -> tuple[Any, Evidence]:
+    def gradient(self, outer: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
         """∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y."""
         p = self.point
         loss = p.scalar_function(outer, "outer", args=())
         by_y, by_theta, kind = p.backend.gradients(loss, p.y.vector, p.theta.vector)
         self.kinds["outer"] = kind
-        if not p.backend.traced and bool(p.y.space.vanishes(by_y)) and bool(p.theta.space.vanishes(by_theta)):
+        if not p.backend.traced and bool(p.y.space.is_zero(by_y)) and bool(p.theta.space.is_zero(by_theta)):
             check_loss(p, loss)
         right = p.y.space.finite(by_y) & p.theta.space.finite(by_theta)
-        g, evidence = self._pull(by_y, x0, self.inputs, right)
-        return p.theta.unravel(by_theta + g), evidence
+        g, diagnostics = self._pull(by_y, x0, self.inputs, right)
+        return p.theta.unravel(by_theta + g), diagnostics
 
-    def jacobian(self, direction: None = None, x0: None = None) -> tuple[Any, Evidence]:
+    def jacobian(self, direction: None = None, x0: None = None) -> tuple[Any, Diagnostics]:
         """Dense dy/dθ: all columns together, forward for m <= n and in reverse otherwise."""
         p = self.point
         xp, n, m, items = p.backend.xp, p.y.n, p.theta.n, p.items
@@ -210,62 +211,62 @@ class Rules:
             b = xp.zeros((m, *items, self.B.rows), dtype=p.y.dtype, device=p.y.device)
             if n and m:
                 b = xp.moveaxis(self.B.dense(), -1, 0)
-            w, evidence = self._push(b, None, self.inputs, p.theta.vector + 1)
-            return p.nest(xp.moveaxis(w, 0, -1)), evidence
+            w, diagnostics = self._push(b, None, self.inputs, p.theta.vector + 1)
+            return p.nest(xp.moveaxis(w, 0, -1)), diagnostics
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
-        rows, evidence = self._pull(unit, None, self.inputs)
-        return p.nest(xp.moveaxis(rows, 0, -2)), evidence
+        rows, diagnostics = self._pull(unit, None, self.inputs)
+        return p.nest(xp.moveaxis(rows, 0, -2)), diagnostics
 
-    def solve(self, b: Any, x0: None = None) -> tuple[Any, Evidence]:
+    def solve(self, b: Any, x0: None = None) -> tuple[Any, Diagnostics]:
         """A⁻¹ b for raveled vectors, of F as it is: whatever scale the system has."""
         return self._solved(b, transposed=False)
 
-    def solve_adjoint(self, b: Any, x0: None = None) -> tuple[Any, Evidence]:
+    def solve_adjoint(self, b: Any, x0: None = None) -> tuple[Any, Diagnostics]:
         """A⁻ᵀ b, likewise."""
         return self._solved(b, transposed=True)
 
-    def pullback(self, v: Any, x0: None = None) -> tuple[Any, Evidence]:
+    def pullback(self, v: Any, x0: None = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v for raveled vectors."""
         return self._pull(v, None, self.inputs & self._per_item(self._finite(v, self.point.y, "cotangent")))
 
-    def _solved(self, b: Any, *, transposed: bool) -> tuple[Any, Evidence]:
+    def _solved(self, b: Any, *, transposed: bool) -> tuple[Any, Diagnostics]:
         inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))
         b = b if self.scale is None else self.scale * b
         solution = self._solve(b, None, inputs, transposed=transposed)
         no = ~self.point.backend.xp.any(inputs | ~inputs)
-        value, evidence = self._told(solution.x, self._evidence(solution, b, transposed, inputs, no))
-        return value if self.scale is None else self.scale * value, evidence
+        value, diagnostics = self._nan_where_failed(solution.x, self._diagnostics(solution, b, transposed, inputs, no))
+        return value if self.scale is None else self.scale * value, diagnostics
 
     # -- vectors -------------------------------------------------------------------------------------
-    def _push(self, b: Any, x0: Any, inputs: Array, t: Any) -> tuple[Any, Evidence]:
+    def _push(self, b: Any, x0: Any, inputs: Array, t: Any) -> tuple[Any, Diagnostics]:
         """−A⁻¹ b."""
         p = self.point
         space = p.backend.space(b)
-        vanished = space.vanishes(b) & ~p.theta.space.vanishes(t)
+        zero_product = space.is_zero(b) & ~p.theta.space.is_zero(t)
         right, b = self._per_item(space.finite(b)), -b
         solution = self._solve(b, x0, inputs, transposed=False)
-        evidence = self._evidence(solution, b, False, inputs, vanished)
-        self.latest = "y", self._back(solution.x)
-        return self._told(self.latest[1], evidence._replace(right=right))
+        diagnostics = self._diagnostics(solution, b, False, inputs, zero_product)
+        self.latest = "y", self._restricted(solution.x)
+        return self._nan_where_failed(self.latest[1], diagnostics._replace(right=right))
 
-    def _back(self, x: Any) -> Any:
+    def _restricted(self, x: Any) -> Any:
         """The part of the system's unknowns that is y."""
-        return x if self.frame is None else self.frame.back(x)
+        return x if self.embedding is None else self.embedding.restrict(x)
 
-    def _pull(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Evidence]:
+    def _pull(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v."""
         space = self.point.backend.space
-        b = v if self.frame is None else self.frame.into(v)
+        b = v if self.embedding is None else self.embedding.embed(v)
         solution = self._solve(b, x0, inputs, transposed=True)
         u = solution.x
         g = -self.B.rmatvec(u)
         theta = self.point.theta
-        vanished = theta.vanishes(g) & ~space(u).vanishes(u)
-        evidence = self._evidence(solution, b, True, inputs, vanished)
-        right = evidence.right if right is None else right
+        zero_product = theta.is_zero(g) & ~space(u).is_zero(u)
+        diagnostics = self._diagnostics(solution, b, True, inputs, zero_product)
+        right = diagnostics.right if right is None else right
         self.latest = "theta", g
-        return self._told(g, evidence._replace(right=right, image=self._per_item(theta.finite(g))))
+        return self._nan_where_failed(g, diagnostics._replace(right=right, image=self._per_item(theta.finite(g))))
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:
         backend = self.point.backend
@@ -288,11 +289,11 @@ class Rules:
     @cached_property
     def _contradicted(self) -> Array | None:
         """Items in which what was given of derivatives is wrong; None where nobody looks, or others do."""
-        return contradicted(self.checked) if self.silent and self.condition.to_verify else None
+        return contradicted(self.checked) if self.nan_on_failure and self.condition.to_verify else None
 
     def _wrong(self, solution: Solution, b: Any) -> Array | None:
         """Items in which what the user says is not so, where nothing can be told of it."""
-        if not self.silent:
+        if not self.nan_on_failure:
             return None
         found = (self._contradicted, refuted(self.condition.point_kind, self.prepared.operator, solution.x, b))
         wrong = [x for x in found if x is not None]
@@ -303,28 +304,28 @@ class Rules:
         xp = self.point.backend.xp
         return xp.all(mask, axis=0) if len(mask.shape) > len(self.point.items) else mask
 
-    def _told(self, value: Any, evidence: Evidence) -> tuple[Any, Evidence]:
+    def _nan_where_failed(self, value: Any, diagnostics: Diagnostics) -> tuple[Any, Diagnostics]:
         """NaN in the failed items, where that is asked for, or where nothing can be raised."""
-        mode, backend, solution = self.task.on_failure, self.point.backend, evidence.solution
-        failed = solution.failed if self.findings is None else solution.failed | ~self.findings.usable
-        failed = failed | evidence.step.far if self.silent else failed
-        if not (self.silent or mode == "nan") or not needed(backend, failed):
-            return value, evidence
+        mode, backend, solution = self.task.on_failure, self.point.backend, diagnostics.solution
+        failed = solution.failed if self.observations is None else solution.failed | ~self.observations.usable
+        failed = failed | diagnostics.step.far if self.nan_on_failure else failed
+        if not (self.nan_on_failure or mode == "nan") or not needed(backend, failed):
+            return value, diagnostics
         space = backend.space(value)
-        return space.select(backend.xp.broadcast_to(failed, space.items), space.nan(), value), evidence
+        return space.select(backend.xp.broadcast_to(failed, space.items), space.nan(), value), diagnostics
 
     def _start(self, x0: Any, b: Any) -> Any:
-        border, backend = self.point.y, self.point.backend
+        raveler, backend = self.point.y, self.point.backend
         found = x0 if is_tree_vector(x0) else backend.as_leaf(x0, "x0")
         if tuple(found.shape) != tuple(b.shape) or is_tree_vector(found) > is_tree_vector(b):
             raise ShapeError(f"x0 has shape {tuple(found.shape)}; expected the raveled {tuple(b.shape)}.")
         if is_tree_vector(found):
             return found
-        border.check_placed(found, "x0", b.dtype)
-        return border.divide(backend.astype(found, b.dtype))
+        raveler.check_placed(found, "x0", b.dtype)
+        return raveler.divide(backend.astype(found, b.dtype))
 
     # -- what was seen -------------------------------------------------------------------------------
-    def _evidence(self, solution: Solution, b: Any, transposed: bool, inputs: Array, vanished: Array) -> Evidence:
+    def _diagnostics(self, solution: Solution, b: Any, transposed: bool, inputs: Array, zero: Array) -> Diagnostics:
         step = self._seen
         if step is None:
             step = self.check.look(solution, b, transposed=transposed)
@@ -337,14 +338,14 @@ class Rules:
             suspect = suspicion(self.condition.point_kind, self.prepared, solution, b)
         error = solution.uncertainty(self.point.backend.xp, self.prepared.operator.rounding)
         uncertain = None if error is None else error > UNCERTAIN
-        return Evidence(solution, inputs, yes, yes, vanished, step, self.findings, suspect, uncertain)
+        return Diagnostics(solution, inputs, yes, yes, zero, step, self.observations, suspect, uncertain)
 
 
 class Run(NamedTuple):
     """What a run of a mode came to, and whether its values can be seen."""
 
     value: Any
-    evidence: Evidence
+    diagnostics: Diagnostics
     methods: Sequence[tuple[str, str]]
     derivatives: dict[str, str]
     damping: float
@@ -353,7 +354,7 @@ class Run(NamedTuple):
     """None where they were inside a compiled program."""
     mode: Mode = Mode.EAGER
     """How it ran: inline, values cannot be seen."""
-    sound: Any = None
+    clean: Any = None
     """From a compiled program, whether there is nothing to tell."""
     certain: Any = None
     """Makes sure of what the program left in doubt of y as a solution."""
@@ -377,23 +378,23 @@ class Direct:
 
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
         rules = self._rules
-        if mode == "jacobian" and isinstance(rules.point.y, LeafRavel):  # dense: there is no keeping leaves apart
+        if mode == "jacobian" and isinstance(rules.point.y, LeafRaveler):  # dense: there is no keeping leaves apart
             rules = Rules(self._task, flat=True)
-        value, evidence = getattr(rules, mode)(direction, x0)
-        p = rules.prepared
-        return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, self._task.backend.mode)
+        value, diagnostics = getattr(rules, mode)(direction, x0)
+        p, way = rules.prepared, self._task.backend.mode
+        return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, way)
 
 
 def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:
     """Whether the leaves of y and theta need not be concatenated: products alone, and a method that needs no more."""
     if task.batched or condition.has_matrix or not task.backend.trees(task.y, task.theta):
         return False
-    matrix_free, n = getattr(solver, "matrix_free", None), LeafRavel.length(task.y)
+    matrix_free, n = getattr(solver, "matrix_free", None), LeafRaveler.length(task.y)
     if task.backend.traced and n <= TINY:  # assembled for the units within leaves, which cannot be looked for there
         return False
     return bool(matrix_free and matrix_free(n))
 
 
-def _border(keep: bool, engine: Backend, tree: Any) -> type[Ravel]:
-    """Return the kind of border."""
-    return LeafRavel if keep and not engine.is_vector(tree) else Ravel
+def _raveler_type(keep: bool, engine: Backend, tree: Any) -> type[Raveler]:
+    """Return the kind of raveler."""
+    return LeafRaveler if keep and not engine.is_vector(tree) else Raveler

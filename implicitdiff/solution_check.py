@@ -121,7 +121,7 @@ class SolutionCheck:
         if backend.mode is Mode.COMPILED:  # a program of its own makes sure, where there is doubt
             return seen._replace(doubtful=doubt)
         self._scale_of_data()  # derived here, not inside of the loop
-        return backend.rescue(doubt, lambda old: self._measured(F, old, doubt), seen)
+        return backend.if_any(doubt, lambda old: self._measured(F, old, doubt), seen)
 
     def size(self) -> Array:
         """‖F(y, θ)‖."""
@@ -174,7 +174,7 @@ class SolutionCheck:
         if is_tree_vector(y):
             return (inverse > 0) & (bound <= self.floor * self._largest(parts))
         small = ~(bound <= self.floor * xp.min(parts, axis=-1))  # nobody need know what A links
-        linked = self.backend.rescue(small, lambda _: self._linked(parts), parts)
+        linked = self.backend.if_any(small, lambda _: self._linked(parts), parts)
         return (inverse > 0) & (bound <= self.floor * xp.min(linked, axis=-1))
 
     def _units(self) -> Any:
@@ -183,7 +183,7 @@ class SolutionCheck:
         return None if scaling is None else self._of_y(scaling.columns)
 
     def _of_y(self, x: Any) -> Any:
-        return x if self.maps.frame is None else self.maps.frame.back(x)
+        return x if self.maps.embedding is None else self.maps.embedding.restrict(x)
 
     def _largest(self, x: Any) -> Array:
         """max |x_i| per item, as an array."""
@@ -249,7 +249,7 @@ class SolutionCheck:
 
         if is_tree_vector(wanted):
             return scales(None)
-        return self.backend.rescue(wanted, scales, (whole, rounding * whole))
+        return self.backend.if_any(wanted, scales, (whole, rounding * whole))
 
     def _parts(self, x: Any) -> Any:
         """|x_i| in the units of `_units`."""
@@ -267,7 +267,7 @@ class SolutionCheck:
     def _linked(self, parts: Any) -> Any:
         """The largest part among the coordinates that A links with each; of all, where no matrix tells."""
         found = None
-        if not is_tree_vector(parts) and self.maps.frame is None:
+        if not is_tree_vector(parts) and self.maps.embedding is None:
             found = largest_linked(self.prepared.state(False)[0], self.prepared.scaling, parts)
         return self._whole(parts) if found is None else found
 
@@ -299,7 +299,7 @@ class SolutionCheck:
     def _noise(self) -> list[Any]:
         """Return the change of F by a change of y that is no more than rounding, seen twice."""
         at, y = self.maps.at, self.point.y.vector
-        if at is None or self.maps.frame is not None or self.backend.mode is Mode.INLINE:
+        if at is None or self.maps.embedding is not None or self.backend.mode is Mode.INLINE:
             return []
         probe, theta, space = self.point.y.space.probe(), self.point.theta.vector, self.backend.space
         here, found = None, []

@@ -80,10 +80,10 @@ def test_units_do_not_matter(D: tuple[float, ...], E: tuple[float, ...], kind: s
     condition, y, theta, expected = in_units(*scale, kind)
     backend = backend_of(source)
     point = idf.conditions.point.Point
-    border = idf.ravel.Ravel
+    raveler = idf.ravel.Raveler
     with backend.computing():
         maps = idf.conditions.as_condition(condition).maps(
-            point(backend, border(backend, y, "y"), border(backend, theta, "theta"), ())
+            point(backend, raveler(backend, y, "y"), raveler(backend, theta, "theta"), ())
         )
         scaled_a, scaled_b = maps.A.dense() * scale[0], maps.B.dense() * scale[1]
     rows = np.max(np.abs(scaled_a), axis=1, keepdims=True)  # equilibrated, as the solve is to be

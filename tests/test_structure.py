@@ -31,7 +31,7 @@ LAYERS = (
     ("linalg.preconditioner",),
     ("solvers",),
     ("linalg.solve", "solution_check"),
-    ("conditions", "verification", "curvature", "rules", "typing", "judgement", "linearization", "linalg.system"),
+    ("conditions", "verification", "curvature", "rules", "typing", "diagnosis", "linearization", "linalg.system"),
     ("decorator", "api"),
     ("tools.__init__", "tools.regularity", "tools.comparison", "tools.derivative_check"),
     ("testing",),

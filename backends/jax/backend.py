@@ -18,9 +18,9 @@ from implicitdiff.backends.jax.function import differentiable_call
 from implicitdiff.backends.jax.programs import Runner, is_traced, solved
 from implicitdiff.backends.jax.space import JaxSpace, JaxTreeSpace
 from implicitdiff.backends.jax.varying import alike, is_mapped, varying
+from implicitdiff.diagnosis import independent, loss_independent
 from implicitdiff.errors import BackendError
-from implicitdiff.judgement import independent, loss_independent
-from implicitdiff.linalg.system import System, Told
+from implicitdiff.linalg.system import System, SystemRun
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report
@@ -35,18 +35,28 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambda _, leaves: TreeVector(leaves))
 
-_TOLD = ("status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solved", "solution")
-_NAMED = ("solver", "reason", "seconds", "damping")
+_ARRAY_FIELDS = (
+    "status",
+    "converged",
+    "iterations",
+    "matvecs",
+    "residual",
+    "stationarity",
+    "rcond",
+    "solved",
+    "solution",
+)
+_STATIC_FIELDS = ("solver", "reason", "seconds", "damping")
 
 
 def _report_parts(report: Report) -> tuple[tuple[Any, ...], Any]:
-    kinds = tuple(sorted(report.derivatives.items()))
-    return tuple(getattr(report, name) for name in _TOLD), (kinds, *(getattr(report, name) for name in _NAMED))
+    static = (tuple(sorted(report.derivatives.items())), *(getattr(report, name) for name in _STATIC_FIELDS))
+    return tuple(getattr(report, name) for name in _ARRAY_FIELDS), static
 
 
 def _report_whole(static: Any, arrays: Any) -> Report:
     kinds, *named = static
-    fields = {**dict(zip(_TOLD, arrays, strict=True)), **dict(zip(_NAMED, named, strict=True))}
+    fields = {**dict(zip(_ARRAY_FIELDS, arrays, strict=True)), **dict(zip(_STATIC_FIELDS, named, strict=True))}
     return Report(derivatives=dict(kinds), **fields)
 
 
@@ -69,7 +79,7 @@ class JaxBackend(ArrayAPIBackend):
         self.name = "jax"
         self._supported = (np.dtype(np.float32), np.dtype(np.float64))
 
-    # -- arrays at the border ------------------------------------------------------------------------
+    # -- arrays of the user ------------------------------------------------------------------------
     def as_leaf(self, leaf: Any, where: str) -> Array:
         if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
             return jnp.asarray(leaf)
@@ -170,7 +180,7 @@ class JaxBackend(ArrayAPIBackend):
 
         return lax.while_loop(cond, step, state)
 
-    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+    def if_any(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         # A loop of one turn and not a cond: under vmap a cond does both branches for every item, always.
         value = jax.tree.map(jnp.asarray, value)
 
@@ -185,7 +195,7 @@ class JaxBackend(ArrayAPIBackend):
     def space(self, x: Any) -> Any:
         return JaxTreeSpace(jnp, x) if is_tree_vector(x) else JaxSpace(jnp, x.shape, x.dtype, None)
 
-    def widen(self, x: Array) -> Array:
+    def to_double(self, x: Array) -> Array:
         return x.astype(jnp.float64) if jax.config.read("jax_enable_x64") else x
 
     def lu_factor(self, matrix: Array) -> Any:
@@ -218,7 +228,7 @@ class JaxBackend(ArrayAPIBackend):
     def runner(self, task: Task) -> Runner:
         return Runner(task, self.inline)
 
-    def solved(self, system: System) -> Told:
+    def solved(self, system: System) -> SystemRun:
         """Solve a linear system: compiled where values are at hand."""
         return solved(system, self.inline)
 
@@ -237,8 +247,8 @@ class _Inline(JaxBackend):
         operator, _ = prepared.state(transposed)
         _, state = prepared.state(False)
         prepared.state(True)
-        if hasattr(prepared.solver, "foresee"):
-            prepared.solver.foresee(state, b.shape[0] if len(b.shape) > len(operator.items) + 1 else 1)
+        if hasattr(prepared.solver, "plan"):
+            prepared.solver.plan(state, b.shape[0] if len(b.shape) > len(operator.items) + 1 else 1)
         product = operator.matvec
         b = varying(b, jax.eval_shape(product, b)) if is_mapped() else b
 

@@ -22,9 +22,9 @@ from implicitdiff.backends.jax.programs import call_for, is_traced, looked_at, p
 from implicitdiff.backends.jax.reports import hand_out_solved
 from implicitdiff.backends.jax.rules import arrays_of, functions_of
 from implicitdiff.backends.jax.watch import Watch
+from implicitdiff.diagnosis import warn_not_solution
 from implicitdiff.errors import CallbackError, DerivativeError
-from implicitdiff.judgement import warn_not_solution
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules, Task
 from implicitdiff.solution_check import Step
 from implicitdiff.verification.first_use import verify
@@ -208,7 +208,7 @@ def _tangent(task: Task, tangent: Any) -> Any:
         _look_at_point(task)
     watch = Watch(task) if known else None
     tangent = tangent if watch is None else watch.pass_through(tangent, "theta")
-    call = call_for(task, "tangent of what was told" if known else "tangent", (task.y, task.theta), tangent)
+    call = call_for(task, "tangent at a checked point" if known else "tangent", (task.y, task.theta), tangent)
     try:
         w = program_for(call, _build_tangent)(call)
     except TypeError as error:  # what differentiates is JAX, through the functions of the condition
@@ -223,7 +223,7 @@ def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, ta
     rules = Rules(task)
     if task.on_report is not None:
         rules.prepared.on_solved = partial(hand_out_solved, rules)
-    return rules.tangent(tangent, told=call.mode != "tangent")
+    return rules.tangent(tangent, solution_checked=call.mode != "tangent")
 
 
 def _look_at_point(task: Task) -> None:
@@ -235,4 +235,4 @@ def _look_at_point(task: Task) -> None:
     if bool(jnp.any(step.doubtful)):
         step = looked_at(task, sure=True)
     if bool(jnp.any(step.unsolved)):
-        warn_not_solution(np, Step(*map(np.asarray, step)), Ravel(task.backend, task.y, "y", task.batched))
+        warn_not_solution(np, Step(*map(np.asarray, step)), Raveler(task.backend, task.y, "y", task.batched))

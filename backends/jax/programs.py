@@ -19,10 +19,10 @@ from implicitdiff.backends.jax.repeats import Repeats, code_of, repeats_of
 from implicitdiff.backends.jax.reports import hand_out
 from implicitdiff.backends.jax.rules import arrays_of, filled, functions_of, named_functions, run_rules
 from implicitdiff.errors import RecompilationWarning
-from implicitdiff.linalg.system import System, Told
+from implicitdiff.linalg.system import System, SystemRun
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Direct, Rules, Run, Task
 
 __all__ = ["Program", "Runner", "call_for", "is_traced", "looked_at", "program_for", "solved"]
@@ -43,7 +43,7 @@ class Program:
         ``build(program, call, *arrays) -> arrays``; runs while JAX traces.
     contents : Contents
         What the user's functions see beside their arguments.
-    told : bool
+    warned : bool
         Whether the user knows that it is compiled at every call.
     repeats : Repeats, optional
         Counts the programs of the same code.
@@ -51,7 +51,7 @@ class Program:
 
     build: Callable[..., Any]
     contents: Contents
-    told: bool = False
+    warned: bool = False
     repeats: Repeats | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
@@ -93,7 +93,8 @@ class _Call:
     def task_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Task:
         """Return the task with traced values in place of the arrays."""
         args, arrays = self.args.join(dynamic)
-        return replace(self.task, y=y, theta=theta, args=args, condition=filled(self.task.condition, arrays), own=False)
+        condition = filled(self.task.condition, arrays)
+        return replace(self.task, y=y, theta=theta, args=args, condition=condition, copy=False)
 
 
 class _Split:
@@ -168,8 +169,8 @@ def _counted(call: _Call, build: Any, changed: bool) -> Repeats:
 
 def _tell_unknown(before: Program | None, contents: Contents) -> bool:
     """Say once why a program is compiled again and again; return whether that was said."""
-    if before is None or before.told or contents.unknown is None:
-        return before is not None and before.told
+    if before is None or before.warned or contents.unknown is None:
+        return before is not None and before.warned
     warn(
         f"JAX compiles this derivative at every call: its functions see {contents.unknown}, which cannot be compared "
         "with what it was.\nNext: pass what changes in args or theta, as arrays, and keep the rest from the functions; "
@@ -239,15 +240,15 @@ class Runner:
             return self._traced(mode, direction, x0)
         _check_leaves(task, mode, vector, x0)
         call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
-        if task.own and x0 is None and mode in {"vjp", "jvp"}:
+        if task.copy and x0 is None and mode in {"vjp", "jvp"}:
             program, out = self._factored(call)
         else:
             program = program_for(call, _build)
             out = program(call)
         if is_traced(out):  # constants, met inside of a program that is being traced
             return self._traced(mode, direction, x0)
-        (value, evidence, sound), seconds = out, time.perf_counter() - start
-        return Run(value, evidence, **program.facts["told"], seconds=seconds, sound=sound, certain=self._certain)
+        (value, diagnostics, clean), seconds = out, time.perf_counter() - start
+        return Run(value, diagnostics, **program.facts["report"], seconds=seconds, clean=clean, certain=self._certain)
 
     def _certain(self) -> Any:
         if self._step is None:
@@ -261,13 +262,13 @@ class Runner:
         return run
 
     def _inlined(self, mode: str, direction: Any, x0: Any) -> Run:
-        if self._task.batched and not self._task.own:
+        if self._task.batched and not self._task.copy:
             task = replace(self._task, backend=self._inline)
-            value, evidence, rules = run_rules(task, mode, direction, x0)
+            value, diagnostics, rules = run_rules(task, mode, direction, x0)
             p = rules.prepared
-            return Run(value, evidence, p.methods, rules.derivatives, p.damping, p.seconds, rules, Mode.INLINE)
+            return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, Mode.INLINE)
         if self._direct is None:
-            self._direct = Direct(replace(self._task, backend=self._inline, own=False))
+            self._direct = Direct(replace(self._task, backend=self._inline, copy=False))
         return self._direct(mode, direction, x0)
 
     def _factored(self, call: _Call) -> tuple[Program, Any]:
@@ -289,19 +290,18 @@ def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:
     """Raise, with its path, for a leaf that cannot go into a compiled program."""
     if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves((task.y, task.theta, vector, x0))):
         return
-    borders = [Ravel(task.backend, tree, name, task.batched) for tree, name in ((task.y, "y"), (task.theta, "theta"))]
+    trees = (task.y, "y"), (task.theta, "theta")
+    ravelers = [Raveler(task.backend, tree, name, task.batched) for tree, name in trees]
     if vector is not None:
-        border, name = (borders[1], "tangent") if mode == "jvp" else (borders[0], "cotangent")
-        border.like(vector, name)
+        raveler, name = (ravelers[1], "tangent") if mode == "jvp" else (ravelers[0], "cotangent")
+        raveler.like(vector, name)
     if x0 is not None:
         task.backend.as_leaf(x0, "x0")
 
 
 def _note(program: Program, rules: Rules) -> None:
-    prepared = rules.prepared
-    program.facts["told"] = {
-        "methods": list(prepared.methods), "derivatives": rules.derivatives, "damping": prepared.damping,
-    }  # fmt: skip
+    p = rules.prepared
+    program.facts["report"] = {"methods": list(p.methods), "derivatives": rules.derivatives, "damping": p.damping}
 
 
 def looked_at(task: Task, *, sure: bool) -> Any:
@@ -322,9 +322,9 @@ def _build(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any, vect
     """Trace one mode at a point."""
     task = call.task_at(y, theta, dynamic)
     direction = call.outer if call.mode == "gradient" else vector
-    value, evidence, rules = run_rules(task, call.mode, direction, x0)
+    value, diagnostics, rules = run_rules(task, call.mode, direction, x0)
     _note(program, rules)
-    return value, evidence, evidence.sound(jnp)
+    return value, diagnostics, diagnostics.clean(jnp)
 
 
 @dataclass
@@ -338,9 +338,9 @@ class _Part:
     def leaves(self, task: Task, vector: Any) -> list[Any]:
         """Check a direction and take it apart."""
         like, name, what = (task.y, "y", "cotangent") if self.mode == "vjp" else (task.theta, "theta", "tangent")
-        border = Ravel(task.backend, like, name, task.batched)
-        border.like(vector, what, dtype=border.dtype)
-        kinds = [leaf.dtype for leaf in border.leaves]
+        raveler = Raveler(task.backend, like, name, task.batched)
+        raveler.like(vector, what, dtype=raveler.dtype)
+        kinds = [leaf.dtype for leaf in raveler.leaves]
         return [jnp.asarray(leaf, dtype=kind) for leaf, kind in zip(jax.tree.leaves(vector), kinds, strict=True)]
 
 
@@ -353,8 +353,8 @@ def _build_parts(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any
     for mode, like in (("vjp", y), ("jvp", theta)):
 
         def run(direction: Any, mode: str = mode) -> Any:
-            value, evidence = getattr(rules, mode)(direction)
-            return value, evidence, evidence.sound(jnp)
+            value, diagnostics = getattr(rules, mode)(direction)
+            return value, diagnostics, diagnostics.clean(jnp)
 
         closed, shape = jax.make_jaxpr(run, return_shape=True)(jax.tree.map(jnp.asarray, like))
         program.facts[mode] = _Part(mode, jax.jit(_evaluator(closed.jaxpr)), jax.tree.structure(shape))
@@ -368,7 +368,7 @@ def _evaluator(jaxpr: Any) -> Callable[[Any, Any], Any]:
 
 
 # -- linear systems ------------------------------------------------------------------------------------
-def solved(system: System, inline: Any) -> Told:
+def solved(system: System, inline: Any) -> SystemRun:
     """Solve a linear system: compiled where values are at hand, inline where JAX is tracing."""
     if is_traced(system.A, system.b, system.x0):
         return replace(system, backend=inline).solved()
@@ -384,7 +384,7 @@ def solved(system: System, inline: Any) -> Told:
     solution = program(call)
     if is_traced(solution):
         return replace(system, backend=inline).solved()
-    return Told(solution, {**program.facts["told"], "seconds": time.perf_counter() - start})
+    return SystemRun(solution, {**program.facts["report"], "seconds": time.perf_counter() - start})
 
 
 def _build_solve(program: Program, call: _Call, matrix: Any, b: Any, x0: Any) -> Any:
@@ -395,5 +395,5 @@ def _build_solve(program: Program, call: _Call, matrix: Any, b: Any, x0: Any) ->
         task.backend, A, b, x0, task.solver, symmetric, definite, call.outer, task.batched, task.on_failure
     )  # fmt: skip
     solution, facts, _ = system.solved()
-    program.facts["told"] = {name: facts[name] for name in ("methods", "derivatives", "damping")}
+    program.facts["report"] = {name: facts[name] for name in ("methods", "derivatives", "damping")}
     return solution

@@ -41,7 +41,7 @@ class Repeats:
 
 
 _known: dict[Any, Repeats] = {}
-_told: set[Any] = set()
+_warned: set[Any] = set()
 
 
 def code_of(value: Any) -> Any:
@@ -70,11 +70,11 @@ def repeats_of(code: Any, rest: Any, named: Sequence[tuple[str, Any]], *, change
     repeats = _known.setdefault((code, rest), Repeats())
     repeats.count += 1
     tokens = [value if type(value) in PLAIN else reference(value) for _, value in named]
-    if repeats.count > MANY and code not in _told:
-        _told.add(code)
+    if repeats.count > MANY and code not in _warned:
+        _warned.add(code)
         pairs = zip(named, repeats.tokens, tokens, strict=True)
-        told = None if changed else next((part for part, old, new in pairs if not same(old, new)), None)
-        what, cure = _explained(told)
+        changing = None if changed else next((part for part, old, new in pairs if not same(old, new)), None)
+        what, cure = _explained(changing)
         warn(
             f"JAX compiled this derivative {repeats.count} times, and ran none of the programs twice: {what}.\n"
             f"Next: {cure}; or call from within jax.jit.",

@@ -29,7 +29,7 @@ OnReport = Callable[[Report], object]
 
 def hand_out(on_report: OnReport, run: Run) -> None:
     """Let the program that is being traced hand out the report of a run of the rules."""
-    e = run.evidence
+    e = run.diagnostics
     _emit(on_report, e.solution, e.step, (run.methods, run.derivatives, run.damping))
 
 

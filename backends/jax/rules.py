@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from implicitdiff.errors import ShapeError
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules, Task
 
 __all__ = ["arrays_of", "filled", "functions_of", "named_functions", "run_rules"]
@@ -61,17 +61,17 @@ def run_rules(task: Task, mode: str, direction: Any, x0: Any) -> tuple[Any, Any,
         return getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
 
     vector = None if mode == "gradient" else direction
-    value, evidence = jax.vmap(one)(task.y, task.theta, vector, x0, each)
-    return value, evidence, made[-1]
+    value, diagnostics = jax.vmap(one)(task.y, task.theta, vector, x0, each)
+    return value, diagnostics, made[-1]
 
 
 def _check_items(task: Task, mode: str, direction: Any, x0: Any) -> int:
     """Check that everything carries the same leading axis, and return its length."""
-    y, theta = (Ravel(task.backend, tree, name, True) for tree, name in ((task.y, "y"), (task.theta, "theta")))
+    y, theta = (Raveler(task.backend, tree, name, True) for tree, name in ((task.y, "y"), (task.theta, "theta")))
     y.check_partner(theta)
     if mode in {"vjp", "jvp"}:
-        border, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")
-        border.like(direction, name, dtype=border.dtype)
+        raveler, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")
+        raveler.like(direction, name, dtype=raveler.dtype)
     if x0 is not None and tuple(x0.shape[:1]) != y.items:
         raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected one raveled vector for each of {y.items[0]} items.")
     return y.items[0]

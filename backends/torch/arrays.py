@@ -33,7 +33,7 @@ class TorchArrays(ArrayAPIBackend):
         super().__init__(xp)
         self.name = "torch"
 
-    # -- arrays at the border ------------------------------------------------------------------------
+    # -- arrays of the user ------------------------------------------------------------------------
     def is_array(self, x: Any) -> bool:
         return isinstance(x, torch.Tensor)
 
@@ -161,7 +161,7 @@ class TorchArrays(ArrayAPIBackend):
             return TorchSpace(shape, dtype)
         return TorchItemsSpace(xp, shape, dtype, device)
 
-    def widen(self, x: Array) -> Array:
+    def to_double(self, x: Array) -> Array:
         return x.to(torch.float64)
 
     def lu_factor(self, matrix: Array) -> Any:

@@ -257,10 +257,10 @@ def _hidden(backend: TorchArrays, function: Function, graph: Graph, y: Array, th
     return False
 
 
-def _unwidened(backend: TorchArrays) -> Any:
+def _in_own_precision(backend: TorchArrays) -> Any:
     """Let the finite differences run in the function's own precision: Torch does not mix two in a matrix product."""
     engine = copy.copy(backend)
-    engine.widen = lambda x: x  # type: ignore[method-assign]
+    engine.to_double = lambda x: x  # type: ignore[method-assign]
     return engine
 
 
@@ -269,10 +269,10 @@ def differentiate(backend: TorchArrays, function: Function, y: Array, theta: Arr
     leaves = _leaf(y), _leaf(theta)
     value = _record_condition(function, *leaves)
     if value is None:
-        return Differences(_unwidened(backend), function, y, theta)
+        return Differences(_in_own_precision(backend), function, y, theta)
     graph = _look(backend, value, *leaves)
     if _hidden(backend, function, graph, *leaves):
-        return Differences(_unwidened(backend), function, y, theta)
+        return Differences(_in_own_precision(backend), function, y, theta)
     return Recording(value, *leaves, graph.accuracy(y.dtype))
 
 
@@ -281,10 +281,10 @@ def differentiate_gradient(backend: TorchArrays, function: Function, y: Array, t
     leaves = _leaf(y), _leaf(theta)
     value = _record_condition(function, *leaves)
     if value is None:
-        return GradientDifferences(_unwidened(backend), function, y, theta)
+        return GradientDifferences(_in_own_precision(backend), function, y, theta)
     graph = _look(backend, value, *leaves)
     if not graph.ends_in(leaves[0]) and _hidden(backend, function, graph, *leaves):
-        return GradientDifferences(_unwidened(backend), function, y, theta)
+        return GradientDifferences(_in_own_precision(backend), function, y, theta)
 
     def gradient(y: Array, theta: Array) -> Array:
         with mode(recording=True):
@@ -295,7 +295,7 @@ def differentiate_gradient(backend: TorchArrays, function: Function, y: Array, t
         found = _gradient(value, leaves[0])
     graph = Graph(found)
     if _hidden(backend, gradient, graph, *leaves):
-        return GradientDifferences(_unwidened(backend), function, y, theta)
+        return GradientDifferences(_in_own_precision(backend), function, y, theta)
     return Recording(found, *leaves, graph.accuracy(y.dtype))
 
 
@@ -311,7 +311,7 @@ def gradients(backend: TorchArrays, function: Function, y: Array, theta: Array) 
     leaves = _leaf(y), _leaf(theta)
     value = _record(function, *leaves)
     if value is None or _hidden(backend, function, _look(backend, value, *leaves), *leaves):
-        return scalar_gradients(_unwidened(backend), function, y, theta)
+        return scalar_gradients(_in_own_precision(backend), function, y, theta)
     if not value.requires_grad:
         return torch.zeros_like(y), torch.zeros_like(theta), "autodiff"
     found = torch.autograd.grad(value, leaves, torch.ones_like(value), allow_unused=True)

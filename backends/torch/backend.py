@@ -71,9 +71,9 @@ class TorchBackend(TorchArrays):
         agreed = cond if group is None else (lambda s: group.any(cond(s)))
         return super().while_loop(agreed, body, state, limit)
 
-    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+    def if_any(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         wanted = wanted if self.group is None else self.group.any(self.xp.any(self.xp.asarray(wanted)))
-        return super().rescue(wanted, function, value)
+        return super().if_any(wanted, function, value)
 
     # -- derivatives of the solution -------------------------------------------------------------------
 

@@ -111,16 +111,16 @@ class RefusedCaptures(Captures):
 
     Parameters
     ----------
-    told : list of tensor
+    known : list of tensor
         Those that results have been made to refuse, to be filled later.
     """
 
-    def __init__(self, told: list[Array]) -> None:
+    def __init__(self, known: list[Array]) -> None:
         super().__init__()
-        self._told = told
+        self._known = known
 
     def meet(self, leaf: Array) -> None:
-        if not _by_arguments.get() and not any(leaf is known for known in self._told):
+        if not _by_arguments.get() and not any(leaf is x for x in self._known):
             raise captured()
 
 

@@ -111,7 +111,7 @@ class Composable(TorchArrays):
     def callback(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
-    def rescue(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
+    def if_any(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         return function(value)
 
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:

@@ -33,7 +33,7 @@ Tensors = Sequence[Array]
 def pull(problem: Problem, y: Array, v: Array, tensors: Tensors) -> Array:
     """−Bᵀ A⁻ᵀ v, raveled, differentiable in y, v and θ."""
     maps = problem.composed(y, tensors)[1]
-    u = Solve.apply(problem, True, y, maps.raw(v if maps.frame is None else maps.frame.into(v)), *tensors)
+    u = Solve.apply(problem, True, y, maps.raw(v if maps.embedding is None else maps.embedding.embed(v)), *tensors)
     return -maps.B.rmatvec(maps.raw(u))
 
 
@@ -41,7 +41,7 @@ def push(problem: Problem, y: Array, t: Array, tensors: Tensors) -> Array:
     """−A⁻¹ B t, differentiable in y, t and θ."""
     maps = problem.composed(y, tensors)[1]
     w = maps.raw(Solve.apply(problem, False, y, maps.raw(-maps.B.matvec(t)), *tensors))
-    return w if maps.frame is None else maps.frame.back(w)
+    return w if maps.embedding is None else maps.embedding.restrict(w)
 
 
 class Implicit(torch.autograd.Function):

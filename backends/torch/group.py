@@ -65,7 +65,7 @@ class Group:
 
     def summed(self, maps: Maps) -> Maps:
         """F, A and B of the sum from those of this process's data."""
-        if maps.frame is not None:
+        if maps.embedding is not None:
             raise DerivativeError(
                 "constraints are no sum over the processes of a group.\n"
                 "Next: give KKT a Lagrangian that is reduced over the group by yourself, on a backend without group=."

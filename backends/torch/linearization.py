@@ -24,7 +24,7 @@ from implicitdiff.conditions.point import Point
 from implicitdiff.linearization import Linearization
 from implicitdiff.outcome import check_mode
 from implicitdiff.pytree import flatten
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Task
 from implicitdiff.verification.outer import check_outer
 
@@ -42,19 +42,19 @@ class TorchLinearization(Linearization[Any, Any]):
 
     def __init__(
         self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-        on_failure: str = "raise", backend: Any = None, batched: bool = False, own: bool = False,
+        on_failure: str = "raise", backend: Any = None, batched: bool = False, copy: bool = False,
         on_report: Any = None,
     ) -> None:  # fmt: skip
         check_mode(on_failure)
         refuse_recorded(args)
         options = {"solver": solver, "on_failure": on_failure, "batched": batched, "on_report": on_report}
         self.y, self.theta, self._run = y, theta, None
-        self._task = Task(backend, condition, y, theta, args, solver, on_failure, batched, own, on_report)
+        self._task = Task(backend, condition, y, theta, args, solver, on_failure, batched, copy, on_report)
         self._problem = Problem(backend, Composable(), condition, options, theta, args, {})
         self._engine = collecting(backend)
         refuse_captured(condition)
         if not under_transform():
-            super().__init__(condition, y, theta, args=args, backend=self._engine, own=own, **options)
+            super().__init__(condition, y, theta, args=args, backend=self._engine, copy=copy, **options)
         self._origin = backend
 
     @untraced
@@ -78,7 +78,7 @@ class TorchLinearization(Linearization[Any, Any]):
         def rule(point: Point, tensors: Tensors, _: Any) -> Any:
             maps = self._problem.composed(point.y.vector, tensors)[1]
             columns = Solve.apply(self._problem, False, point.y.vector, -maps.B.dense().movedim(-1, 0), *tensors)
-            columns = columns if maps.frame is None else maps.frame.back(columns)
+            columns = columns if maps.embedding is None else maps.embedding.restrict(columns)
             return point.nest(columns.movedim(0, -1))
 
         return self._recorded(rule, (), super().jacobian)
@@ -125,8 +125,8 @@ class TorchLinearization(Linearization[Any, Any]):
         """Ravel y and θ without detaching them."""
         problem = self._problem
         engine, batched = problem.composable, problem.options["batched"]
-        border = Ravel(engine, y, "y", batched)
-        problem.y = border.structure()
-        theta = Ravel(engine, problem.theta.filled(problem.split(tensors)[0]), "theta", batched)
-        border.check_partner(theta)
-        return Point(engine, border, theta, ())
+        raveler = Raveler(engine, y, "y", batched)
+        problem.y = raveler.structure()
+        theta = Raveler(engine, problem.theta.filled(problem.split(tensors)[0]), "theta", batched)
+        raveler.check_partner(theta)
+        return Point(engine, raveler, theta, ())

@@ -20,7 +20,7 @@ from implicitdiff.conditions.point import Point
 from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
 from implicitdiff.pytree import flatten, map_leaves
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 
 if TYPE_CHECKING:
     from implicitdiff.backends.torch.arrays import TorchArrays
@@ -188,15 +188,15 @@ class Problem:
         """Ravel a tangent of θ; None stands for zeros."""
         parts = [torch.zeros_like(x) if t is None else t for x, t in zip(tensors, tangents, strict=True)]
         tree = self.theta.filled(parts[: self.theta.count])
-        return self._theta_border(map_leaves(lambda leaf: 0.0 if isinstance(leaf, float) else leaf, tree)).vector
+        return self._theta_raveler(map_leaves(lambda leaf: 0.0 if isinstance(leaf, float) else leaf, tree)).vector
 
     def unraveled(self, g: Array, tensors: Sequence[Array]) -> list[Array]:
         """Turn a cotangent of θ into one for each tensor."""
-        border = self._theta_border(self.theta.filled(tensors[: self.theta.count]))
-        return self.theta.tensors_of(border.unravel(g))
+        raveler = self._theta_raveler(self.theta.filled(tensors[: self.theta.count]))
+        return self.theta.tensors_of(raveler.unravel(g))
 
-    def _theta_border(self, theta: Any) -> Ravel:
-        return Ravel(self.composable, theta, "theta", self.options["batched"])
+    def _theta_raveler(self, theta: Any) -> Raveler:
+        return Raveler(self.composable, theta, "theta", self.options["batched"])
 
     # -- numbers, from plain tensors -----------------------------------------------------------------
     def run(self, tensors: Sequence[Array]) -> Array:
@@ -210,9 +210,9 @@ class Problem:
         device = next((x.device for x in tensors), None)
         with self.function.explaining(y), self.engine.computing():
             y = map_leaves(lambda leaf: _tensor(leaf, device), y)
-            border = Ravel(self.engine, y, "y", self.options["batched"], own=True)
-        self.y = border.structure()  # the vector is about to hold on to this problem
-        return border.vector
+            raveler = Raveler(self.engine, y, "y", self.options["batched"], copy=True)
+        self.y = raveler.structure()  # the vector is about to hold on to this problem
+        return raveler.vector
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -281,9 +281,9 @@ class Problem:
     def composed(self, y: Array, tensors: Sequence[Array]) -> tuple[Point, Maps]:
         """Return the point and the maps of F there, as functions of y and θ."""
         theta, args, _ = self._trees(tensors)
-        border = copy.copy(self.y)
-        border.backend, border.vector = self.composable, y
-        point = Point(self.composable, border, self._theta_border(theta), args)
+        raveler = copy.copy(self.y)
+        raveler.backend, raveler.vector = self.composable, y
+        point = Point(self.composable, raveler, self._theta_raveler(theta), args)
         return point, self.condition.maps(point)
 
 

@@ -67,14 +67,14 @@ def candidates(backend: Backend, equality: Array, first: Any, units: Units, limi
     tight = equality | (gap <= limits.active * units.distance)
     near = ~tight & (gap <= limits.violated * units.distance)
 
-    def pressed(tight: Array) -> Array:
+    def by_multiplier(tight: Array) -> Array:
         unit, gram = _gram(backend, first.rows * units.reach[..., None, :], _safe(xp, units.distance), tight | near)
         slack = xp.where(near, gap / _safe(xp, units.distance), xp.zeros_like(gap))
         gram = gram + (slack * slack)[..., None] * xp.eye(gap.shape[-1], dtype=gap.dtype, device=backend.device(gap))
         z = backend.cho_solve(backend.cho_factor(gram), -times(unit, first.gradient * units.reach)[..., None])[..., 0]
         return tight | (near & (z / _safe(xp, units.distance) * units.give * units.give > gap))
 
-    return backend.rescue(near, pressed, tight)
+    return backend.if_any(near, by_multiplier, tight)
 
 
 def _safe(xp: Any, x: Array) -> Array:

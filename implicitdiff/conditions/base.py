@@ -22,11 +22,11 @@ from implicitdiff.records import Record
 __all__ = [
     "Checked",
     "Condition",
-    "Findings",
-    "Frame",
+    "Embedding",
     "Function",
     "Given",
     "Maps",
+    "Observations",
     "check_callables",
     "check_verify",
     "finite_part",
@@ -39,19 +39,19 @@ ASSEMBLY_LIMIT = 1024
 """Up to this order a missing product is assembled from its exact transpose rather than differenced."""
 
 
-class Frame(NamedTuple):
+class Embedding(NamedTuple):
     """How a system whose unknowns are not those of y is used: y extended by multipliers, or a part of y.
 
     With E the map from y to the unknowns, the derivative is that of E y = 0-padded (or cut) y.
     """
 
-    into: Callable[[Array], Array]
+    embed: Callable[[Array], Array]
     """A cotangent of y, (*rhs, *items, n), as a right-hand side of the system."""
-    back: Callable[[Array], Array]
+    restrict: Callable[[Array], Array]
     """The part of the system's unknowns that is y."""
 
 
-class Findings(NamedTuple):
+class Observations(NamedTuple):
     """What a condition saw at the point beside F, per item: arrays only, so that it may leave a compiled program."""
 
     usable: Array
@@ -94,8 +94,8 @@ class Maps(NamedTuple):
     at: Callable[[Array, Array], Array] | None
     A: Operator
     B: LinearMap
-    frame: Frame | None = None
-    findings: Findings | None = None
+    embedding: Embedding | None = None
+    observations: Observations | None = None
     checked: Checked | None = None
     scale: Array | None = None
     """W, shape (*items, rows of A): the system is W F, and its unknowns are W⁻¹ those of F; zero where it has none."""
@@ -147,11 +147,11 @@ class Condition(Record):
         """Return the solver for the whole system, given the one that was asked for."""
         return solver
 
-    def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
-        """Turn findings into an error, if any, and warnings."""
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
+        """Turn observations into an error, if any, and warnings."""
         return None, []
 
-    def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
+    def diagnose(self, observations: Observations, error: Exception, operator: Operator) -> Exception:
         """Say more about a solve that failed."""
         return error
 

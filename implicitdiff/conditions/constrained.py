@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 from implicitdiff.arrays import Array, listed, named_items
 from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
-from implicitdiff.conditions.base import Condition, Findings, Frame, Maps, finite_part
+from implicitdiff.conditions.base import Condition, Embedding, Maps, Observations, finite_part
 from implicitdiff.conditions.differenced import system_by_blocks
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
@@ -44,7 +44,7 @@ from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_pr
 from implicitdiff.mode import Mode
 from implicitdiff.namespaces import item_sum, namespace, without
 from implicitdiff.pytree import flatten
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 from implicitdiff.solvers.saddle import NullSpace, Schur
 
 __all__ = ["ROUTES", "Constrained", "FirstOrder", "Route"]
@@ -147,8 +147,8 @@ class Constrained(Condition):
         lagrangian = _lagrangian(self.objective(point.lead), self._all, point.lead)
         if first.derivatives is not None:
             return system_by_blocks(point, first, z, lagrangian, self._all)
-        border = Ravel(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
-        both = Point(point.backend, border, point.theta, point.args)
+        raveler = Raveler(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
+        both = Point(point.backend, raveler, point.theta, point.args)
         return Stationary(lagrangian).maps(both)
 
     def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:
@@ -168,7 +168,7 @@ class Constrained(Condition):
         candidate = active_set.candidates(backend, equality, first, units, limits)
         given = self._given(point, first)
         if given is not None and backend.mode is not Mode.INLINE:
-            candidate = candidate | _pressed(first, given, units, limits)
+            candidate = candidate | _active_by_multiplier(first, given, units, limits)
             z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
             whole = self.system(point, first, given)
         else:  # also where the derivative is differentiated again: there z has to follow y and theta
@@ -203,8 +203,8 @@ class Constrained(Condition):
         return vectors[0] if len(vectors) == 1 else point.backend.concat(vectors)
 
     # -- what was found --------------------------------------------------------------------------------
-    def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
-        found: ActiveSet = findings.details
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
+        found: ActiveSet = observations.details
         xp = namespace(found.active)
 
         def which(mask: Array) -> str:
@@ -239,8 +239,8 @@ class Constrained(Condition):
             )
         return None, messages
 
-    def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
-        found: ActiveSet = findings.details
+    def diagnose(self, observations: Observations, error: Exception, operator: Operator) -> Exception:
+        found: ActiveSet = observations.details
         xp, text, blocks = operator.backend.xp, "", self.route in {"schur", "nullspace"}
         if blocks or isinstance(error, SingularError):
             rows = operator.in_units().jacobian  # type: ignore[attr-defined]
@@ -304,7 +304,7 @@ def _without_infinite(c: Any) -> Any:
     return tree.unflatten(leaves)
 
 
-def _pressed(first: FirstOrder, given: Array, units: Units, limits: Limits) -> Array:
+def _active_by_multiplier(first: FirstOrder, given: Array, units: Units, limits: Limits) -> Array:
     """Inequalities with a multiplier that is larger than what is left of the constraint, both as distances.
 
     So much is known where multipliers are given: an interior-point solution stops short of its constraints.
@@ -362,8 +362,8 @@ def _reduced(
         None if at is None else (lambda y, theta: at(backend.concat([y, z]), theta)),
         A,
         _scaled(whole.B, scale),
-        Frame(lambda v: padded(backend, v, A.n), lambda x: x[..., :n]),
-        Findings(usable, quiet, found),
+        Embedding(lambda v: padded(backend, v, A.n), lambda x: x[..., :n]),
+        Observations(usable, quiet, found),
         scale=scale,
     )
 

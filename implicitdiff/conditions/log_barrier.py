@@ -12,7 +12,7 @@ import numpy as np
 
 from implicitdiff.arrays import Array, any_true, listed, named_items
 from implicitdiff.conditions.active_set import names
-from implicitdiff.conditions.base import Findings, Function, Maps, check_callables
+from implicitdiff.conditions.base import Function, Maps, Observations, check_callables
 from implicitdiff.conditions.constrained import Constrained, Route
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
@@ -145,11 +145,13 @@ class LogBarrier(Constrained):
         else:
             maps = Stationary(known.objective(point.lead)).maps(point)
         inside = ~point.backend.xp.any(outside, axis=-1)
-        found = maps.findings or Findings(inside, inside, None)
-        return maps._replace(findings=Findings(found.usable & inside, found.quiet & inside, (found.details, outside)))
+        found = maps.observations or Observations(inside, inside, None)
+        return maps._replace(
+            observations=Observations(found.usable & inside, found.quiet & inside, (found.details, outside))
+        )
 
-    def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
-        found, outside = findings.details
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
+        found, outside = observations.details
         xp = namespace(outside)
         if any_true(xp, outside):
             where = f"{named_items(xp, xp.any(outside, axis=-1))}: " if batched else ""
@@ -158,11 +160,11 @@ class LogBarrier(Constrained):
                 "Likely cause: y is the constrained minimum, not that of t f - sum log(-ineq); or ineq has the other "
                 "sign.\nNext: minimise the barrier function for this t, or use KKT."
             ), []
-        return super().tell(findings._replace(details=found), batched) if found is not None else (None, [])
+        return super().tell(observations._replace(details=found), batched) if found is not None else (None, [])
 
-    def diagnose(self, findings: Findings, error: Exception, operator: Operator) -> Exception:
-        found = findings.details[0]
-        return error if found is None else super().diagnose(findings._replace(details=found), error, operator)
+    def diagnose(self, observations: Observations, error: Exception, operator: Operator) -> Exception:
+        found = observations.details[0]
+        return error if found is None else super().diagnose(observations._replace(details=found), error, operator)
 
 
 def _like_log(xp: Any, g: Any, known: np.ndarray) -> Any:

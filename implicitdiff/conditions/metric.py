@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from implicitdiff.arrays import Array, any_true
-from implicitdiff.conditions.base import Frame
+from implicitdiff.conditions.base import Embedding
 from implicitdiff.conditions.units import ASSEMBLED, curvature_units, energy, leaf_sizes, power_of_two
 from implicitdiff.linalg.equilibration import TINY
 from implicitdiff.linalg.operator import Operator
@@ -122,9 +122,9 @@ class Metric:
         """D⁻¹ v."""
         return v if self.units is None else v / self.units
 
-    def frame(self) -> Frame | None:
+    def embedding(self) -> Embedding | None:
         """From y to ŷ and back."""
-        return None if self.units is None else Frame(self.up, self.up)
+        return None if self.units is None else Embedding(self.up, self.up)
 
     def scaled(self, H: Operator) -> Operator:
         """The Hessian by ŷ."""

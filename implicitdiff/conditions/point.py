@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError
 from implicitdiff.pytree import flatten
-from implicitdiff.ravel import Ravel, foreign
+from implicitdiff.ravel import Raveler, foreign
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -53,7 +53,7 @@ class Point:
     Parameters
     ----------
     backend : Backend
-    y, theta : Ravel
+    y, theta : Raveler
     args : tuple
         Data handed to every callback after y and theta; the same for all items.
 
@@ -65,7 +65,7 @@ class Point:
         Whether a function made here is all of F: then it has to depend on θ.
     """
 
-    def __init__(self, backend: Backend, y: Ravel, theta: Ravel, args: tuple[Any, ...]) -> None:
+    def __init__(self, backend: Backend, y: Raveler, theta: Raveler, args: tuple[Any, ...]) -> None:
         self.backend, self.y, self.theta, self.args = backend, y, theta, args
         self.items, self.whole = y.items, True
         self.piecewise = False
@@ -173,7 +173,7 @@ class Point:
         return flat
 
     def product(
-        self, function: Callable[..., Any], name: str, takes: Ravel, returns: Ravel
+        self, function: Callable[..., Any], name: str, takes: Raveler, returns: Raveler
     ) -> Callable[[Array], Array]:
         """``f(y, theta, v, *args)`` as a linear map on vectors (*rhs, *items, k)."""
         y, theta, item = self.y.vector, self.theta.vector, self._one
@@ -215,7 +215,7 @@ class Point:
         return self.y.tree.unflatten(rows)
 
     def _bilinear(
-        self, function: Callable[..., Any], name: str, takes: Ravel, returns: Ravel
+        self, function: Callable[..., Any], name: str, takes: Raveler, returns: Raveler
     ) -> Callable[[Any, Any, Array], Array]:
         call, guard = self.backend.callback(function), self.backend.guard
 

@@ -19,10 +19,10 @@ from typing import Any, cast
 from implicitdiff.arrays import Array, any_true, item_numbers, listed, named_items
 from implicitdiff.conditions.base import (
     Condition,
-    Findings,
     Function,
     Given,
     Maps,
+    Observations,
     check_callables,
     check_verify,
     finite_part,
@@ -126,18 +126,18 @@ class _Composite(Condition):
         at = _residual_seen(outer, gradient, metric)
         backend.check_dependence(lambda t: at(y, t), theta)
         blind = backend.mode is Mode.INLINE or is_tree_vector(x)
-        findings = None if blind else _kinks(point, P.A.kind, outer, x, metric)
+        observations = None if blind else _kinks(point, P.A.kind, outer, x, metric)
         A, B = _system(P.A, metric.scaled(smooth.A), metric), _mixed(P, smooth, metric)
         checked = None if smooth.checked is None else smooth.checked._replace(solved=None)
-        return Maps(lambda: metric.down(y - outer(x, theta)), at, A, B, metric.frame(), findings, checked)
+        return Maps(lambda: metric.down(y - outer(x, theta)), at, A, B, metric.embedding(), observations, checked)
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
         raise NotImplementedError
 
-    def tell(self, findings: Findings, batched: bool) -> tuple[Exception | None, list[str]]:
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
         import array_api_compat
 
-        bent = findings.details
+        bent = observations.details
         xp = array_api_compat.array_namespace(bent)
         where = named_items(xp, xp.any(bent, axis=-1)) if batched else f"y, at {listed(item_numbers(xp, bent))}"
         return None, [
@@ -190,7 +190,7 @@ def _mixed(P: Maps, smooth: Maps, metric: Metric) -> LinearMap:
     )  # fmt: skip
 
 
-def _kinks(point: Point, kind: str, outer: Callable[[Array, Array], Array], x: Array, metric: Metric) -> Findings:
+def _kinks(point: Point, kind: str, outer: Callable[[Array, Array], Array], x: Array, metric: Metric) -> Observations:
     """Look whether P is bent at x: a second difference is of second order in its step only where P is smooth."""
     backend, theta = point.backend, point.theta.vector
     xp, eps = backend.xp, float(backend.xp.finfo(x.dtype).eps)
@@ -201,7 +201,7 @@ def _kinks(point: Point, kind: str, outer: Callable[[Array, Array], Array], x: A
     middle = outer(x, theta)
     bent = xp.abs((outer(x + h * z, theta) - middle) - (middle - outer(x - h * z, theta))) > 0.05 * h
     quiet = ~xp.any(bent, axis=-1)
-    return Findings(xp.ones_like(quiet), quiet, bent)
+    return Observations(xp.ones_like(quiet), quiet, bent)
 
 
 def _kinds(*maps: LinearMap) -> str:

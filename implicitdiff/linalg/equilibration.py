@@ -85,7 +85,7 @@ class Scaling(NamedTuple):
         """R⁻¹ r̂."""
         return _times(_reciprocal(self.rows), r)
 
-    def told(self, backend: Backend, converged: Array, judged: tuple[Array, Any], r: Any, b: Any) -> Array:
+    def reported_residual(self, backend: Backend, converged: Array, judged: tuple[Array, Any], r: Any, b: Any) -> Array:
         """Return ‖b − A x‖ / ‖b‖ for a scaled r and b; the scaled ones where they disagree on success."""
         xp, space = backend.xp, backend.space(b)
 

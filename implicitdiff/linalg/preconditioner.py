@@ -10,7 +10,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError, ShapeError
 from implicitdiff.linalg.operator import LinearMap, Operator, checked_product, matrix_map
 
-__all__ = ["Preconditioner", "as_preconditioner", "is_sound"]
+__all__ = ["Preconditioner", "as_preconditioner", "is_valid"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Preconditioner:
         return Preconditioner(self.rmatvec, self.matvec)
 
 
-def is_sound(preconditioner: Preconditioner, space: Any, b: Array, *, definite: bool) -> Array:
+def is_valid(preconditioner: Preconditioner, space: Any, b: Array, *, definite: bool) -> Array:
     """Whether M may serve, per item, from its products with b and with a vector z without structure.
 
     Both have to be finite and not zero; where M has to be symmetric positive definite, bᵀM b and zᵀM z are positive,

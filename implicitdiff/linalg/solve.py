@@ -201,13 +201,13 @@ def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Cou
     if failed:  # x may be zero, or NaN: A b in place of A x
         space = backend.space(x)
         x = space.select(backend.xp.broadcast_to(failing, space.items), b, x)
-        image = backend.rescue(failing, lambda _: op.matvec(x), b)
+        image = backend.if_any(failing, lambda _: op.matvec(x), b)
 
     def compare(status: Array) -> Array:
         return _compare(op, b, x, image, status, counts, failing)
 
     # where nothing was said of A, and the method is one for symmetric matrices: worth it after a failure only
-    status = compare(status) if op.symmetric else backend.rescue(failing, compare, status)
+    status = compare(status) if op.symmetric else backend.if_any(failing, compare, status)
     rhs = x.shape[0] if len(x.shape) > len(op.items) + 1 else 1
     return status, 1 + (rhs if failed and not backend.traced else 0)
 

@@ -19,10 +19,10 @@ from implicitdiff.typing import DEFAULTS, SystemOptions, Y, completed
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["System", "Told", "linear_solve", "solve_system"]
+__all__ = ["System", "SystemRun", "linear_solve", "solve_system"]
 
 
-class Told(NamedTuple):
+class SystemRun(NamedTuple):
     """How a system was solved, and in which mode: inline, values cannot be seen."""
 
     solution: Solution
@@ -54,8 +54,8 @@ class System:
 
     def prepared(self, vector: Array) -> Prepared:
         """Return the operator with its solver."""
-        silent = self.backend.mode is Mode.INLINE and self.on_failure != "ignore"
-        return prepare(_as_operator(self, vector), self.solver, nan_on_failure=silent)
+        nan_on_failure = self.backend.mode is Mode.INLINE and self.on_failure != "ignore"
+        return prepare(_as_operator(self, vector), self.solver, nan_on_failure=nan_on_failure)
 
     def vectors(self) -> tuple[Array, Array | None]:
         """Return b and the start as vectors (*rhs, *items, n)."""
@@ -74,14 +74,14 @@ class System:
         if (not self.batched or self.on_failure == "raise") and any_true(self.backend.xp, ~finite):
             raise NonFiniteError("b holds NaN or Inf.")
 
-    def solved(self) -> Told:
+    def solved(self) -> SystemRun:
         """Solve where the arrays are."""
         vector, start = self.vectors()
         prepared = self.prepared(vector)
         solution = self.backend.linear(prepared, vector, start, False)
         facts = {"damping": prepared.damping, "methods": prepared.methods, "seconds": prepared.seconds,
                  "derivatives": {"A": prepared.operator.sources}}  # fmt: skip
-        return Told(solution, facts, self.backend.mode)
+        return SystemRun(solution, facts, self.backend.mode)
 
 
 @overload

@@ -121,7 +121,7 @@ class ArraySpace:
         """Whether every entry is finite, per item."""
         return all_finite_items(self.xp, x)
 
-    def vanishes(self, x: Array) -> Array:
+    def is_zero(self, x: Array) -> Array:
         """Whether x is exactly zero in every item."""
         return ~self.xp.any(x != 0)
 
@@ -294,7 +294,7 @@ class TreeSpace(ArraySpace):
     def finite(self, x: TreeVector) -> Array:
         return self.xp.isfinite(self.largest(x))
 
-    def vanishes(self, x: TreeVector) -> Array:
+    def is_zero(self, x: TreeVector) -> Array:
         return self.largest(x) == 0
 
     def axpy(self, a: Any, x: TreeVector, y: TreeVector) -> TreeVector:

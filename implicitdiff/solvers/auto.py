@@ -75,10 +75,10 @@ class Auto(Solver):
 
     def init(self, operator: Operator) -> _State:
         state = _State(operator)
-        self.foresee(state, 1)
+        self.plan(state, 1)
         return state
 
-    def foresee(self, state: _State, rhs: int) -> None:
+    def plan(self, state: _State, rhs: int) -> None:
         """Factor where so many right-hand sides will need it: what is made inside of a traced solve cannot be kept."""
         op = state.operator
         first = _first_direct(op)
@@ -130,7 +130,7 @@ class Auto(Solver):
         first = self._run(state, _CHOLESKY, b, None)
         why_not = "A is not positive definite" if _indefinite(state) else "cholesky did not reach the tolerance"
         state.methods = [("cholesky", f"{why}; A is symmetric"), ("lu", f"{why}; {why_not}")]
-        return self._rescue(state, _fallible(op.backend.xp, first[1]), _LU, b, first, 1)
+        return self._retried(state, _fallible(op.backend.xp, first[1]), _LU, b, first, 1)
 
     def _iterative(self, state: _State, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         op = state.operator
@@ -145,15 +145,15 @@ class Auto(Solver):
         if first.name == "cg":
             negative = xp.asarray(result[1] == int(Status.NOT_POSITIVE_DEFINITE))
             methods.append(("minres", f"{why}; CG met zero or negative curvature"))
-            result = self._rescue(state, negative, MINRES(**options), b, result, 1)
+            result = self._retried(state, negative, MINRES(**options), b, result, 1)
         if op.n > DENSE_LIMIT:
             return result
         for solver in _after_iterations(op):
             methods.append((solver.name, f"{why}; {first.name} did not reach the tolerance"))
-            result = self._rescue(state, _fallible(xp, result[1]), solver, b, result, len(methods) - 1)
+            result = self._retried(state, _fallible(xp, result[1]), solver, b, result, len(methods) - 1)
         return result
 
-    def _rescue(
+    def _retried(
         self, state: _State, mask: Array, solver: Solver, b: Array, result: tuple[Any, ...], method: int
     ) -> tuple[Array, Any, Counts]:
         """Solve again, with a sturdier method, where the mask holds."""
@@ -167,7 +167,7 @@ class Auto(Solver):
 
         if backend.traced and isinstance(solver, MINRES):  # zeros cost it nothing
             return again(_filled(backend, result))
-        return backend.rescue(mask, again, _filled(backend, result) if backend.traced else result)
+        return backend.if_any(mask, again, _filled(backend, result) if backend.traced else result)
 
     def _run(self, state: _State, solver: Solver, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
         if solver.name not in state.prepared:

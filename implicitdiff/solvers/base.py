@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from implicitdiff.arrays import Array, needed
 from implicitdiff.linalg.equilibration import Scaling, equilibrated
 from implicitdiff.linalg.operator import Operator
-from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_sound
+from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_valid
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Status
@@ -266,7 +266,7 @@ class Krylov(Solver):
         residual, status = end.residual, self._blamed(state, space, end.status, unit)
         if state.scaling is not None:
             converged = end.status == int(Status.CONVERGED)
-            residual = state.scaling.told(backend, converged, (residual, end.tolerance), end.r, unit())
+            residual = state.scaling.reported_residual(backend, converged, (residual, end.tolerance), end.r, unit())
         known = space.where(space.isfinite(end.operator_norm), end.operator_norm, space.scalar(0.0))
         condition = end.condition if state.preconditioner.identity else None
         if condition is not None and op.offset and state.scaling is not None and not is_tree_vector(b):
@@ -343,10 +343,10 @@ class Krylov(Solver):
             return status
 
         def ask(old: Array) -> Array:
-            sound = is_sound(state.preconditioner, space, unit(), definite=self.symmetric_only)
-            return space.where(failed & ~sound, int(Status.BAD_PRECONDITIONER), old)
+            valid = is_valid(state.preconditioner, space, unit(), definite=self.symmetric_only)
+            return space.where(failed & ~valid, int(Status.BAD_PRECONDITIONER), old)
 
-        return backend.rescue(failed, ask, status)
+        return backend.if_any(failed, ask, status)
 
 
 def _scaled(

@@ -91,8 +91,8 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     ap = product(s.p)
     curvature = space.inner(s.p, ap)
     finite = space.isfinite(curvature)
-    sound = s.rz > 0
-    go = s.active & (curvature > level * s.operator_norm * s.pp) & (curvature > 0) & sound & finite
+    valid = s.rz > 0
+    go = s.active & (curvature > level * s.operator_norm * s.pp) & (curvature > 0) & valid & finite
     rz_safe = space.where(go, s.rz, one)
     alpha = space.where(go, s.rz / space.where(go, curvature, one), zero)
     x = space.axpy(alpha, s.p, s.x)
@@ -107,7 +107,7 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     inverse = space.where(go, curvature / rz_safe, zero)
     norm = space.maximum(s.operator_norm, inverse + s.ritz)
     bad = space.where(finite, int(Status.NOT_POSITIVE_DEFINITE), int(Status.NON_FINITE))
-    bad = bad if precondition.identity else space.where(sound, bad, int(Status.BAD_PRECONDITIONER))
+    bad = bad if precondition.identity else space.where(valid, bad, int(Status.BAD_PRECONDITIONER))
     status = space.where(s.active & ~go, bad, s.status)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & (rr > target) & (iterations < budget)
@@ -120,8 +120,8 @@ def _flat(end: _State, state: KrylovState, space: Any, level: float) -> _State:
     """Tell zero curvature from a singular A, where A p vanishes, too (two products, after a failure only)."""
     stopped = end.status == int(Status.NOT_POSITIVE_DEFINITE)
 
-    def ask(told: tuple[Array, ...]) -> tuple[Array, ...]:
-        (status, matvecs, norm), precondition = told, state.preconditioner
+    def ask(found: tuple[Array, ...]) -> tuple[Array, ...]:
+        (status, matvecs, norm), precondition = found, state.preconditioner
         probe = space.probe()
         z = precondition(probe)  # as p, in the norm of M⁻¹
         zz = space.inner(probe, z)
@@ -129,9 +129,9 @@ def _flat(end: _State, state: KrylovState, space: Any, level: float) -> _State:
         image = space.inner(ap, precondition(ap))
         az = state.operator.matvec(z)
         size = space.inner(az, precondition(az))
-        vanishes = image * zz <= level * size * end.pp
+        is_zero = image * zz <= level * size * end.pp
         norm = space.maximum(norm, space.sqrt(size / zz))
-        return space.where(stopped & vanishes, int(Status.SINGULAR), status), matvecs + 2, norm
+        return space.where(stopped & is_zero, int(Status.SINGULAR), status), matvecs + 2, norm
 
-    told = state.operator.backend.rescue(stopped, ask, (end.status, end.matvecs, end.operator_norm))
-    return end._replace(status=told[0], matvecs=told[1], operator_norm=told[2])
+    found = state.operator.backend.if_any(stopped, ask, (end.status, end.matvecs, end.operator_norm))
+    return end._replace(status=found[0], matvecs=found[1], operator_norm=found[2])

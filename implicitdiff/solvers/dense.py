@@ -85,7 +85,7 @@ class DenseSolver(Solver):
             return sparse.init(operator, symmetric=self.symmetric)
         backend = operator.backend
         xp = backend.xp
-        matrix, failed = _screened(operator, backend.widen(operator.dense()))
+        matrix, failed = _screened(operator, backend.to_double(operator.dense()))
         size = _frobenius(xp, matrix)
         symmetric = bool(self.symmetric or operator.symmetric)
         scaling = of_matrix(backend, matrix, symmetric=symmetric, definite=self.definite)
@@ -116,7 +116,7 @@ class DenseSolver(Solver):
             return sparse.solve(state, b)
         backend = state.operator.backend
         xp = backend.xp
-        wide = backend.widen(b)
+        wide = backend.to_double(b)
         wide = wide if state.scaling is None else state.scaling.scaled(wide)
         size = item_norm(xp, wide)
         zero = size == 0
@@ -129,7 +129,7 @@ class DenseSolver(Solver):
         status, tolerance = classify(xp, state.failed, state.rcond, residual)
         if state.scaling is not None:
             converged = status == int(Status.CONVERGED)
-            residual = state.scaling.told(backend, converged, (residual, tolerance), r, wide / scale)
+            residual = state.scaling.reported_residual(backend, converged, (residual, tolerance), r, wide / scale)
         if needed(backend, zero):
             residual = xp.where(zero, xp.zeros_like(residual), residual)
             status = xp.where(zero, xp.zeros_like(status), status)
@@ -148,7 +148,7 @@ class DenseSolver(Solver):
             return self.solve(state, b)
         backend = state.operator.backend  # a second estimate of the condition number would only cost compilation
         xp = backend.xp
-        wide = backend.widen(b)
+        wide = backend.to_double(b)
         x = self._apply_rows(state, wide if state.scaling is None else state.scaling.scaled(wide))
         x = x if state.scaling is None else state.scaling.restored(x)
         failed = xp.broadcast_to(state.failed, tuple(b.shape[:-1]))
@@ -170,7 +170,7 @@ class DenseSolver(Solver):
             x = found[0] + self._apply_rows(state, found[1])
             return x, b - product(x)
 
-        return backend.rescue(~(residual <= 100 * rounding), refine, (x, r))
+        return backend.if_any(~(residual <= 100 * rounding), refine, (x, r))
 
     def _with_probe(self, state: DenseState, b: Array) -> tuple[DenseState, Array, Array]:
         """Solve for b and for the probe vectors in one go.

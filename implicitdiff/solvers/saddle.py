@@ -124,7 +124,7 @@ class _Blockwise(Solver):
         good = residual <= tolerance
         status = xp.where((status == 0) & ~good, xp.full_like(status, int(Status.STAGNATED)), status)
         if state.scaling is not None:
-            residual = state.scaling.told(op.backend, good, (residual, tolerance), r, b)
+            residual = state.scaling.reported_residual(op.backend, good, (residual, tolerance), r, b)
         counts = counts._replace(residual=residual, tolerance=tolerance + 0 * residual, matvecs=counts.matvecs + 1)
         return status, counts
 
@@ -145,7 +145,7 @@ class Schur(_Blockwise):
         solved = xp.moveaxis(solved, 0, -2)  # (*items, k, n), the rows H⁻¹ Jᵢᵀ
         eye = xp.eye(op.n - op.primal, dtype=op.dtype, device=op.device)
         complement = op.jacobian @ xp.matrix_transpose(solved) + op.corner[..., None] * eye
-        factor = op.backend.lu_factor(op.backend.widen(complement))
+        factor = op.backend.lu_factor(op.backend.to_double(complement))
         return _State(scaling, op, hessian, prepared, factor, spent, solved, xp.max(xp.asarray(status), axis=0))
 
     def _solve(self, state: _State, b: Array) -> tuple[Array, Any, Counts]:
@@ -172,7 +172,7 @@ class NullSpace(_Blockwise):
         eye = xp.eye(k, dtype=op.dtype, device=op.device)
         # inactive rows of J are zero; D, positive there and zero elsewhere, keeps the Gram matrix regular
         gram = op.jacobian @ xp.matrix_transpose(op.jacobian) + op.corner[..., None] * eye
-        factor = op.backend.lu_factor(op.backend.widen(gram))
+        factor = op.backend.lu_factor(op.backend.to_double(gram))
         size = xp.sqrt(xp.sum(op.jacobian * op.jacobian, axis=(-2, -1)) / max(k, 1))
         size = xp.where(size > 0, size, xp.ones_like(size))[..., None]
 
@@ -206,7 +206,7 @@ def _factored(op: Operator, factor: Any, b: Array) -> Array:
     xp = backend.xp
     many = len(b.shape) > lead + 1
     columns = xp.moveaxis(b, 0, -1) if many else b[..., None]
-    x = backend.astype(backend.lu_solve(factor, backend.widen(columns), False), b.dtype)
+    x = backend.astype(backend.lu_solve(factor, backend.to_double(columns), False), b.dtype)
     return xp.moveaxis(x, -1, 0) if many else x[..., 0]
 
 

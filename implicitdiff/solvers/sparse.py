@@ -121,7 +121,7 @@ def solve(state: SparseState, b: Any) -> tuple[Any, Any, Counts]:
     status, tolerance = classify(np, np.asarray(int(state.failed)), np.asarray(state.rcond), residual)
     if state.scaling is not None:
         backend = state.operator.backend
-        residual = state.scaling.told(backend, (status == 0) & (size > 0), (residual, tolerance), r, unit)
+        residual = state.scaling.reported_residual(backend, (status == 0) & (size > 0), (residual, tolerance), r, unit)
     status = np.where(size == 0, 0, status)
     x = np.where((size == 0)[..., None], 0, x.T)
     x = x if state.scaling is None else state.scaling.restored(x)

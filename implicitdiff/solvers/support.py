@@ -142,10 +142,10 @@ class OnSupport(Solver):
                 "Next: restrict=True, which solves on the support, where it is; or lu, gmres or auto."
             )
 
-    def foresee(self, state: _State, rhs: int) -> None:
+    def plan(self, state: _State, rhs: int) -> None:
         """Let the method prepare for so many right-hand sides."""
-        if hasattr(self.method, "foresee") and state.prepared is not None:
-            self.method.foresee(state.prepared, rhs)
+        if hasattr(self.method, "plan") and state.prepared is not None:
+            self.method.plan(state.prepared, rhs)
 
     def transpose(self, state: _State) -> _State:
         if state.support is None:

@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"implicitdiff {implicitdiff.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
     commands.add_parser("info", help="versions, backends found with their devices, solver names")
-    told = "tune one L2 penalty per feature of a softmax regression on real data, by hypergradients"
-    demo = commands.add_parser("demo", help=told, description=told[0].upper() + told[1:] + ".")
+    about = "tune one L2 penalty per feature of a softmax regression on real data, by hypergradients"
+    demo = commands.add_parser("demo", help=about, description=about[0].upper() + about[1:] + ".")
     demo.add_argument(
         "--solver", default="auto", metavar="NAME", help=f"adjoint solver: {', '.join(solver_names())} (default: auto)"
     )

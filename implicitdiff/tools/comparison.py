@@ -15,7 +15,7 @@ from implicitdiff.arrays import item_norm, to_python
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import ImplicitDiffWarning, InputError, SolveError
 from implicitdiff.outcome import Report, Status
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 from implicitdiff.records import html_table
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.solvers import get_solver, suitable
@@ -228,11 +228,11 @@ def _compared(
         get_solver(solver)  # an unknown name is told before anything runs
         call = _Call(engine, what, {**options, "backend": engine}, solver)
         trials.append((_label(solver), *call.measured(repeats, memory, quiet=i > 0)))
-    borders = [Ravel(engine, tree, name, batched) for name, tree in (("y", y), ("theta", theta))]
-    facts = {"backend": engine.name, "n": borders[0].n, "m": borders[1].n, "repeats": repeats}
+    ravelers = [Raveler(engine, tree, name, batched) for name, tree in (("y", y), ("theta", theta))]
+    facts = {"backend": engine.name, "n": ravelers[0].n, "m": ravelers[1].n, "repeats": repeats}
     if batched:
-        facts["items"] = borders[0].items[0]
-    return Comparison(_rows(engine, borders[1], trials), facts, [gradient for _, gradient, *_ in trials])
+        facts["items"] = ravelers[0].items[0]
+    return Comparison(_rows(engine, ravelers[1], trials), facts, [gradient for _, gradient, *_ in trials])
 
 
 def _label(solver: Any) -> str:
@@ -278,17 +278,17 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
-def _rows(engine: Backend, border: Ravel, trials: Sequence[tuple[Any, ...]]) -> list[SolverRow]:
+def _rows(engine: Backend, raveler: Raveler, trials: Sequence[tuple[Any, ...]]) -> list[SolverRow]:
     """Turn the trials into rows, with their errors against the tightest."""
     xp = engine.xp
-    vectors = [border.like(gradient, "the gradient", dtype=border.dtype) for _, gradient, *_ in trials]
+    vectors = [raveler.like(gradient, "the gradient", dtype=raveler.dtype) for _, gradient, *_ in trials]
     reports = [trial[2] for trial in trials]
     sound = [i for i, report in enumerate(reports) if _all(report.converged) and not report.damping]
     best = min(sound, key=lambda i: _largest(reports[i].residual), default=None)
     rows = []
     for vector, (label, _, report, message, seconds, first, held) in zip(vectors, trials, strict=True):
         error = math.nan
-        if best is not None and border.n:
+        if best is not None and raveler.n:
             size = _largest(item_norm(xp, vectors[best]))
             error = _largest(item_norm(xp, vector - vectors[best])) / (size or 1.0)
         rows.append(SolverRow(

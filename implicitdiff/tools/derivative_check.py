@@ -180,10 +180,10 @@ def _adjoint(rules: Rules, c: Checked) -> Array | None:
     size, _ = units(xp, y, y.vector)
     v = draw(xp, y.vector, 9) / xp.where(size > 0, size, xp.ones_like(size))
     try:
-        u, evidence = rules.solve_adjoint(v)
+        u, diagnostics = rules.solve_adjoint(v)
     except Exception:  # what is wrong is to be shown, not raised
         return None
-    return None if bool(xp.any(evidence.solution.failed)) else u
+    return None if bool(xp.any(diagnostics.solution.failed)) else u
 
 
 def _with_differences(trials: list[Trial]) -> Iterator[CheckRow]:
@@ -262,10 +262,10 @@ def _of_parts(rules: Rules) -> Iterator[CheckRow]:
             continue
         y, theta = p.backend.look_at(p.y.vector), p.backend.look_at(p.theta.vector)
         xp = namespace(y)
-        for which, border, x, product in (("y", p.y, y, derived.jvp_y), ("theta", p.theta, theta, derived.jvp_theta)):
-            if not border.n:
+        for which, raveler, x, product in (("y", p.y, y, derived.jvp_y), ("theta", p.theta, theta, derived.jvp_theta)):
+            if not raveler.n:
                 continue
-            size, known = units(xp, border, x)
+            size, known = units(xp, raveler, x)
             d = draw(xp, x, 3) * size
             dy, dtheta = (d, None) if which == "y" else (None, d)
             along = Along(xp, applied, y, theta, dy, dtheta, known=known)

@@ -159,7 +159,7 @@ def _found(rules: Rules, op: Any, stationarity: float) -> Regularity:
         return Regularity(0, 0, None, 1.0, None, "unknown", stationarity)
     if isinstance(op, SaddleOperator):
         return _of_saddle(rules, op, stationarity)
-    xp, given = op.backend.xp, op.backend.widen(op.dense())
+    xp, given = op.backend.xp, op.backend.to_double(op.dense())
     scaling = of_matrix(op.backend, given, symmetric=bool(op.symmetric))
     matrix = given if scaling is None else scaling.rows[:, None] * given * scaling.columns[None, :]
     ratio, largest = _extremes(xp, matrix)
@@ -171,7 +171,7 @@ def _found(rules: Rules, op: Any, stationarity: float) -> Regularity:
     eigenvalues, own = _eigenvalues(xp, matrix), _eigenvalues(xp, given)
     inertia, order = _signs(xp, eigenvalues, noise * largest), _order(xp, eigenvalues, noise * largest)
     problems = ("the Hessian is singular",) if order == "degenerate" else ()
-    if rules.findings is not None and not bool(rules.findings.usable):
+    if rules.observations is not None and not bool(rules.observations.usable):
         problems = ("y is not inside of the barrier", *problems)
     facts = (op.n - inertia[2], float(own[0]), ratio, inertia, order, stationarity)
     return Regularity(op.n, *facts, problems=problems)
@@ -201,8 +201,8 @@ def _null_space(xp: Any, rows: Array, noise: float) -> tuple[Array, int]:
 
 def _of_saddle(rules: Rules, op: SaddleOperator, stationarity: float) -> Regularity:
     xp, n, found, noise = op.backend.xp, op.primal, _active_set(rules), _noise(op)
-    given = op.backend.widen(op.dense())
-    units = xp.ones_like(given[0, :]) if op.units is None else op.backend.widen(op.units)
+    given = op.backend.to_double(op.dense())
+    units = xp.ones_like(given[0, :]) if op.units is None else op.backend.to_double(op.units)
     matrix = units[:, None] * given * units[None, :]
     ratio, _ = _extremes(xp, matrix)
     basis, rank = _null_space(xp, matrix[n:, :n], noise)
@@ -236,7 +236,7 @@ def _of_saddle(rules: Rules, op: SaddleOperator, stationarity: float) -> Regular
 
 
 def _active_set(rules: Rules) -> Any:
-    details = rules.findings.details
+    details = rules.observations.details
     return details if hasattr(details, "active") else details[0]
 
 

@@ -50,16 +50,16 @@ class Confirmation:
         try:
             if self._other is None:
                 self._other = self._build(replace(self._task, backend=self._task.backend.varied()))
-            other, evidence = self._other, getattr(self._other, mode)(direction, x0)[1]
+            other, diagnostics = self._other, getattr(self._other, mode)(direction, x0)[1]
         except ImplicitDiffError as error:
             raise _unknown(rules, "there is none") from error
         xp = rules.point.backend.xp
         gap = _relative(rules, rules.latest[1], other.latest[1])
-        gap = xp.where(evidence.solution.failed | ~xp.isfinite(gap), xp.ones_like(gap), gap)
+        gap = xp.where(diagnostics.solution.failed | ~xp.isfinite(gap), xp.ones_like(gap), gap)
         if any_true(xp, gap > USELESS):
             raise _unknown(rules, f"it differs by {float(xp.max(gap)):.0%}{_where(xp, gap > USELESS)}")
         if any_true(xp, gap > TELLING):
-            warn(_told(rules, solution, gap), AccuracyWarning)
+            warn(_message(rules, solution, gap), AccuracyWarning)
 
     def _doubtful(self, rules: Any, solution: Any) -> bool:
         if "finite differences" not in rules.derivatives.values():
@@ -117,7 +117,7 @@ def _unknown(rules: Any, how: str) -> NoiseError:
     )
 
 
-def _told(rules: Any, solution: Any, gap: Array) -> str:
+def _message(rules: Any, solution: Any, gap: Array) -> str:
     xp = rules.point.backend.xp
     number = solution.uncertainty(xp, 1.0)
     condition = "" if number is None else f", at a condition number of about {float(xp.max(number)):.1g}"

@@ -28,7 +28,7 @@ def contradicted(checked: Checked | None) -> Array | None:
     if checked is None or function is None or not checked.point.y.n or is_tree_vector(checked.point.y.vector):
         return None
     backend = checked.point.backend
-    y, theta = (backend.detached(border.vector) for border in (checked.point.y, checked.point.theta))
+    y, theta = (backend.detached(raveler.vector) for raveler in (checked.point.y, checked.point.theta))
     xp = backend.xp
     h = 2e-5 if float(xp.finfo(y.dtype).eps) < 1e-10 else 5e-3
     z, t = draw(xp, y, 0) * xp.abs(y), draw(xp, theta, 1) * xp.abs(theta)  # in the units of y and θ: a zero stays

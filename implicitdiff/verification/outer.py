@@ -98,11 +98,11 @@ class _Known:
 
 def _counts(outer: Any, name: str, known: _Known, point: Any) -> bool:
     """Whether the loss changes with what it sees of that tree."""
-    backend, border = point.backend, getattr(point, name)
+    backend, raveler = point.backend, getattr(point, name)
     xp = backend.xp
 
     def loss(c: Any, _: Any) -> Any:
-        parts = flatten(border.unravel(c)).leaves
+        parts = flatten(raveler.unravel(c)).leaves
 
         def swap(x: Any) -> Any:
             found = known.find(x) if known.is_array(x) else None
@@ -110,8 +110,8 @@ def _counts(outer: Any, name: str, known: _Known, point: Any) -> bool:
 
         return point.scalar_function(swapped(outer, swap), "outer", args=())(point.y.vector, point.theta.vector)
 
-    here = border.vector
-    there = border.space.nearby(here)
+    here = raveler.vector
+    there = raveler.space.nearby(here)
     try:
         middle, again, up, down = (
             xp.asarray(loss(c, None), copy=True) for c in (here, here, there, here + here - there)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, probe_vector
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 
 __all__ = ["Along", "Gap", "draw", "measured", "settled", "units"]
 
@@ -38,13 +38,13 @@ def draw(xp: Any, like: Array, number: int) -> Array:
     return xp.where(z < 0, z / 2 - 0.5, z / 2 + 0.5) + xp.zeros_like(like)
 
 
-def units(xp: Any, border: Ravel, vector: Array) -> tuple[Array, bool]:
+def units(xp: Any, raveler: Raveler, vector: Array) -> tuple[Array, bool]:
     """Return |x_i|, and 1 where a leaf is all zero; and whether none is.
 
     A zero among others says nothing of its unit, and is not moved: a step that is too large sees something else.
     """
     known, parts = True, []
-    for part in border.parts(xp.abs(vector)):
+    for part in raveler.parts(xp.abs(vector)):
         if part.shape[-1]:
             zero = xp.max(part, axis=-1, keepdims=True) == 0
             known = known and not bool(xp.any(zero))

@@ -1,4 +1,4 @@
-"""What is made of the evidence of a derivative: errors, warnings, or nothing."""
+"""What is made of the diagnostics of a derivative: errors, warnings, or nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from implicitdiff.errors import (
     SolveWarning,
 )
 from implicitdiff.outcome import explain, warn
-from implicitdiff.ravel import Ravel
+from implicitdiff.ravel import Raveler
 
 __all__ = [
     "UNCERTAIN",
     "check_loss",
+    "error_from",
     "independent",
-    "judge",
     "loss_independent",
     "reject_non_finite",
     "warn_not_solution",
@@ -33,22 +33,22 @@ UNCERTAIN = 4e-3
 """Relative error of a solution, as the rounding of A and the condition number suggest it, that is told."""
 
 
-def reject_non_finite(task: Any, border: Ravel, vector: Any, name: str) -> None:
+def reject_non_finite(task: Any, raveler: Raveler, vector: Any, name: str) -> None:
     """Raise for an input that holds NaN or Inf; in a batch that need not raise, warn or stay quiet."""
-    where = name + border.bad_leaf(vector).removeprefix(border.name)
+    where = name + raveler.bad_leaf(vector).removeprefix(raveler.name)
     error = NonFiniteError(f"{where} holds NaN or Inf.\nNext: check what produced it; a diverged solver often has.")
-    if task.on_failure == "raise" or not border.items:
+    if task.on_failure == "raise" or not raveler.items:
         raise error
     if task.on_failure == "warn":
         warn(str(error), SolveWarning)
 
 
-def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
-    """Turn the evidence into the error that has to be settled, if any; warn where y is not a solution.
+def error_from(diagnostics: Any, rules: Any, solver: str) -> SolveError | None:
+    """Turn the diagnostics into the error that has to be settled, if any; warn where y is not a solution.
 
     Parameters
     ----------
-    evidence : Evidence
+    diagnostics : Diagnostics
         With values.
     rules : Rules
         At the same point; asked for more only where something is wrong.
@@ -56,47 +56,49 @@ def judge(evidence: Any, rules: Any, solver: str) -> SolveError | None:
         Name of the method that was used.
     """
     xp = rules.point.backend.xp
-    told = _findings_error(evidence, rules)
-    if told is not None:
-        return told
-    if any_true(xp, evidence.vanished) and not any_true(xp, evidence.solution.failed):  # else A is what is to be told
+    error = _observations_error(diagnostics, rules)
+    if error is not None:
+        return error
+    if any_true(xp, diagnostics.zero_product) and not any_true(
+        xp, diagnostics.solution.failed
+    ):  # else A is what is to be told
         _check_dependence(rules)
-    good = evidence.inputs  # the others have been told already
-    if not rules.told and any_true(xp, evidence.step.unsolved & good):
-        rules.told = True  # once for a point
-        warn_not_solution(xp, evidence.step, rules.point.y)
-    right = _product_error(rules.point, evidence.right | ~good, _right_name(rules))
+    good = diagnostics.inputs  # the others have been told already
+    if not rules.solution_warned and any_true(xp, diagnostics.step.unsolved & good):
+        rules.solution_warned = True  # once for a point
+        warn_not_solution(xp, diagnostics.step, rules.point.y)
+    right = _product_error(rules.point, diagnostics.right | ~good, _right_name(rules))
     if right is not None:
         return right
-    residual = _product_error(rules.point, evidence.step.finite | ~good, "F(y, theta)")
+    residual = _product_error(rules.point, diagnostics.step.finite | ~good, "F(y, theta)")
     if residual is not None:
         return residual
-    failed = evidence.solution.failed & good
+    failed = diagnostics.solution.failed & good
     if any_true(xp, failed):
-        error = explain(rules.prepared.operator, evidence.solution, solver)
-        if evidence.findings is not None:
-            return rules.condition.diagnose(evidence.findings, error, rules.prepared.operator)
+        error = explain(rules.prepared.operator, diagnostics.solution, solver)
+        if diagnostics.observations is not None:
+            return rules.condition.diagnose(diagnostics.observations, error, rules.prepared.operator)
         return error
-    _look_at_curvature(evidence, rules)
-    _tell_accuracy(evidence, rules)
-    return _product_error(rules.point, evidence.image | ~good, "mixed_vjp (Bᵀ u)")
+    _look_at_curvature(diagnostics, rules)
+    _tell_accuracy(diagnostics, rules)
+    return _product_error(rules.point, diagnostics.image | ~good, "mixed_vjp (Bᵀ u)")
 
 
-def _look_at_curvature(evidence: Any, rules: Any) -> None:
+def _look_at_curvature(diagnostics: Any, rules: Any) -> None:
     """Warn, once for a point, where y is not the kind of stationary point that it is said to be."""
-    suspect = evidence.suspect
-    if suspect is not None and not rules.curved and any_true(rules.point.backend.xp, suspect & evidence.inputs):
+    suspect = diagnostics.suspect
+    if suspect is not None and not rules.curved and any_true(rules.point.backend.xp, suspect & diagnostics.inputs):
         rules.curved = True
-        tell_kind(rules.condition.point_kind, rules.prepared.operator, evidence.inputs)
+        tell_kind(rules.condition.point_kind, rules.prepared.operator, diagnostics.inputs)
 
 
-def _tell_accuracy(evidence: Any, rules: Any) -> None:
+def _tell_accuracy(diagnostics: Any, rules: Any) -> None:
     """Warn, once for a point, where the condition number leaves few digits of what rounding left of A."""
-    xp, unsure, op = rules.point.backend.xp, evidence.uncertain, rules.prepared.operator
-    if unsure is None or rules.unsure or not any_true(xp, unsure & evidence.inputs):
+    xp, unsure, op = rules.point.backend.xp, diagnostics.uncertain, rules.prepared.operator
+    if unsure is None or rules.unsure or not any_true(xp, unsure & diagnostics.inputs):
         return
     rules.unsure = True
-    error = float(xp.max(evidence.solution.uncertainty(xp, op.rounding)))
+    error = float(xp.max(diagnostics.solution.uncertainty(xp, op.rounding)))
     which = f" in {named_items(xp, unsure)}" if rules.point.items else ""
     single = "in double precision (float64), " if float(xp.finfo(op.dtype).eps) > 1e-10 else ""
     warn(
@@ -107,12 +109,12 @@ def _tell_accuracy(evidence: Any, rules: Any) -> None:
     )
 
 
-def _findings_error(evidence: Any, rules: Any) -> SolveError | None:
+def _observations_error(diagnostics: Any, rules: Any) -> SolveError | None:
     """Warn about what the condition saw at the point, once; return the error where no derivative exists."""
-    findings = evidence.findings
-    if findings is None or not any_true(rules.point.backend.xp, evidence.inputs & ~findings.quiet):
+    observations = diagnostics.observations
+    if observations is None or not any_true(rules.point.backend.xp, diagnostics.inputs & ~observations.quiet):
         return None
-    error, warnings = rules.condition.tell(findings, bool(rules.point.items))
+    error, warnings = rules.condition.tell(observations, bool(rules.point.items))
     if not rules.warned:
         rules.warned = True
         for message in warnings:
@@ -150,7 +152,7 @@ def _check_dependence(rules: Any) -> None:
     moved, space = p.theta.space.nearby(theta), p.y.space
     here = (y, space.nearby(y))
     # what a function returns may be a buffer that its next call fills again
-    if at is not None and all(bool(space.vanishes(space.copy(at(z, moved)) - at(z, theta))) for z in here):
+    if at is not None and all(bool(space.is_zero(space.copy(at(z, moved)) - at(z, theta))) for z in here):
         raise independent("it is the same to the last bit at another theta")
     # by differences ∇f is not the same to the last bit, since their steps look at θ, too; but f is
     f = None if rules.checked is None else rules.checked.values
@@ -193,7 +195,7 @@ def independent(how: str) -> DerivativeError:
     )
 
 
-def warn_not_solution(xp: Any, step: Any, border: Ravel) -> None:
+def warn_not_solution(xp: Any, step: Any, raveler: Raveler) -> None:
     """Warn that y is not a solution, with ‖F(y, theta)‖ and the Newton step in the worst coordinate.
 
     Parameters
@@ -202,18 +204,18 @@ def warn_not_solution(xp: Any, step: Any, border: Ravel) -> None:
         Array namespace of the step's fields.
     step : Step
         With values.
-    border : Ravel
+    raveler : Raveler
         Of y, for the names of coordinates.
     """
     which, size = "", step.size
     index, delta, value = step.index, step.step, step.value
-    if border.items:
+    if raveler.items:
         bad = item_numbers(xp, step.unsolved)[0]
         which = f" in {named_items(xp, step.unsolved)}"
         size = xp.max(xp.where(step.unsolved, size, xp.zeros_like(size)))
         index, delta, value = (x[bad] for x in (index, delta, value))
-    upto = "up to" if border.items else "="
-    name = border.coordinate(int(index), bad if border.items else None)
+    upto = "up to" if raveler.items else "="
+    name = raveler.coordinate(int(index), bad if raveler.items else None)
     warn(
         f"y is not a solution{which}: ‖F(y, theta)‖ {upto} {to_python(size):.3g}.\n"
         f"Newton's step from {name} = {to_python(value):.6g} is {-to_python(delta):.3g}: "
