@@ -15,8 +15,10 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.jax.derivatives import Derivatives
 from implicitdiff.backends.jax.function import differentiable_call
-from implicitdiff.backends.jax.programs import Runner, is_traced, solved
+from implicitdiff.backends.jax.programs import Runner
 from implicitdiff.backends.jax.space import JaxSpace, JaxTreeSpace
+from implicitdiff.backends.jax.systems import solved
+from implicitdiff.backends.jax.tracers import is_traced
 from implicitdiff.backends.jax.varying import alike, is_mapped, varying
 from implicitdiff.diagnosis import independent, loss_independent
 from implicitdiff.errors import BackendError

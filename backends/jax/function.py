@@ -18,9 +18,10 @@ import numpy as np
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.jax.auxiliary import unknown_tangent
 from implicitdiff.backends.jax.contents import captures_differentiated
-from implicitdiff.backends.jax.programs import call_for, is_traced, looked_at, program_for
+from implicitdiff.backends.jax.programs import call_for, looked_at, program_for
 from implicitdiff.backends.jax.reports import hand_out_solved
 from implicitdiff.backends.jax.rules import arrays_of, functions_of
+from implicitdiff.backends.jax.tracers import is_traced
 from implicitdiff.backends.jax.watch import Watch
 from implicitdiff.diagnosis import warn_not_solution
 from implicitdiff.errors import CallbackError, DerivativeError

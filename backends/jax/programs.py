@@ -18,19 +18,14 @@ from implicitdiff.backends.jax.contents import Contents
 from implicitdiff.backends.jax.repeats import Repeats, code_of, repeats_of
 from implicitdiff.backends.jax.reports import hand_out
 from implicitdiff.backends.jax.rules import arrays_of, filled, functions_of, named_functions, run_rules
+from implicitdiff.backends.jax.tracers import is_traced, is_transformed
 from implicitdiff.errors import RecompilationWarning
-from implicitdiff.linalg.system import System, SystemRun
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Direct, Rules, Run, Task
 
-__all__ = ["Program", "Runner", "call_for", "is_traced", "looked_at", "program_for", "solved"]
-
-
-def is_traced(*trees: Any) -> bool:
-    """Whether any leaf is a value that JAX is tracing."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+__all__ = ["Call", "Program", "Runner", "Split", "call_for", "looked_at", "program_for"]
 
 
 @dataclass
@@ -61,7 +56,7 @@ class Program:
         # What is compiled must not keep the user's functions alive: it finds them in the call that is running.
         self.compiled = jax.jit(lambda *arrays: self.build(self, _running.stack[-1], *arrays))
 
-    def __call__(self, call: _Call) -> Any:
+    def __call__(self, call: Call) -> Any:
         _running.stack.append(call)
         try:
             return self.compiled(*call.arrays)
@@ -71,14 +66,14 @@ class Program:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.stack: list[_Call] = []
+        self.stack: list[Call] = []
 
 
 _running = _Running()
 
 
 @dataclass
-class _Call:
+class Call:
     """A call with its static parts, and the arrays that go into the program.
 
     ``arrays`` are y, theta, the leaves of args that may change from call to call, and what else the program takes.
@@ -87,7 +82,7 @@ class _Call:
     task: Task
     mode: str
     outer: Any
-    args: _Split
+    args: Split
     arrays: tuple[Any, ...]
 
     def task_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Task:
@@ -97,7 +92,7 @@ class _Call:
         return replace(self.task, y=y, theta=theta, args=args, condition=condition, copy=False)
 
 
-class _Split:
+class Split:
     """Arguments taken apart into arrays and floats, which may change, and the rest, which is part of the program."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
@@ -116,10 +111,10 @@ class _Split:
         return jax.tree.unflatten(self.treedef, [next(rest) if leaf is _CHANGES else leaf for leaf in self.static])
 
 
-def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> _Call:
+def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> Call:
     """Return a call of a program on the point, the data, and more arrays."""
-    split = _Split((task.args, arrays_of(task.condition)))
-    return _Call(task, mode, outer, split, (*point, split.dynamic, *arrays))
+    split = Split((task.args, arrays_of(task.condition)))
+    return Call(task, mode, outer, split, (*point, split.dynamic, *arrays))
 
 
 _CHANGES = object()
@@ -127,7 +122,7 @@ _NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 _programs: dict[Any, Program] = {}
 
 
-def program_for(call: _Call, build: Callable[..., Any]) -> Program:
+def program_for(call: Call, build: Callable[..., Any]) -> Program:
     """Return the program for a call, made at the first one of its kind.
 
     The key speaks of the user's functions, and of objects that cannot be compared, by their identity; an entry goes
@@ -157,7 +152,7 @@ def program_for(call: _Call, build: Callable[..., Any]) -> Program:
     return program
 
 
-def _counted(call: _Call, build: Any, changed: bool) -> Repeats:
+def _counted(call: Call, build: Any, changed: bool) -> Repeats:
     """Count a program by the code of what it is made of."""
     task, split = call.task, call.args
     named = [*named_functions(task.condition).items(), ("outer", call.outer), ("on_report", task.on_report)]
@@ -256,10 +251,27 @@ class Runner:
         return self._step
 
     def _traced(self, mode: str, direction: Any, x0: Any) -> Run:
-        run = self._inlined(mode, direction, x0)
+        run = (self._transformed if self._is_transformed(direction, x0) else self._inlined)(mode, direction, x0)
         if self._task.on_report is not None:
             hand_out(self._task.on_report, run)
         return run
+
+    def _is_transformed(self, direction: Any, x0: Any) -> bool:
+        task, vector = self._task, None if callable(direction) else direction
+        if task.copy or self._direct is not None:
+            return False
+        given = task.y, task.theta, task.args, arrays_of(task.condition), vector, x0
+        return is_transformed((*functions_of(task.condition), direction), given)
+
+    def _transformed(self, mode: str, direction: Any, x0: Any) -> Run:
+        """Let JAX transform one compiled program: of hundreds of operations each would be compiled by itself."""
+        task = self._task
+        outer, vector = (direction, None) if mode == "gradient" else (None, direction)
+        _check_leaves(task, mode, vector, x0)
+        call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
+        program = program_for(call, _build_inline)
+        value, diagnostics = program(call)
+        return Run(value, diagnostics, **program.facts["report"], seconds=float("nan"), mode=Mode.INLINE)
 
     def _inlined(self, mode: str, direction: Any, x0: Any) -> Run:
         if self._task.batched and not self._task.copy:
@@ -271,7 +283,7 @@ class Runner:
             self._direct = Direct(replace(self._task, backend=self._inline, copy=False))
         return self._direct(mode, direction, x0)
 
-    def _factored(self, call: _Call) -> tuple[Program, Any]:
+    def _factored(self, call: Call) -> tuple[Program, Any]:
         """Use what the point alone determines (factors, residuals), computed at the first call."""
         vector = call.arrays[3]
         call = replace(call, arrays=call.arrays[:3])
@@ -310,21 +322,29 @@ def looked_at(task: Task, *, sure: bool) -> Any:
     return program_for(call, _build_certain if sure else _build_look)(call)
 
 
-def _build_look(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+def _build_look(program: Program, call: Call, y: Any, theta: Any, dynamic: Any) -> Any:
     return Rules(call.task_at(y, theta, dynamic)).check.look()
 
 
-def _build_certain(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+def _build_certain(program: Program, call: Call, y: Any, theta: Any, dynamic: Any) -> Any:
     return Rules(call.task_at(y, theta, dynamic)).check.look(sure=True)
 
 
-def _build(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
+def _build(program: Program, call: Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
     """Trace one mode at a point."""
     task = call.task_at(y, theta, dynamic)
     direction = call.outer if call.mode == "gradient" else vector
     value, diagnostics, rules = run_rules(task, call.mode, direction, x0)
     _note(program, rules)
     return value, diagnostics, diagnostics.clean(jnp)
+
+
+def _build_inline(program: Program, call: Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
+    """Trace one mode for a user who may transform it further."""
+    task = replace(call.task_at(y, theta, dynamic), backend=call.task.backend.inline)
+    value, diagnostics, rules = run_rules(task, call.mode, call.outer if call.mode == "gradient" else vector, x0)
+    _note(program, rules)
+    return value, diagnostics
 
 
 @dataclass
@@ -344,7 +364,7 @@ class _Part:
         return [jnp.asarray(leaf, dtype=kind) for leaf, kind in zip(jax.tree.leaves(vector), kinds, strict=True)]
 
 
-def _build_parts(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any) -> Any:
+def _build_parts(program: Program, call: Call, y: Any, theta: Any, dynamic: Any) -> Any:
     """Factor at a point, and trace what the modes do with the factors; their constants are what is returned."""
     rules = Rules(call.task_at(y, theta, dynamic))
     for transposed in (False, True):
@@ -365,35 +385,3 @@ def _build_parts(program: Program, call: _Call, y: Any, theta: Any, dynamic: Any
 
 def _evaluator(jaxpr: Any) -> Callable[[Any, Any], Any]:
     return lambda constants, leaves: jax.core.eval_jaxpr(jaxpr, constants, *leaves)
-
-
-# -- linear systems ------------------------------------------------------------------------------------
-def solved(system: System, inline: Any) -> SystemRun:
-    """Solve a linear system: compiled where values are at hand, inline where JAX is tracing."""
-    if is_traced(system.A, system.b, system.x0):
-        return replace(system, backend=inline).solved()
-    matrix, product = (system.A, None) if hasattr(system.A, "shape") else (None, system.A)
-    if matrix is not None and system.symmetric is None and matrix.ndim >= 2:
-        same = matrix.shape[-1] == matrix.shape[-2] and bool(jnp.all(matrix == jnp.swapaxes(matrix, -1, -2)))
-        system = replace(system, symmetric=same)
-    static = (system.symmetric, system.positive_definite)
-    task = Task(system.backend, product, None, None, static, system.solver, system.on_failure, system.batched)
-    call = _Call(task, "solve", system.transpose, _Split(static), (matrix, system.b, system.x0))
-    program = program_for(call, _build_solve)
-    start = time.perf_counter()
-    solution = program(call)
-    if is_traced(solution):
-        return replace(system, backend=inline).solved()
-    return SystemRun(solution, {**program.facts["report"], "seconds": time.perf_counter() - start})
-
-
-def _build_solve(program: Program, call: _Call, matrix: Any, b: Any, x0: Any) -> Any:
-    task = call.task
-    A = task.condition if matrix is None else matrix
-    symmetric, definite = task.args
-    system = System(
-        task.backend, A, b, x0, task.solver, symmetric, definite, call.outer, task.batched, task.on_failure
-    )  # fmt: skip
-    solution, facts, _ = system.solved()
-    program.facts["report"] = {name: facts[name] for name in ("methods", "derivatives", "damping")}
-    return solution
