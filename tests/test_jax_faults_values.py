@@ -160,7 +160,8 @@ def test_27_one_bad_item(kind: str, solver: str) -> None:
 
 def test_27_vmap_over_some_of_the_arguments() -> None:
     """What is mapped is traced, what is not is an array: both are JAX's."""
-    found = jax.vmap(lambda s: implicit_vjp(Root(lambda y, th: s * y - th), ONE, s * ONE, ONE))(jnp.arange(3.0))
+    by_item = jax.jit(lambda s: implicit_vjp(Root(lambda y, th: s * y - th), ONE, s * ONE, ONE))
+    found = jax.vmap(by_item)(jnp.arange(3.0))
     np.testing.assert_allclose(np.asarray(found)[1:], [[1.0] * 3, [0.5] * 3])
     assert np.all(np.isnan(np.asarray(found)[0]))
 

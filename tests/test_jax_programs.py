@@ -27,6 +27,7 @@ from implicitdiff import (
     implicit_grad,
     implicit_jacobian,
     implicit_vjp,
+    linear_solve,
     linearize,
 )
 
@@ -74,6 +75,12 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
         objective, y + float(theta[1]), theta, jnp.ones(3), args=(float(theta[1]),)
     ),
     "linearize": lambda y, theta: linearize(objective, y, theta).vjp(jnp.ones(3)),
+    # transformed outside of jit: one program, too, and not each of its operations
+    "vmap": lambda y, theta: jax.vmap(lambda y, t: implicit_vjp(objective, y, t, jnp.ones(())))(y, theta),
+    "grad of vjp": lambda y, theta: jax.grad(lambda t: jnp.sum(implicit_vjp(objective, y, t, jnp.ones(3)) ** 2) / 4)(
+        theta
+    ),
+    "grad of linear_solve": lambda y, theta: jax.grad(lambda b: jnp.sum(linear_solve(jnp.eye(3), b) ** 2))(theta),
 }
 
 

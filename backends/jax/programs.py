@@ -341,7 +341,8 @@ def _build(program: Program, call: Call, y: Any, theta: Any, dynamic: Any, vecto
 
 def _build_inline(program: Program, call: Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
     """Trace one mode for a user who may transform it further."""
-    task = replace(call.task_at(y, theta, dynamic), backend=call.task.backend.inline)
+    backend: Any = call.task.backend
+    task = replace(call.task_at(y, theta, dynamic), backend=backend.inline)
     value, diagnostics, rules = run_rules(task, call.mode, call.outer if call.mode == "gradient" else vector, x0)
     _note(program, rules)
     return value, diagnostics
