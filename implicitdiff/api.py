@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, Unpack, overload
 
 from implicitdiff.compilers import public
 from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.outcome import Report
+from implicitdiff.problem import problem_of
 from implicitdiff.typing import DEFAULTS, ConditionLike, Options, StartedOptions, T, Y
 
 __all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize"]
@@ -46,7 +46,7 @@ def linearize(condition: ConditionLike, y: Y, theta: T, **options: Unpack[Option
     >>> np.round(lin.jvp(np.array([12.0])), 6), np.round(lin.jacobian(), 6)
     (array([1.]), array([[0.083333]]))
     """
-    return linearized(condition, y, theta, copy=True, **options)
+    return linearized(problem_of(condition, y, theta, copy=True, **options))
 
 
 @overload
@@ -110,8 +110,7 @@ def implicit_vjp(
     >>> np.round(g, 6)
     array([2., 4.])
     """
-    x0 = options.pop("x0", None)
-    return _derivative(lambda lin: lin.vjp(cotangent, x0=x0), condition, y, theta, cotangent, return_report, options)
+    return _derivative("vjp", cotangent, condition, y, theta, return_report, options)
 
 
 @overload
@@ -174,8 +173,7 @@ def implicit_jvp(
     >>> np.round(dy, 6)
     array([2.])
     """
-    x0 = options.pop("x0", None)
-    return _derivative(lambda lin: lin.jvp(tangent, x0=x0), condition, y, theta, tangent, return_report, options)
+    return _derivative("jvp", tangent, condition, y, theta, return_report, options)
 
 
 @overload
@@ -227,7 +225,7 @@ def implicit_jacobian(
     array([[-0.333333,  0.      ],
            [ 0.      , -0.666667]])
     """
-    return _derivative(lambda lin: lin.jacobian(), condition, y, theta, None, return_report, options)
+    return _derivative("jacobian", None, condition, y, theta, return_report, options)
 
 
 @overload
@@ -294,17 +292,16 @@ def implicit_grad(
     >>> round(float(g), 6)
     12.0
     """
-    x0 = options.pop("x0", None)
-    if callable(outer):
-        return _derivative(lambda lin: lin.gradient(outer, x0=x0), condition, y, theta, None, return_report, options)
-    return _derivative(lambda lin: lin.vjp(outer, x0=x0), condition, y, theta, outer, return_report, options)
+    mode = "gradient" if callable(outer) else "vjp"
+    return _derivative(mode, outer, condition, y, theta, return_report, options)
 
 
 def _derivative(
-    product: Callable[[Linearization[Any, Any]], Any], condition: Any, y: Any, theta: Any, vector: Any,
-    return_report: bool, options: Options,
-) -> Any:  # fmt: skip
+    mode: str, direction: Any, condition: Any, y: Any, theta: Any, return_report: bool, options: Any
+) -> Any:
     """Linearise, take one product, and add the report where it is asked for."""
-    lin = linearized(condition, y, theta, vector=vector, **options)
-    value = product(lin)
+    x0 = options.pop("x0", None)
+    vector = None if mode == "gradient" else direction
+    lin = linearized(problem_of(condition, y, theta, vector=vector, **options))
+    value = lin._product(mode, direction, x0)
     return (value, lin.report) if return_report else value

@@ -13,6 +13,7 @@ from implicitdiff.closures import Memory
 from implicitdiff.compilers import public, untraced
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization, linearized
+from implicitdiff.problem import problem_of
 from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.typing import DEFAULTS, ConditionLike, FunctionOptions, T, Y, completed
@@ -73,7 +74,7 @@ class ImplicitFunction(Generic[P, R, Y]):
         out = self._solution(theta, data, options)
         y: Y = out[0] if self.has_aux else out
         with self.explaining(y):
-            return linearized(self.condition, y, theta, args=data, copy=True, **self.options)
+            return linearized(problem_of(self.condition, y, theta, args=data, copy=True, **self.options))
 
     @contextlib.contextmanager
     def explaining(self, y: Any) -> Iterator[None]:

@@ -33,13 +33,13 @@ UNCERTAIN = 4e-3
 """Relative error of a solution, as the rounding of A and the condition number suggest it, that is told."""
 
 
-def reject_non_finite(task: Any, raveler: Raveler, vector: Any, name: str) -> None:
+def reject_non_finite(problem: Any, raveler: Raveler, vector: Any, name: str) -> None:
     """Raise for an input that holds NaN or Inf; in a batch that need not raise, warn or stay quiet."""
     where = name + raveler.bad_leaf(vector).removeprefix(raveler.name)
     error = NonFiniteError(f"{where} holds NaN or Inf.\nNext: check what produced it; a diverged solver often has.")
-    if task.on_failure == "raise" or not raveler.items:
+    if problem.settings.on_failure == "raise" or not raveler.items:
         raise error
-    if task.on_failure == "warn":
+    if problem.settings.on_failure == "warn":
         warn(str(error), SolveWarning)
 
 

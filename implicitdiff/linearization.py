@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Generic
 
@@ -12,11 +11,10 @@ from implicitdiff.diagnosis import error_from, reject_non_finite
 from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
 from implicitdiff.linalg.solve import make_report, method_of
 from implicitdiff.mode import Mode
-from implicitdiff.outcome import Report, check_mode, settle
-from implicitdiff.pytree import copied, map_leaves
+from implicitdiff.outcome import Report, settle
+from implicitdiff.problem import Problem
 from implicitdiff.records import brief
-from implicitdiff.registry import backend_for, get_backend, portable
-from implicitdiff.rules import Direct, Rules, Run, Task
+from implicitdiff.rules import Rules, Run
 from implicitdiff.typing import T, Y
 from implicitdiff.verification.confirmation import Confirmation
 from implicitdiff.verification.first_use import verify
@@ -43,33 +41,22 @@ class Linearization(Generic[Y, T]):
     _shown: Report | None = None
     _verified: bool = False
 
-    def __init__(
-        self, condition: Any, y: Y, theta: T, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-        on_failure: str = "raise", backend: Any = None, batched: bool = False, copy: bool = False,
-        on_report: Callable[[Report], object] | None = None,
-    ) -> None:  # fmt: skip
-        check_mode(on_failure)
-        engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
-        self.y, self.theta = y, theta
-        args = tuple(map_leaves(copied, tuple(args))) if copy else tuple(args)  # they may be filled anew afterwards
-        self._task = Task(engine, condition, y, theta, args, solver, on_failure, batched, copy, on_report)
+    def __init__(self, problem: Problem) -> None:
+        self.y, self.theta = problem.y, problem.theta
+        self._problem = self._asked = problem
+        engine = problem.backend
         with engine.computing():
-            self._runner = engine.runner(self._task) if engine.traced else Direct(self._task)
+            self._runner = engine.runner(problem) if engine.traced else Rules(problem)
         self._run: Run | None = None
-        self._origin = engine
 
     def __repr__(self) -> str:
-        task = self._task
-        report = self.report  # of the latest solve
-        shown = [f"condition={brief(task.condition)}", f"backend={task.backend.name!r}", f"solver={brief(task.solver)}"]
+        p, report = self._asked, self.report  # of the latest solve
+        shown = [f"condition={brief(p.condition)}", f"backend={p.backend.name!r}", f"solver={brief(p.settings.solver)}"]
         return f"Linearization({', '.join(shown if report is None else [*shown, f'report={report!r}'])})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle what it is made of, and the report; factors and programs are made again."""
-        t = self._task
-        origin = portable(self._origin)
-        made_of = (t.condition, t.y, t.theta, t.args, t.solver, t.on_failure, origin, t.batched, t.copy, t.on_report)
-        return _restored, made_of, {"_shown": self.report}
+        return linearized, (self._asked,), {"_shown": self.report}
 
     @property
     @untraced
@@ -100,7 +87,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._call("vjp", cotangent, x0)
+        return self._product("vjp", cotangent, x0)
 
     @untraced
     def jvp(self, tangent: Any, *, x0: Array | None = None) -> Y:
@@ -122,7 +109,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._call("jvp", tangent, x0)
+        return self._product("jvp", tangent, x0)
 
     @untraced
     def jacobian(self) -> Any:
@@ -140,7 +127,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._call("jacobian", None, None)
+        return self._product("jacobian", None, None)
 
     @untraced
     def gradient(self, outer: Any, x0: Array | None = None) -> T:
@@ -162,7 +149,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._call("gradient", outer, x0)
+        return self._product("gradient", outer, x0)
 
     @property
     @untraced
@@ -174,21 +161,22 @@ class Linearization(Generic[Y, T]):
     @untraced
     def solve(self, b: Array, *, transposed: bool = False) -> Array:
         """A⁻¹ b, or A⁻ᵀ b, for raveled right-hand sides (*rhs, *items, n); failures as for `vjp`."""
-        return self._call("solve_adjoint" if transposed else "solve", b, None)
+        return self._product("solve_adjoint" if transposed else "solve", b, None)
 
     @untraced
     def pullback(self, v: Array) -> Array:
         """−Bᵀ A⁻ᵀ v for raveled cotangents (*rhs, *items, n); failures as for `vjp`."""
-        return self._call("pullback", v, None)
+        return self._product("pullback", v, None)
 
     # -- inside --------------------------------------------------------------------------------------
-    def _call(self, mode: str, direction: Any, x0: Any) -> Any:
+    def _product(self, mode: str, direction: Any, x0: Any = None) -> Any:
         """Run a mode of the rules, judge what was seen, and hand the value over."""
-        task, xp = self._task, self._task.backend.xp
-        with task.backend.computing():
+        problem, xp, settings = self._problem, self._problem.backend.xp, self._problem.settings
+        with problem.backend.computing():
             if mode == "gradient":
-                seen = task.backend.local(task.y, task.theta)
-                check_outer(direction, task.backend, task.y, task.theta, (lambda: self._rules.point) if seen else None)
+                seen = problem.backend.local(self.y, self.theta)
+                point = (lambda: self._rules.point) if seen else None
+                check_outer(direction, problem.backend, self.y, self.theta, point)
             self._run = run = self._runner(mode, direction, x0)
             if run.mode is Mode.INLINE:
                 return run.value
@@ -196,15 +184,15 @@ class Linearization(Generic[Y, T]):
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
                 # a failed solve is blamed on A only if A is what it should be
                 found = None if error is not None or run.diagnostics.unsure(xp) else run.diagnostics.solution.x
-                verify(self._task, lambda: run.rules or self._rules, mode, found)
+                verify(problem, lambda: run.rules or self._rules, mode, found)
                 self._verified = True
             if error is None and run.rules is not None:
                 self._confirmation.check(run.rules, run.diagnostics.solution, mode, direction, x0)
-        if self._task.on_report is not None and self.report is not None:
-            self._task.on_report(self.report)
+        if settings.on_report is not None and self.report is not None:
+            settings.on_report(self.report)
         if error is not None:  # with the value attached: nothing is lost
             error.value, error.report = run.value, self.report
-            settle(error, self._task.on_failure)
+            settle(error, settings.on_failure)
         return run.value
 
     def _error_from(self, run: Run, mode: str, direction: Any) -> SolveError | None:
@@ -212,7 +200,7 @@ class Linearization(Generic[Y, T]):
             return error_from(run.diagnostics, run.rules, method_of(run.diagnostics.solution, run.methods)[0])
         if bool(run.clean):  # one look at what a compiled program found
             return None
-        xp = self._task.backend.xp
+        xp = self._problem.backend.xp
         if run.certain is not None and any_true(xp, run.diagnostics.step.doubtful):
             self._run = run = run._replace(diagnostics=run.diagnostics._replace(step=run.certain()))
             if bool(run.diagnostics.clean(xp)):
@@ -221,7 +209,7 @@ class Linearization(Generic[Y, T]):
 
     def _inquire(self, run: Run, mode: str, direction: Any) -> SolveError | None:
         """Find out outside of a compiled program what is wrong, where the functions can be asked again."""
-        rules, task = self._rules, self._task
+        rules, problem = self._rules, self._problem
         point = rules.point
         ravelers = [(point.y, point.y.vector, "y"), (point.theta, point.theta.vector, "theta")]
         if mode in {"vjp", "jvp"}:
@@ -229,17 +217,17 @@ class Linearization(Generic[Y, T]):
             ravelers.append((raveler, raveler.like(direction, name, dtype=raveler.dtype), name))
         for raveler, vector, name in ravelers:
             if not bool(point.backend.xp.all(raveler.space.finite(vector))):
-                reject_non_finite(task, raveler, vector, name)
+                reject_non_finite(problem, raveler, vector, name)
         rules.kinds.update({"outer": ""} if mode == "gradient" else {})
         return error_from(run.diagnostics, rules, method_of(run.diagnostics.solution, run.methods)[0])
 
     @cached_property
     def _confirmation(self) -> Confirmation:
-        return Confirmation(self._task, partial(Rules, flat=True))
+        return Confirmation(self._problem, partial(Rules, flat=True))
 
     @cached_property
     def _rules(self) -> Rules:
-        return Rules(self._task, flat=True)
+        return Rules(self._problem, flat=True)
 
     def _report(self, run: Run) -> Report:
         e = run.diagnostics
@@ -248,21 +236,6 @@ class Linearization(Generic[Y, T]):
         )
 
 
-def _restored(condition: Any, y: Any, theta: Any, *rest: Any) -> Linearization[Any, Any]:
-    names = ("args", "solver", "on_failure", "backend", "batched", "copy", "on_report")
-    return linearized(condition, y, theta, **dict(zip(names, rest, strict=True)))
-
-
-@untraced
-def linearized(
-    condition: Any, y: Y, theta: T, *, backend: Any = None, vector: Any = None, **options: Any
-) -> Linearization[Y, T]:
-    """Linearise with the arrays' backend, by its own `Linearization` if it records what is done with the results.
-
-    ``vector`` is a cotangent or tangent that follows; like ``args`` it may be an array of JAX beside NumPy's.
-    """
-    if backend is None:
-        engine = backend_for({"y": y, "theta": theta}, (options.get("args", ()), vector))
-    else:
-        engine = get_backend(backend)
-    return (engine.linearization or Linearization)(condition, y, theta, backend=engine, **options)
+def linearized(problem: Problem) -> Linearization[Any, Any]:
+    """Linearise, by the `Linearization` of a backend that records what is done with the results, if it has one."""
+    return (problem.backend.linearization or Linearization)(problem)

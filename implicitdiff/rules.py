@@ -16,10 +16,9 @@ inside a compiled program, and is judged outside of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
@@ -32,46 +31,13 @@ from implicitdiff.linalg.solve import Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Status
+from implicitdiff.problem import Problem
 from implicitdiff.ravel import LeafRaveler, Raveler
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
 from implicitdiff.verification.consistency import contradicted
 
-if TYPE_CHECKING:
-    from implicitdiff.backends.base import Backend
-
-__all__ = ["Diagnostics", "Direct", "Rules", "Run", "Task"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a user asked for: a condition at a point, and how to solve.
-
-    Parameters
-    ----------
-    backend : Backend
-    condition : Condition or callable
-    y, theta : pytree
-    args : tuple
-    solver : str or Solver
-    on_failure : str
-    batched : bool
-    own : bool
-        Whether y and theta are copied, since they are used again later.
-    on_report : callable, optional
-        Receives the report of each product.
-    """
-
-    backend: Backend
-    condition: Any
-    y: Any
-    theta: Any
-    args: tuple[Any, ...] = ()
-    solver: Any = "auto"
-    on_failure: str = "raise"
-    batched: bool = False
-    copy: bool = False
-    on_report: Callable[[Any], object] | None = None
+__all__ = ["Diagnostics", "Rules", "Run"]
 
 
 class Diagnostics(NamedTuple):
@@ -110,24 +76,48 @@ class Diagnostics(NamedTuple):
         return xp.all(good) & ~xp.any(self.zero_product)
 
 
+class Run(NamedTuple):
+    """What a run of a mode came to, and whether its values can be seen."""
+
+    value: Any
+    diagnostics: Diagnostics
+    methods: Sequence[tuple[str, str]]
+    derivatives: dict[str, str]
+    damping: float
+    seconds: float
+    rules: Rules | None = None
+    """None where they were inside a compiled program."""
+    mode: Mode = Mode.EAGER
+    """How it ran: inline, values cannot be seen."""
+    clean: Any = None
+    """From a compiled program, whether there is nothing to tell."""
+    certain: Any = None
+    """Makes sure of what the program left in doubt of y as a solution."""
+
+
 class Rules:
     """The rules at one point; made where the arrays are, inside a compiled program or out of it.
 
     Parameters
     ----------
-    task : Task
+    problem : Problem
     flat : bool
         Whether to concatenate the leaves even where the method could do without.
     """
 
-    def __init__(self, task: Task, *, flat: bool = False) -> None:
-        engine, solver, condition = task.backend, get_solver(task.solver), as_condition(task.condition)
-        keep = not flat and _may_stay_trees(task, condition, solver)
-        self.task, self.nan_on_failure = task, engine.mode is Mode.INLINE and task.on_failure != "ignore"
-        y = _raveler_type(keep, engine, task.y)(engine, task.y, "y", task.batched, task.copy)
-        theta = _raveler_type(keep, engine, task.theta)(engine, task.theta, "theta", task.batched, task.copy)
+    def __init__(self, problem: Problem, *, flat: bool = False) -> None:
+        engine, settings, condition = problem.backend, problem.settings, as_condition(problem.condition)
+        solver = get_solver(settings.solver)
+        keep = not flat and _may_stay_trees(problem, condition, solver)
+        self.problem, self.nan_on_failure = problem, engine.mode is Mode.INLINE and settings.on_failure != "ignore"
+
+        def raveled(tree: Any, name: str) -> Raveler:
+            kind = LeafRaveler if keep and not engine.is_vector(tree) else Raveler
+            return kind(engine, tree, name, problem.batched, problem.copy)
+
+        y, theta = raveled(problem.y, "y"), raveled(problem.theta, "theta")
         y.check_partner(theta)
-        self.point = Point(engine, y, theta, tuple(task.args))
+        self.point = Point(engine, y, theta, tuple(problem.args))
         self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.condition, self.B, self.at = condition, maps.B, maps.at
@@ -147,10 +137,19 @@ class Rules:
 
     def _finite(self, x: Any, raveler: Raveler, name: str) -> Array:
         """Whether the items of a vector are finite; where values are seen, one that is not is told at once."""
-        finite = raveler.finite(x) if x.shape[-1] == raveler.n else self.task.backend.space(x).finite(x)
-        if not self.task.backend.traced and any_true(self.task.backend.xp, ~finite):
-            reject_non_finite(self.task, raveler, x, name)
+        finite = raveler.finite(x) if x.shape[-1] == raveler.n else self.problem.backend.space(x).finite(x)
+        if not self.problem.backend.traced and any_true(self.problem.backend.xp, ~finite):
+            reject_non_finite(self.problem, raveler, x, name)
         return finite
+
+    def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
+        """Run a mode."""
+        rules = self
+        if mode == "jacobian" and isinstance(self.point.y, LeafRaveler):  # dense: there is no keeping leaves apart
+            rules = Rules(self.problem, flat=True)
+        value, diagnostics = getattr(rules, mode)(direction, x0)
+        p, way = rules.prepared, self.problem.backend.mode
+        return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, way)
 
     # -- the modes -----------------------------------------------------------------------------------
     def vjp(self, cotangent: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
@@ -306,7 +305,7 @@ class Rules:
 
     def _nan_where_failed(self, value: Any, diagnostics: Diagnostics) -> tuple[Any, Diagnostics]:
         """NaN in the failed items, where that is asked for, or where nothing can be raised."""
-        mode, backend, solution = self.task.on_failure, self.point.backend, diagnostics.solution
+        mode, backend, solution = self.problem.settings.on_failure, self.point.backend, diagnostics.solution
         failed = solution.failed if self.observations is None else solution.failed | ~self.observations.usable
         failed = failed | diagnostics.step.far if self.nan_on_failure else failed
         if not (self.nan_on_failure or mode == "nan") or not needed(backend, failed):
@@ -341,60 +340,11 @@ class Rules:
         return Diagnostics(solution, inputs, yes, yes, zero, step, self.observations, suspect, uncertain)
 
 
-class Run(NamedTuple):
-    """What a run of a mode came to, and whether its values can be seen."""
-
-    value: Any
-    diagnostics: Diagnostics
-    methods: Sequence[tuple[str, str]]
-    derivatives: dict[str, str]
-    damping: float
-    seconds: float
-    rules: Rules | None = None
-    """None where they were inside a compiled program."""
-    mode: Mode = Mode.EAGER
-    """How it ran: inline, values cannot be seen."""
-    clean: Any = None
-    """From a compiled program, whether there is nothing to tell."""
-    certain: Any = None
-    """Makes sure of what the program left in doubt of y as a solution."""
-
-
-class Direct:
-    """Runs the rules where the arrays are, and keeps them: A is factored once.
-
-    Parameters
-    ----------
-    task : Task
-    """
-
-    def __init__(self, task: Task) -> None:
-        self._task, self._rules = task, Rules(task)
-
-    @property
-    def derivatives(self) -> dict[str, str]:
-        """Where the products came from that were used so far."""
-        return self._rules.derivatives
-
-    def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
-        rules = self._rules
-        if mode == "jacobian" and isinstance(rules.point.y, LeafRaveler):  # dense: there is no keeping leaves apart
-            rules = Rules(self._task, flat=True)
-        value, diagnostics = getattr(rules, mode)(direction, x0)
-        p, way = rules.prepared, self._task.backend.mode
-        return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, way)
-
-
-def _may_stay_trees(task: Task, condition: Any, solver: Any) -> bool:
+def _may_stay_trees(problem: Problem, condition: Any, solver: Any) -> bool:
     """Whether the leaves of y and theta need not be concatenated: products alone, and a method that needs no more."""
-    if task.batched or condition.has_matrix or not task.backend.trees(task.y, task.theta):
+    if problem.batched or condition.has_matrix or not problem.backend.trees(problem.y, problem.theta):
         return False
-    matrix_free, n = getattr(solver, "matrix_free", None), LeafRaveler.length(task.y)
-    if task.backend.traced and n <= TINY:  # assembled for the units within leaves, which cannot be looked for there
+    matrix_free, n = getattr(solver, "matrix_free", None), LeafRaveler.length(problem.y)
+    if problem.backend.traced and n <= TINY:  # assembled for the units within leaves, which cannot be looked for there
         return False
     return bool(matrix_free and matrix_free(n))
-
-
-def _raveler_type(keep: bool, engine: Backend, tree: Any) -> type[Raveler]:
-    """Return the kind of raveler."""
-    return LeafRaveler if keep and not engine.is_vector(tree) else Raveler

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from implicitdiff import FixedPoint, Root
+from implicitdiff.problem import Problem
 from implicitdiff.registry import get_backend
-from implicitdiff.rules import Rules, Task
+from implicitdiff.rules import Rules
 from implicitdiff.verification.consistency import contradicted
 
 A, C = np.array([[2.0, 0.7, 0.0], [-0.4, 1.5, 0.3], [0.1, 0.0, 1.0]]), np.array([[1.0, 2.0], [0.0, -1.0], [0.5, 0.3]])
@@ -40,7 +41,7 @@ WRONG: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def wrong(condition: Any, y: Any = Y, theta: Any = T) -> bool:
-    found = contradicted(Rules(Task(get_backend("numpy"), condition, y, theta)).checked)
+    found = contradicted(Rules(Problem(get_backend("numpy"), condition, y, theta)).checked)
     assert found is not None
     return bool(found)
 

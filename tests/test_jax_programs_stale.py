@@ -18,8 +18,8 @@ import pytest
 from frameworks import framework
 
 from implicitdiff import CG, RecompilationWarning, Stationary, implicit_vjp, linearize
+from implicitdiff.problem import Problem, problem_of
 from implicitdiff.registry import get_backend
-from implicitdiff.rules import Task
 
 if find_spec("jax") is None:
     pytest.skip("needs jax", allow_module_level=True)
@@ -322,8 +322,9 @@ def test_programs_that_never_run_twice_are_told(
 
     def call() -> None:
         condition, options = fresh(theta)
-        task = Task(get_backend("jax"), condition, theta, theta, options.get("args", ()), options.get("solver", "lu"))
-        programs.program_for(programs.call_for(task, "vjp", (theta, theta), outer=options.get("outer")), fresh)
+        outer = options.pop("outer", None)
+        problem = problem_of(condition, theta, theta, **{"solver": "lu", **options})
+        programs.program_for(programs.call_for(problem, "vjp", (theta, theta), outer=outer), fresh)
 
     call()
     call()
@@ -337,6 +338,6 @@ def test_programs_that_run_again_are_no_fault(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("implicitdiff.backends.jax.repeats.MANY", 2)
     theta = jnp.asarray(1.5)
     for scale in range(6):
-        task = Task(get_backend("jax"), lambda y, t, scale=scale: (y - scale * t) ** 2, theta, theta)
-        first, second = (programs.program_for(programs.call_for(task, "vjp", (theta, theta)), 0) for _ in range(2))
+        problem = Problem(get_backend("jax"), lambda y, t, scale=scale: (y - scale * t) ** 2, theta, theta)
+        first, second = (programs.program_for(programs.call_for(problem, "vjp", (theta, theta)), 0) for _ in range(2))
         assert first is second

@@ -14,8 +14,9 @@ from conftest import JAX, NUMPY, STRICT, TORCH, outcome
 
 import implicitdiff as idf
 from implicitdiff import FixedPoint, InconsistentDerivativesError, ProximalGradient, Root, Stationary
+from implicitdiff.problem import Problem, Settings
 from implicitdiff.registry import get_backend
-from implicitdiff.rules import Rules, Task
+from implicitdiff.rules import Rules
 from implicitdiff.verification import first_use as verification
 from implicitdiff.verification.mistakes import wrong_in
 
@@ -337,9 +338,9 @@ def random_problem(seed):
 
 def verdict(condition, y, theta, mode, direction):
     """What is found at the first use, and the solution that it is found with, whatever became of the solve."""
-    task = Task(get_backend("numpy"), condition, y, theta, solver="lu", on_failure="ignore")
-    with task.backend.computing():
-        rules = Rules(task)
+    problem = Problem(get_backend("numpy"), condition, y, theta, settings=Settings("lu", "ignore"))
+    with problem.backend.computing():
+        rules = Rules(problem)
         solution = getattr(rules, mode)(direction)[1].solution.x
         given = (solution, None) if mode == "vjp" else (None, solution)
         return [wrong.name for wrong in wrong_in(rules.checked, *given)]

@@ -26,9 +26,9 @@ from implicitdiff.linalg.system import System, SystemRun
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report
+from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, hint
 from implicitdiff.ravel import reject_dtype
-from implicitdiff.rules import Task
 
 __all__ = ["INLINE", "JaxBackend"]
 
@@ -38,16 +38,8 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambda _, leaves: TreeVector(leaves))
 
 _ARRAY_FIELDS = (
-    "status",
-    "converged",
-    "iterations",
-    "matvecs",
-    "residual",
-    "stationarity",
-    "rcond",
-    "solved",
-    "solution",
-)
+    "status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solved", "solution",
+)  # fmt: skip
 _STATIC_FIELDS = ("solver", "reason", "seconds", "damping")
 
 
@@ -227,8 +219,8 @@ class JaxBackend(ArrayAPIBackend):
         """Return the backend for what is being traced."""
         return INLINE
 
-    def runner(self, task: Task) -> Runner:
-        return Runner(task, self.inline)
+    def runner(self, problem: Problem) -> Runner:
+        return Runner(problem, self.inline)
 
     def solved(self, system: System) -> SystemRun:
         """Solve a linear system: compiled where values are at hand."""

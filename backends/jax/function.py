@@ -25,8 +25,9 @@ from implicitdiff.backends.jax.tracers import is_traced
 from implicitdiff.backends.jax.watch import Watch
 from implicitdiff.diagnosis import warn_not_solution
 from implicitdiff.errors import CallbackError, DerivativeError
+from implicitdiff.problem import Problem, problem_of
 from implicitdiff.ravel import Raveler
-from implicitdiff.rules import Rules, Task
+from implicitdiff.rules import Rules
 from implicitdiff.solution_check import Step
 from implicitdiff.verification.first_use import verify
 
@@ -78,10 +79,10 @@ def differentiable_call(
         _refuse(arrays_dot)
         out = run(theta, arrays)
         y = out[0] if function.has_aux else out
-        options = {k: v for k, v in function.options.items() if k != "backend"}
+        options = {**function.options, "backend": backend}
         with function.explaining(y):
-            task = Task(backend, function.condition, y, theta, statics.join(arrays)[0], **options)
-            w = _tangent(task, _instantiated(theta, theta_dot))
+            problem = problem_of(function.condition, y, theta, args=statics.join(arrays)[0], **options)
+            w = _tangent(problem, _instantiated(theta, theta_dot))
         return out, (w, unknown_tangent(_instantiated(theta, theta_dot), out[1])) if function.has_aux else w
 
     run.defjvp(rule, symbolic_zeros=True)
@@ -202,14 +203,14 @@ def _instantiated(theta: Any, tangent: Any) -> Any:
     return jax.tree.unflatten(treedef, full)
 
 
-def _tangent(task: Task, tangent: Any) -> Any:
+def _tangent(problem: Problem, tangent: Any) -> Any:
     """The solution w of A w = −B θ̇, from a program that JAX may transform further."""
-    known = not is_traced(task.y, task.theta, task.args, arrays_of(task.condition))
+    known = not is_traced(problem.y, problem.theta, problem.args, arrays_of(problem.condition))
     if known:  # numbers: what jit could not tell, is told here
-        _look_at_point(task)
-    watch = Watch(task) if known else None
+        _look_at_point(problem)
+    watch = Watch(problem) if known else None
     tangent = tangent if watch is None else watch.pass_through(tangent, "theta")
-    call = call_for(task, "tangent at a checked point" if known else "tangent", (task.y, task.theta), tangent)
+    call = call_for(problem, "tangent at a checked point" if known else "tangent", (problem.y, problem.theta), tangent)
     try:
         w = program_for(call, _build_tangent)(call)
     except TypeError as error:  # what differentiates is JAX, through the functions of the condition
@@ -220,20 +221,20 @@ def _tangent(task: Task, tangent: Any) -> Any:
 
 
 def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:
-    task = replace(call.task_at(y, theta, dynamic), backend=call.task.backend.inline)
-    rules = Rules(task)
-    if task.on_report is not None:
+    problem = replace(call.problem_at(y, theta, dynamic), backend=call.problem.backend.inline)
+    rules = Rules(problem)
+    if problem.settings.on_report is not None:
         rules.prepared.on_solved = partial(hand_out_solved, rules)
     return rules.tangent(tangent, solution_checked=call.mode != "tangent")
 
 
-def _look_at_point(task: Task) -> None:
+def _look_at_point(problem: Problem) -> None:
     """Warn where y is not a solution, and raise where what the user gave of derivatives is wrong."""
-    step = looked_at(task, sure=False)
+    step = looked_at(problem, sure=False)
     if is_traced(step):
         return
-    verify(task, lambda: Rules(task, flat=True))
+    verify(problem, lambda: Rules(problem, flat=True))
     if bool(jnp.any(step.doubtful)):
-        step = looked_at(task, sure=True)
+        step = looked_at(problem, sure=True)
     if bool(jnp.any(step.unsolved)):
-        warn_not_solution(np, Step(*map(np.asarray, step)), Raveler(task.backend, task.y, "y", task.batched))
+        warn_not_solution(np, Step(*map(np.asarray, step)), Raveler(problem.backend, problem.y, "y", problem.batched))

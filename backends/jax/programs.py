@@ -22,8 +22,9 @@ from implicitdiff.backends.jax.tracers import is_traced, is_transformed
 from implicitdiff.errors import RecompilationWarning
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
+from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
-from implicitdiff.rules import Direct, Rules, Run, Task
+from implicitdiff.rules import Rules, Run
 
 __all__ = ["Call", "Program", "Runner", "Split", "call_for", "looked_at", "program_for"]
 
@@ -79,17 +80,17 @@ class Call:
     ``arrays`` are y, theta, the leaves of args that may change from call to call, and what else the program takes.
     """
 
-    task: Task
+    problem: Problem
     mode: str
     outer: Any
     args: Split
     arrays: tuple[Any, ...]
 
-    def task_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Task:
-        """Return the task with traced values in place of the arrays."""
+    def problem_at(self, y: Any, theta: Any, dynamic: list[Any]) -> Problem:
+        """Return the problem with traced values in place of the arrays."""
         args, arrays = self.args.join(dynamic)
-        condition = filled(self.task.condition, arrays)
-        return replace(self.task, y=y, theta=theta, args=args, condition=condition, copy=False)
+        condition = filled(self.problem.condition, arrays)
+        return replace(self.problem, y=y, theta=theta, args=args, condition=condition, copy=False)
 
 
 class Split:
@@ -111,10 +112,10 @@ class Split:
         return jax.tree.unflatten(self.treedef, [next(rest) if leaf is _CHANGES else leaf for leaf in self.static])
 
 
-def call_for(task: Task, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> Call:
+def call_for(problem: Problem, mode: str, point: tuple[Any, Any], *arrays: Any, outer: Any = None) -> Call:
     """Return a call of a program on the point, the data, and more arrays."""
-    split = Split((task.args, arrays_of(task.condition)))
-    return Call(task, mode, outer, split, (*point, split.dynamic, *arrays))
+    split = Split((problem.args, arrays_of(problem.condition)))
+    return Call(problem, mode, outer, split, (*point, split.dynamic, *arrays))
 
 
 _CHANGES = object()
@@ -128,15 +129,15 @@ def program_for(call: Call, build: Callable[..., Any]) -> Program:
     The key speaks of the user's functions, and of objects that cannot be compared, by their identity; an entry goes
     when one of them does.
     """
-    task, found = call.task, list[Any]()
-    functions = (*functions_of(task.condition), *(() if call.outer is None else (call.outer,)))
-    static = (task.solver, call.args.treedef, *call.args.static)
+    problem, settings, found = call.problem, call.problem.settings, list[Any]()
+    functions = (*functions_of(problem.condition), *(() if call.outer is None else (call.outer,)))
+    static = (settings.solver, call.args.treedef, *call.args.static)
     key = (
-        call.mode, build, type(task.condition), *(_identity(f, found) for f in functions), task.batched,
-        task.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
-        jax.config.read("jax_enable_x64"), None if task.on_report is None else _identity(task.on_report, found),
+        call.mode, build, type(problem.condition), *(_identity(f, found) for f in functions), problem.batched,
+        settings.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
+        jax.config.read("jax_enable_x64"), _identity(settings.on_report, found),
     )  # fmt: skip
-    held = (task.solver, *call.args.static, *(f for f in functions if not callable(f)))
+    held = (settings.solver, *call.args.static, *(f for f in functions if not callable(f)))
     program, contents = _programs.get(key), Contents(filter(callable, functions), held)
     if program is not None and program.contents == contents:
         if program.repeats is not None:
@@ -154,11 +155,11 @@ def program_for(call: Call, build: Callable[..., Any]) -> Program:
 
 def _counted(call: Call, build: Any, changed: bool) -> Repeats:
     """Count a program by the code of what it is made of."""
-    task, split = call.task, call.args
-    named = [*named_functions(task.condition).items(), ("outer", call.outer), ("on_report", task.on_report)]
-    named += [("solver", task.solver), *(("args", leaf) for leaf in split.static if leaf is not _CHANGES)]
-    code = type(task.condition), *(code_of(value) for _, value in named)
-    rest = call.mode, build, task.batched, task.on_failure, split.treedef, _form(call.arrays)
+    problem, settings, split = call.problem, call.problem.settings, call.args
+    named = [*named_functions(problem.condition).items(), ("outer", call.outer), ("on_report", settings.on_report)]
+    named += [("solver", settings.solver), *(("args", leaf) for leaf in split.static if leaf is not _CHANGES)]
+    code = type(problem.condition), *(code_of(value) for _, value in named)
+    rest = call.mode, build, problem.batched, settings.on_failure, split.treedef, _form(call.arrays)
     return repeats_of(code, rest, named, changed=changed)
 
 
@@ -217,25 +218,26 @@ class Runner:
 
     Parameters
     ----------
-    task : Task
+    problem : Problem
     inline : JaxBackend
         The backend for what is being traced.
     """
 
-    def __init__(self, task: Task, inline: Any) -> None:
-        self._task, self._inline = task, inline
-        self._direct: Direct | None = None
+    def __init__(self, problem: Problem, inline: Any) -> None:
+        self._problem, self._inline = problem, inline
+        self._direct: Rules | None = None
         self._factors: tuple[Program, Any] | None = None
         self._step: Any = None
 
     def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
-        task, start = self._task, time.perf_counter()
+        problem, start = self._problem, time.perf_counter()
         outer, vector = (direction, None) if mode == "gradient" else (None, direction)
-        if self._direct is not None or is_traced(task.y, task.theta, task.args, arrays_of(task.condition), vector, x0):
+        arrays = (problem.y, problem.theta, problem.args, arrays_of(problem.condition))
+        if self._direct is not None or is_traced(arrays, vector, x0):
             return self._traced(mode, direction, x0)
-        _check_leaves(task, mode, vector, x0)
-        call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
-        if task.copy and x0 is None and mode in {"vjp", "jvp"}:
+        _check_leaves(problem, mode, vector, x0)
+        call = call_for(problem, mode, (problem.y, problem.theta), vector, x0, outer=outer)
+        if problem.copy and x0 is None and mode in {"vjp", "jvp"}:
             program, out = self._factored(call)
         else:
             program = program_for(call, _build)
@@ -247,40 +249,40 @@ class Runner:
 
     def _certain(self) -> Any:
         if self._step is None:
-            self._step = looked_at(self._task, sure=True)
+            self._step = looked_at(self._problem, sure=True)
         return self._step
 
     def _traced(self, mode: str, direction: Any, x0: Any) -> Run:
         run = (self._transformed if self._is_transformed(direction, x0) else self._inlined)(mode, direction, x0)
-        if self._task.on_report is not None:
-            hand_out(self._task.on_report, run)
+        if self._problem.settings.on_report is not None:
+            hand_out(self._problem.settings.on_report, run)
         return run
 
     def _is_transformed(self, direction: Any, x0: Any) -> bool:
-        task, vector = self._task, None if callable(direction) else direction
-        if task.copy or self._direct is not None:
+        problem, vector = self._problem, None if callable(direction) else direction
+        if problem.copy or self._direct is not None:
             return False
-        given = task.y, task.theta, task.args, arrays_of(task.condition), vector, x0
-        return is_transformed((*functions_of(task.condition), direction), given)
+        given = problem.y, problem.theta, problem.args, arrays_of(problem.condition), vector, x0
+        return is_transformed((*functions_of(problem.condition), direction), given)
 
     def _transformed(self, mode: str, direction: Any, x0: Any) -> Run:
         """Let JAX transform one compiled program: of hundreds of operations each would be compiled by itself."""
-        task = self._task
+        problem = self._problem
         outer, vector = (direction, None) if mode == "gradient" else (None, direction)
-        _check_leaves(task, mode, vector, x0)
-        call = call_for(task, mode, (task.y, task.theta), vector, x0, outer=outer)
+        _check_leaves(problem, mode, vector, x0)
+        call = call_for(problem, mode, (problem.y, problem.theta), vector, x0, outer=outer)
         program = program_for(call, _build_inline)
         value, diagnostics = program(call)
         return Run(value, diagnostics, **program.facts["report"], seconds=float("nan"), mode=Mode.INLINE)
 
     def _inlined(self, mode: str, direction: Any, x0: Any) -> Run:
-        if self._task.batched and not self._task.copy:
-            task = replace(self._task, backend=self._inline)
-            value, diagnostics, rules = run_rules(task, mode, direction, x0)
+        if self._problem.batched and not self._problem.copy:
+            problem = replace(self._problem, backend=self._inline)
+            value, diagnostics, rules = run_rules(problem, mode, direction, x0)
             p = rules.prepared
             return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, Mode.INLINE)
         if self._direct is None:
-            self._direct = Direct(replace(self._task, backend=self._inline, copy=False))
+            self._direct = Rules(replace(self._problem, backend=self._inline, copy=False))
         return self._direct(mode, direction, x0)
 
     def _factored(self, call: Call) -> tuple[Program, Any]:
@@ -292,23 +294,23 @@ class Runner:
             self._factors = made, made(call)  # at once: another thread may be doing the same
         program, factors = self._factors
         part = program.facts[call.mode]
-        leaves = part.leaves(self._task, vector)
+        leaves = part.leaves(self._problem, vector)
         if is_traced(factors):
             return program, factors
         return program, jax.tree.unflatten(part.form, part.compiled(factors[call.mode], leaves))
 
 
-def _check_leaves(task: Task, mode: str, vector: Any, x0: Any) -> None:
+def _check_leaves(problem: Problem, mode: str, vector: Any, x0: Any) -> None:
     """Raise, with its path, for a leaf that cannot go into a compiled program."""
-    if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves((task.y, task.theta, vector, x0))):
+    if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves((problem.y, problem.theta, vector, x0))):
         return
-    trees = (task.y, "y"), (task.theta, "theta")
-    ravelers = [Raveler(task.backend, tree, name, task.batched) for tree, name in trees]
+    trees = (problem.y, "y"), (problem.theta, "theta")
+    ravelers = [Raveler(problem.backend, tree, name, problem.batched) for tree, name in trees]
     if vector is not None:
         raveler, name = (ravelers[1], "tangent") if mode == "jvp" else (ravelers[0], "cotangent")
         raveler.like(vector, name)
     if x0 is not None:
-        task.backend.as_leaf(x0, "x0")
+        problem.backend.as_leaf(x0, "x0")
 
 
 def _note(program: Program, rules: Rules) -> None:
@@ -316,34 +318,30 @@ def _note(program: Program, rules: Rules) -> None:
     program.facts["report"] = {"methods": list(p.methods), "derivatives": rules.derivatives, "damping": p.damping}
 
 
-def looked_at(task: Task, *, sure: bool) -> Any:
+def looked_at(problem: Problem, *, sure: bool) -> Any:
     """Look at y as a solution, in a program of its own; ``sure`` makes the Newton step."""
-    call = call_for(task, "look", (task.y, task.theta))
-    return program_for(call, _build_certain if sure else _build_look)(call)
+    call = call_for(problem, "certain" if sure else "look", (problem.y, problem.theta))
+    return program_for(call, _build_look)(call)
 
 
 def _build_look(program: Program, call: Call, y: Any, theta: Any, dynamic: Any) -> Any:
-    return Rules(call.task_at(y, theta, dynamic)).check.look()
-
-
-def _build_certain(program: Program, call: Call, y: Any, theta: Any, dynamic: Any) -> Any:
-    return Rules(call.task_at(y, theta, dynamic)).check.look(sure=True)
+    return Rules(call.problem_at(y, theta, dynamic)).check.look(sure=call.mode == "certain")
 
 
 def _build(program: Program, call: Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
     """Trace one mode at a point."""
-    task = call.task_at(y, theta, dynamic)
+    problem = call.problem_at(y, theta, dynamic)
     direction = call.outer if call.mode == "gradient" else vector
-    value, diagnostics, rules = run_rules(task, call.mode, direction, x0)
+    value, diagnostics, rules = run_rules(problem, call.mode, direction, x0)
     _note(program, rules)
     return value, diagnostics, diagnostics.clean(jnp)
 
 
 def _build_inline(program: Program, call: Call, y: Any, theta: Any, dynamic: Any, vector: Any, x0: Any) -> Any:
     """Trace one mode for a user who may transform it further."""
-    backend: Any = call.task.backend
-    task = replace(call.task_at(y, theta, dynamic), backend=backend.inline)
-    value, diagnostics, rules = run_rules(task, call.mode, call.outer if call.mode == "gradient" else vector, x0)
+    backend: Any = call.problem.backend
+    problem = replace(call.problem_at(y, theta, dynamic), backend=backend.inline)
+    value, diagnostics, rules = run_rules(problem, call.mode, call.outer if call.mode == "gradient" else vector, x0)
     _note(program, rules)
     return value, diagnostics
 
@@ -356,10 +354,10 @@ class _Part:
     compiled: Any
     form: Any
 
-    def leaves(self, task: Task, vector: Any) -> list[Any]:
+    def leaves(self, problem: Problem, vector: Any) -> list[Any]:
         """Check a direction and take it apart."""
-        like, name, what = (task.y, "y", "cotangent") if self.mode == "vjp" else (task.theta, "theta", "tangent")
-        raveler = Raveler(task.backend, like, name, task.batched)
+        like, name, what = (problem.y, "y", "cotangent") if self.mode == "vjp" else (problem.theta, "theta", "tangent")
+        raveler = Raveler(problem.backend, like, name, problem.batched)
         raveler.like(vector, what, dtype=raveler.dtype)
         kinds = [leaf.dtype for leaf in raveler.leaves]
         return [jnp.asarray(leaf, dtype=kind) for leaf, kind in zip(jax.tree.leaves(vector), kinds, strict=True)]
@@ -367,7 +365,7 @@ class _Part:
 
 def _build_parts(program: Program, call: Call, y: Any, theta: Any, dynamic: Any) -> Any:
     """Factor at a point, and trace what the modes do with the factors; their constants are what is returned."""
-    rules = Rules(call.task_at(y, theta, dynamic))
+    rules = Rules(call.problem_at(y, theta, dynamic))
     for transposed in (False, True):
         rules.prepared.state(transposed)
     constants = {}

@@ -36,7 +36,7 @@ def hand_out(on_report: OnReport, run: Run) -> None:
 def hand_out_solved(rules: Rules, solution: Solution, b: Any, transposed: bool) -> None:
     """Let the program that is being traced hand out the report of a solve, which JAX may have transposed."""
     step, p = rules.check.look(solution, b, transposed=transposed), rules.prepared
-    on_report: Any = rules.task.on_report
+    on_report: Any = rules.problem.settings.on_report
     _emit(on_report, solution, step, (list(p.methods), rules.derivatives, p.damping))
 
 

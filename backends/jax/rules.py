@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from implicitdiff.errors import ShapeError
+from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
-from implicitdiff.rules import Rules, Task
+from implicitdiff.rules import Rules
 
 __all__ = ["arrays_of", "filled", "functions_of", "named_functions", "run_rules"]
 
@@ -42,32 +43,33 @@ def filled(condition: Any, arrays: dict[str, Any]) -> Any:
     return filled
 
 
-def run_rules(task: Task, mode: str, direction: Any, x0: Any) -> tuple[Any, Any, Rules]:
+def run_rules(problem: Problem, mode: str, direction: Any, x0: Any) -> tuple[Any, Any, Rules]:
     """Run a mode of the rules; for a batch those of one item, mapped over the items.
 
     XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
     """
     flat = mode == "jacobian"
-    if not task.batched or not _check_items(task, mode, direction, x0):
-        rules = Rules(task, flat=flat)
+    if not problem.batched or not _check_items(problem, mode, direction, x0):
+        rules = Rules(problem, flat=flat)
         return *getattr(rules, mode)(direction, x0), rules
     made: list[Rules] = []
-    each = {name: value for name, value in arrays_of(task.condition).items() if name in task.condition.per_item}
+    each = {name: value for name, value in arrays_of(problem.condition).items() if name in problem.condition.per_item}
 
     def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any]) -> Any:
-        condition = filled(task.condition, each)
-        rules = Rules(replace(task, y=y, theta=theta, condition=condition, batched=False), flat=flat)
+        condition = filled(problem.condition, each)
+        rules = Rules(replace(problem, y=y, theta=theta, condition=condition, batched=False), flat=flat)
         made.append(rules)
         return getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
 
     vector = None if mode == "gradient" else direction
-    value, diagnostics = jax.vmap(one)(task.y, task.theta, vector, x0, each)
+    value, diagnostics = jax.vmap(one)(problem.y, problem.theta, vector, x0, each)
     return value, diagnostics, made[-1]
 
 
-def _check_items(task: Task, mode: str, direction: Any, x0: Any) -> int:
+def _check_items(problem: Problem, mode: str, direction: Any, x0: Any) -> int:
     """Check that everything carries the same leading axis, and return its length."""
-    y, theta = (Raveler(task.backend, tree, name, True) for tree, name in ((task.y, "y"), (task.theta, "theta")))
+    y = Raveler(problem.backend, problem.y, "y", True)
+    theta = Raveler(problem.backend, problem.theta, "theta", True)
     y.check_partner(theta)
     if mode in {"vjp", "jvp"}:
         raveler, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")

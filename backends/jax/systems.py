@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from implicitdiff.backends.jax.programs import Call, Program, Split, program_for
 from implicitdiff.backends.jax.tracers import is_traced, is_transformed
 from implicitdiff.linalg.system import System, SystemRun
-from implicitdiff.rules import Task
+from implicitdiff.problem import Problem
 
 __all__ = ["solved"]
 
@@ -28,8 +28,8 @@ def solved(system: System, inline: Any) -> SystemRun:
         same = matrix.shape[-1] == matrix.shape[-2] and bool(jnp.all(matrix == jnp.swapaxes(matrix, -1, -2)))
         system = replace(system, symmetric=same)
     static = (system.symmetric, system.positive_definite)
-    task = Task(system.backend, product, None, None, static, system.solver, system.on_failure, system.batched)
-    call = Call(task, "transformed" if transformed else "solve", system.transpose, Split(static), arrays)
+    problem = Problem(system.backend, product, None, None, static, system.settings, system.batched)
+    call = Call(problem, "transformed" if transformed else "solve", system.transpose, Split(static), arrays)
     program = program_for(call, _build_solve)
     start = time.perf_counter()
     solution = program(call)
@@ -39,12 +39,11 @@ def solved(system: System, inline: Any) -> SystemRun:
 
 
 def _build_solve(program: Program, call: Call, matrix: Any, b: Any, x0: Any) -> Any:
-    task = call.task
-    A = task.condition if matrix is None else matrix
-    symmetric, definite = task.args
-    system = System(
-        task.backend, A, b, x0, task.solver, symmetric, definite, call.outer, task.batched, task.on_failure
-    )  # fmt: skip
+    problem = call.problem
+    A = problem.condition if matrix is None else matrix
+    symmetric, definite = problem.args
+    settings = problem.settings
+    system = System(problem.backend, A, b, x0, symmetric, definite, call.outer, problem.batched, settings)
     solution, facts, _ = system.solved()
     program.facts["report"] = {name: facts[name] for name in ("methods", "derivatives", "damping")}
     return solution

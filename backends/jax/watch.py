@@ -9,6 +9,7 @@ taken once more by the library's own call, which finds the cause and does as ``o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from implicitdiff.backends.jax.reports import between
 from implicitdiff.errors import ImplicitDiffError, SolveWarning
 from implicitdiff.linearization import Linearization
 from implicitdiff.outcome import warn
-from implicitdiff.rules import Task
+from implicitdiff.problem import Problem
 
 __all__ = ["Watch"]
 
@@ -31,14 +32,14 @@ class Watch:
 
     Parameters
     ----------
-    task : Task
+    problem : Problem
         In numbers.
     mapped : bool
         Whether what passes carries a leading axis of several (co)tangents.
     """
 
-    def __init__(self, task: Task, *, mapped: bool = False) -> None:
-        self._task, self._mapped = task, mapped
+    def __init__(self, problem: Problem, *, mapped: bool = False) -> None:
+        self._problem, self._mapped = problem, mapped
         self._given: list[Any] | None = None
         self._copy: Watch | None = None
 
@@ -46,7 +47,7 @@ class Watch:
     def over_many(self) -> Watch:
         """The same for several (co)tangents at once."""
         if self._copy is None:
-            self._copy = Watch(self._task, mapped=True)
+            self._copy = Watch(self._problem, mapped=True)
         return self._copy
 
     def pass_through(self, tree: Any, end: str) -> Any:
@@ -56,7 +57,7 @@ class Watch:
 
     def look(self, leaves: Sequence[Any], mode: str, *, last: bool) -> None:
         """See what goes into a product in forward ("jvp") or reverse mode ("vjp"), or what comes out of it."""
-        between(self._task.on_report, last=last)
+        between(self._problem.settings.on_report, last=last)
         if not last:
             self._given = list(leaves)
         elif self._given is not None and not _finite(leaves) and _finite(self._given):
@@ -64,8 +65,8 @@ class Watch:
             self._explain(mode, given, leaves)
 
     def _explain(self, mode: str, given: list[Any], found: Sequence[Any]) -> None:
-        t = self._task
-        if t.on_failure not in {"raise", "warn"} or not _finite(jax.tree.leaves(t.theta)):  # NaN in, NaN out
+        t = self._problem
+        if t.settings.on_failure not in {"raise", "warn"} or not _finite(jax.tree.leaves(t.theta)):  # NaN in, NaN out
             return
         if self._mapped:
             axes = [tuple(range(1, leaf.ndim)) for leaf in found]
@@ -73,12 +74,12 @@ class Watch:
             item = int(np.argmin(np.logical_and.reduce(good)))
             given = [leaf[item] for leaf in given]
         like = t.y if mode == "vjp" else t.theta
-        options = {"solver": t.solver, "on_failure": t.on_failure, "batched": t.batched, "backend": t.backend}
         try:
-            lin = Linearization(t.condition, t.y, t.theta, args=t.args, **options)
+            quiet = replace(t, settings=replace(t.settings, on_report=None), copy=False)
+            lin: Linearization[Any, Any] = Linearization(quiet)
             getattr(lin, mode)(jax.tree.unflatten(jax.tree.structure(like), given))
         except ImplicitDiffError as error:
-            if t.on_failure == "raise":
+            if t.settings.on_failure == "raise":
                 raise
             warn(f"{type(error).__name__}: {error}", SolveWarning)
 

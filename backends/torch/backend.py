@@ -12,13 +12,14 @@ from implicitdiff.backends.torch.composable import Composable
 from implicitdiff.backends.torch.function import Implicit
 from implicitdiff.backends.torch.group import Group
 from implicitdiff.backends.torch.linearization import TorchLinearization
-from implicitdiff.backends.torch.problem import Problem, is_recorded, refuse_captured, refuse_recorded
+from implicitdiff.backends.torch.problem import RecordedProblem, is_recorded, refuse_captured, refuse_recorded
 from implicitdiff.backends.torch.refusal import owned, with_refused
 from implicitdiff.backends.torch.system import solve_recorded
 from implicitdiff.errors import DerivativeError
 from implicitdiff.linalg.system import System
 from implicitdiff.linearization import Linearization
 from implicitdiff.outcome import Report
+from implicitdiff.problem import problem_of
 
 __all__ = ["TorchBackend"]
 
@@ -95,8 +96,9 @@ class TorchBackend(TorchArrays):
     def _recorded(self, function: Any, theta: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_recorded(args)
         refuse_captured(function.condition)
-        options = {k: v for k, v in function.options.items() if k != "backend"}
-        problem = Problem(self, Composable(), function.condition, options, theta, args, kwargs, function)
+        options = {**function.options, "backend": self}
+        bare = problem_of(function.condition, None, theta, args=args, **options)
+        problem = RecordedProblem(bare, Composable(), kwargs, function)
         vector = Implicit.apply(problem, *problem.tensors)
         y = owned(problem.y.unravel(with_refused(vector, problem.captured(vector), captured)))
         return (y, with_refused(problem.aux, problem.theta.tensors, _aux_refused)) if function.has_aux else y

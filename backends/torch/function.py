@@ -23,21 +23,21 @@ import torch
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch.captured import by_arguments, captured
 from implicitdiff.backends.torch.composable import vjp
-from implicitdiff.backends.torch.problem import Problem
+from implicitdiff.backends.torch.problem import RecordedProblem
 
 __all__ = ["Implicit", "Known", "Solve", "pull", "push"]
 
 Tensors = Sequence[Array]
 
 
-def pull(problem: Problem, y: Array, v: Array, tensors: Tensors) -> Array:
+def pull(problem: RecordedProblem, y: Array, v: Array, tensors: Tensors) -> Array:
     """−Bᵀ A⁻ᵀ v, raveled, differentiable in y, v and θ."""
     maps = problem.composed(y, tensors)[1]
     u = Solve.apply(problem, True, y, maps.raw(v if maps.embedding is None else maps.embedding.embed(v)), *tensors)
     return -maps.B.rmatvec(maps.raw(u))
 
 
-def push(problem: Problem, y: Array, t: Array, tensors: Tensors) -> Array:
+def push(problem: RecordedProblem, y: Array, t: Array, tensors: Tensors) -> Array:
     """−A⁻¹ B t, differentiable in y, t and θ."""
     maps = problem.composed(y, tensors)[1]
     w = maps.raw(Solve.apply(problem, False, y, maps.raw(-maps.B.matvec(t)), *tensors))
@@ -48,7 +48,7 @@ class Implicit(torch.autograd.Function):
     """θ -> y*, as a raveled vector; the inputs are the problem, the tensors of θ, and those of the data."""
 
     @staticmethod
-    def forward(problem: Problem, *tensors: Array) -> Array:
+    def forward(problem: RecordedProblem, *tensors: Array) -> Array:
         return problem.run(tensors)
 
     @staticmethod
@@ -73,7 +73,7 @@ class Implicit(torch.autograd.Function):
             return push(ctx.problem, y, ctx.problem.theta_vector(tensors, tangents), tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem, *tensors: Array) -> tuple[Array, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], problem: RecordedProblem, *tensors: Array) -> tuple[Array, int]:
         with problem.collecting():
             return _one_by_one(info, in_dims[1:], tensors, lambda *each: Implicit.apply(problem, *each)), 0
 
@@ -85,7 +85,7 @@ class Solve(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(problem: Problem, adjoint: bool, y: Array, b: Array, *tensors: Array) -> Array:
+    def forward(problem: RecordedProblem, adjoint: bool, y: Array, b: Array, *tensors: Array) -> Array:
         return problem.solve(y, b, tensors, transposed=adjoint)
 
     @staticmethod
@@ -127,7 +127,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], problem: Problem, adjoint: bool, *tensors: Array
+        info: Any, in_dims: tuple[Any, ...], problem: RecordedProblem, adjoint: bool, *tensors: Array
     ) -> tuple[Array, int]:
         return _many(info, in_dims[2:], tensors, lambda *each: Solve.apply(problem, adjoint, *each)), 0
 
@@ -136,7 +136,7 @@ class Pull(torch.autograd.Function):
     """−Bᵀ A⁻ᵀ v, raveled, in numbers: what a backward pass wants of which no derivative is asked."""
 
     @staticmethod
-    def forward(problem: Problem, y: Array, v: Array, *tensors: Array) -> Array:
+    def forward(problem: RecordedProblem, y: Array, v: Array, *tensors: Array) -> Array:
         return problem.pullback(y, v, tensors)
 
     @staticmethod
@@ -144,7 +144,7 @@ class Pull(torch.autograd.Function):
         """Keep nothing."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem, *tensors: Array) -> tuple[Array, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], problem: RecordedProblem, *tensors: Array) -> tuple[Array, int]:
         return _many(info, in_dims[1:], tensors, lambda *each: Pull.apply(problem, *each)), 0
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch.captured import captured
 from implicitdiff.backends.torch.composable import Composable
 from implicitdiff.backends.torch.function import Known, Solve, pull, push
 from implicitdiff.backends.torch.problem import (
-    Problem,
+    RecordedProblem,
     Slots,
     collecting,
     is_recorded,
@@ -19,14 +21,16 @@ from implicitdiff.backends.torch.problem import (
     under_transform,
 )
 from implicitdiff.backends.torch.refusal import owned, with_refused
-from implicitdiff.compilers import is_within_compiled, untraced
+from implicitdiff.compilers import is_within_compiled
 from implicitdiff.conditions.point import Point
 from implicitdiff.linearization import Linearization
-from implicitdiff.outcome import check_mode
+from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler
-from implicitdiff.rules import Task
 from implicitdiff.verification.outer import check_outer
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.torch.arrays import TorchArrays
 
 __all__ = ["TorchLinearization"]
 
@@ -40,64 +44,49 @@ class TorchLinearization(Linearization[Any, Any]):
     a transform of ``torch.func``, which hides the numbers, are they made by the functions that compose.
     """
 
-    def __init__(
-        self, condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), solver: Any = "auto",
-        on_failure: str = "raise", backend: Any = None, batched: bool = False, copy: bool = False,
-        on_report: Any = None,
-    ) -> None:  # fmt: skip
-        check_mode(on_failure)
-        refuse_recorded(args)
-        options = {"solver": solver, "on_failure": on_failure, "batched": batched, "on_report": on_report}
-        self.y, self.theta, self._run = y, theta, None
-        self._task = Task(backend, condition, y, theta, args, solver, on_failure, batched, copy, on_report)
-        self._problem = Problem(backend, Composable(), condition, options, theta, args, {})
-        self._engine = collecting(backend)
-        refuse_captured(condition)
-        if not under_transform():
-            super().__init__(condition, y, theta, args=args, backend=self._engine, copy=copy, **options)
-        self._origin = backend
-
-    @untraced
-    def vjp(self, cotangent: Any, *, x0: Array | None = None) -> Any:
-        def rule(point: Point, tensors: Tensors, cotangent: Any) -> Any:
-            v = point.y.like(cotangent, "cotangent", dtype=point.y.dtype)
-            return point.theta.unravel(pull(self._problem, point.y.vector, v, tensors))
-
-        return self._recorded(rule, cotangent, lambda: super(TorchLinearization, self).vjp(cotangent, x0=x0))
-
-    @untraced
-    def jvp(self, tangent: Any, *, x0: Array | None = None) -> Any:
-        def rule(point: Point, tensors: Tensors, tangent: Any) -> Any:
-            t = point.theta.like(tangent, "tangent", dtype=point.theta.dtype)
-            return point.y.unravel(push(self._problem, point.y.vector, t, tensors))
-
-        return self._recorded(rule, tangent, lambda: super(TorchLinearization, self).jvp(tangent, x0=x0))
-
-    @untraced
-    def jacobian(self) -> Any:
-        def rule(point: Point, tensors: Tensors, _: Any) -> Any:
-            maps = self._problem.composed(point.y.vector, tensors)[1]
-            columns = Solve.apply(self._problem, False, point.y.vector, -maps.B.dense().movedim(-1, 0), *tensors)
-            columns = columns if maps.embedding is None else maps.embedding.restrict(columns)
-            return point.nest(columns.movedim(0, -1))
-
-        return self._recorded(rule, (), super().jacobian)
-
-    @untraced
-    def gradient(self, outer: Any, x0: Array | None = None) -> Any:
-        def rule(point: Point, tensors: Tensors, _: Any) -> Any:
-            loss = point.scalar_function(outer, "outer", args=())
-            by_y, by_theta, _ = point.backend.gradients(loss, point.y.vector, point.theta.vector)
-            return point.theta.unravel(by_theta + pull(self._problem, point.y.vector, by_y, tensors))
-
-        refuse_captured(outer)
+    def __init__(self, problem: Problem) -> None:
+        refuse_recorded(problem.args)
+        self._recording = RecordedProblem(problem, Composable(), {})
+        self._engine = collecting(cast("TorchArrays", problem.backend))
+        refuse_captured(problem.condition)
         if under_transform():
-            check_outer(outer, self._engine, self.y, self.theta, None)
-        return self._recorded(rule, (), lambda: super(TorchLinearization, self).gradient(outer, x0))
+            self.y, self.theta, self._run = problem.y, problem.theta, None
+        else:
+            super().__init__(replace(problem, backend=self._engine))
+        self._asked = problem
+
+    def _product(self, mode: str, direction: Any, x0: Any = None) -> Any:
+        if mode == "gradient":
+            refuse_captured(direction)
+            if under_transform():
+                check_outer(direction, self._engine, self.y, self.theta, None)
+        vector = direction if mode in {"vjp", "jvp"} else ()
+        rule = partial(getattr(self, f"_{mode}"), direction)
+        return self._recorded(rule, vector, lambda: super(TorchLinearization, self)._product(mode, direction, x0))
+
+    # -- the modes, of functions that compose ----------------------------------------------------------
+    def _vjp(self, _: Any, point: Point, tensors: Tensors, cotangent: Any) -> Any:
+        v = point.y.like(cotangent, "cotangent", dtype=point.y.dtype)
+        return point.theta.unravel(pull(self._recording, point.y.vector, v, tensors))
+
+    def _jvp(self, _: Any, point: Point, tensors: Tensors, tangent: Any) -> Any:
+        t = point.theta.like(tangent, "tangent", dtype=point.theta.dtype)
+        return point.y.unravel(push(self._recording, point.y.vector, t, tensors))
+
+    def _jacobian(self, _: Any, point: Point, tensors: Tensors, __: Any) -> Any:
+        maps = self._recording.composed(point.y.vector, tensors)[1]
+        columns = Solve.apply(self._recording, False, point.y.vector, -maps.B.dense().movedim(-1, 0), *tensors)
+        columns = columns if maps.embedding is None else maps.embedding.restrict(columns)
+        return point.nest(columns.movedim(0, -1))
+
+    def _gradient(self, outer: Any, point: Point, tensors: Tensors, _: Any) -> Any:
+        loss = point.scalar_function(outer, "outer", args=())
+        by_y, by_theta, _ = point.backend.gradients(loss, point.y.vector, point.theta.vector)
+        return point.theta.unravel(by_theta + pull(self._recording, point.y.vector, by_y, tensors))
 
     def _recorded(self, rule: Callable[..., Any], vector: Any, numbers: Callable[[], Any]) -> Any:
         """Return the numbers, with the rule to differentiate them by where somebody may ask."""
-        y, v, problem = Slots(self.y), Slots(vector), self._problem
+        y, v, problem = Slots(self.y), Slots(vector), self._recording
 
         def function(*tensors: Array) -> Any:
             at, rest = tensors[: y.count], tensors[y.count :]
@@ -123,8 +112,8 @@ class TorchLinearization(Linearization[Any, Any]):
 
     def _point_at(self, y: Any, tensors: Sequence[Array]) -> Point:
         """Ravel y and θ without detaching them."""
-        problem = self._problem
-        engine, batched = problem.composable, problem.options["batched"]
+        problem = self._recording
+        engine, batched = problem.composable, problem.batched
         raveler = Raveler(engine, y, "y", batched)
         problem.y = raveler.structure()
         theta = Raveler(engine, problem.theta.filled(problem.split(tensors)[0]), "theta", batched)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +20,16 @@ from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
+from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Raveler
 
 if TYPE_CHECKING:
     from implicitdiff.backends.torch.arrays import TorchArrays
 
-__all__ = ["Problem", "Slots", "collecting", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform"]
+__all__ = [
+    "RecordedProblem", "Slots", "collecting", "is_recorded", "refuse_captured", "refuse_recorded", "under_transform",
+]  # fmt: skip
 
 
 def is_recorded(tree: Any) -> bool:
@@ -137,18 +141,15 @@ class Slots:
         return self._tree.unflatten(leaves)
 
 
-class Problem:
+class RecordedProblem:
     """A condition with its parameters and data.
 
     Parameters
     ----------
-    engine, composable : Backend
-        For numbers, and for what is differentiated again.
-    condition : Condition
-    options : dict
-        Of `Linearization`.
-    theta : pytree
-    args : tuple
+    problem : Problem
+        y need not be known.
+    composable : Backend
+        For what is differentiated again.
     kwargs : dict
         For the solver alone.
     function : ImplicitFunction, optional
@@ -156,16 +157,16 @@ class Problem:
     """
 
     def __init__(
-        self, engine: TorchArrays, composable: Any, condition: Any, options: dict[str, Any], theta: Any,
-        args: tuple[Any, ...], kwargs: dict[str, Any], function: Any = None,
+        self, problem: Problem, composable: Any, kwargs: dict[str, Any], function: Any = None
     ) -> None:  # fmt: skip
-        self.engine, self.composable, self.function = engine, composable, function
+        self.engine: Any = problem.backend
+        self.problem, self.composable, self.function = problem, composable, function
         self.captures: list[Array] = []
         if torch.is_grad_enabled():
-            self.engine = copy.copy(engine)
+            self.engine = copy.copy(self.engine)
             self.engine.captures = RefusedCaptures(self.captures)
-        self.condition, self.options = as_condition(condition), {**options, "backend": self.engine}
-        self.theta, self.data = Slots(theta), Slots((args, kwargs))
+        self.condition, self.batched = as_condition(problem.condition), problem.batched
+        self.theta, self.data = Slots(problem.theta), Slots((problem.args, kwargs))
         self.tensors = (*self.theta.tensors, *self.data.tensors)
         self.y: Any = None  # a Ravel: the structure of y, once it is known
         self.aux: Any = None
@@ -196,7 +197,7 @@ class Problem:
         return self.theta.tensors_of(raveler.unravel(g))
 
     def _theta_raveler(self, theta: Any) -> Raveler:
-        return Raveler(self.composable, theta, "theta", self.options["batched"])
+        return Raveler(self.composable, theta, "theta", self.batched)
 
     # -- numbers, from plain tensors -----------------------------------------------------------------
     def run(self, tensors: Sequence[Array]) -> Array:
@@ -210,7 +211,7 @@ class Problem:
         device = next((x.device for x in tensors), None)
         with self.function.explaining(y), self.engine.computing():
             y = map_leaves(lambda leaf: _tensor(leaf, device), y)
-            raveler = Raveler(self.engine, y, "y", self.options["batched"], copy=True)
+            raveler = Raveler(self.engine, y, "y", self.batched, copy=True)
         self.y = raveler.structure()  # the vector is about to hold on to this problem
         return raveler.vector
 
@@ -223,11 +224,12 @@ class Problem:
 
     def _linearized(self, y: Array, tensors: Sequence[Array], *, shared: bool = False) -> Linearization[Any, Any]:
         theta, args, _ = self._trees([plain(x) for x in tensors])
-        options = self.options
+        engine = self.engine
         if shared:  # the right-hand side comes from `composed`
-            engine = copy.copy(self.engine)
-            engine.shared, options = True, {**options, "backend": engine}
-        return Linearization(self.condition, self.y.unravel(y.detach()), theta, args=args, **options)
+            engine = copy.copy(engine)
+            engine.shared = True
+        at = {"backend": engine, "y": self.y.unravel(y.detach()), "theta": theta, "args": args}
+        return Linearization(replace(self.problem, **at))
 
     def pullback(self, y: Array, v: Array, tensors: Sequence[Array]) -> Array:
         """−Bᵀ A⁻ᵀ v, raveled."""

@@ -11,7 +11,8 @@ from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveE
 from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
 from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, poison, prepare
 from implicitdiff.mode import Mode
-from implicitdiff.outcome import Report, check_mode, explain, settle
+from implicitdiff.outcome import Report, explain, settle
+from implicitdiff.problem import Settings
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.solvers import get_solver
 from implicitdiff.typing import DEFAULTS, SystemOptions, Y, completed
@@ -37,25 +38,25 @@ class System:
     Parameters
     ----------
     backend : Backend
-    A, b, x0, solver, symmetric, positive_definite, transpose, batched, on_failure
+    A, b, x0, symmetric, positive_definite, transpose, batched
         Of `linear_solve`.
+    settings : Settings
     """
 
     backend: Backend
     A: Any
     b: Any
     x0: Any
-    solver: Any
     symmetric: bool | None
     positive_definite: bool | None
     transpose: Any
     batched: bool
-    on_failure: str
+    settings: Settings
 
     def prepared(self, vector: Array) -> Prepared:
         """Return the operator with its solver."""
-        nan_on_failure = self.backend.mode is Mode.INLINE and self.on_failure != "ignore"
-        return prepare(_as_operator(self, vector), self.solver, nan_on_failure=nan_on_failure)
+        nan_on_failure = self.backend.mode is Mode.INLINE and self.settings.on_failure != "ignore"
+        return prepare(_as_operator(self, vector), self.settings.solver, nan_on_failure=nan_on_failure)
 
     def vectors(self) -> tuple[Array, Array | None]:
         """Return b and the start as vectors (*rhs, *items, n)."""
@@ -71,7 +72,7 @@ class System:
     def refuse_non_finite(self, vector: Array) -> None:
         """Raise where the right-hand side holds NaN or Inf."""
         finite = self.backend.space(vector).finite(vector)
-        if (not self.batched or self.on_failure == "raise") and any_true(self.backend.xp, ~finite):
+        if (not self.batched or self.settings.on_failure == "raise") and any_true(self.backend.xp, ~finite):
             raise NonFiniteError("b holds NaN or Inf.")
 
     def solved(self) -> SystemRun:
@@ -143,21 +144,21 @@ def linear_solve(A: Any, b: Any, *, return_report: bool = False, **options: Unpa
     array([1., 1.])
     """
     given = completed(SystemOptions, options)
-    named = given.pop("backend")
-    x, report = _solved(System(backend_for({"b": [b]}, A) if named is None else get_backend(named), A, b, **given))
+    settings, named = Settings(given.pop("solver"), given.pop("on_failure")), given.pop("backend")
+    engine = backend_for({"b": [b]}, A) if named is None else get_backend(named)
+    x, report = _solved(System(engine, A, b, settings=settings, **given))
     return (x, report) if return_report else x
 
 
 def _solved(system: System) -> tuple[Array, Report]:
-    check_mode(system.on_failure)
-    get_solver(system.solver)
+    get_solver(system.settings.solver)
     found: tuple[Array, Report] = (system.backend.solve_system or solve_system)(system)
     return found
 
 
 def solve_system(system: System) -> tuple[Array, Report]:
     """Solve in numbers, and settle what went wrong."""
-    engine, on_failure = system.backend, system.on_failure
+    engine, on_failure = system.backend, system.settings.on_failure
     with engine.computing():
         solution, facts, mode = engine.solved(system)
         x, error = solution.x, None

@@ -10,9 +10,9 @@ from implicitdiff.arrays import Array
 from implicitdiff.compilers import untraced
 from implicitdiff.conditions.base import Checked
 from implicitdiff.namespaces import namespace
+from implicitdiff.problem import problem_of
 from implicitdiff.records import html_table
-from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.rules import Rules, Task
+from implicitdiff.rules import Rules
 from implicitdiff.typing import ConditionLike
 from implicitdiff.verification.mistakes import Wrong, cause_of
 from implicitdiff.verification.probes import TOLERANCE, Along, Gap, draw, measured, units
@@ -146,9 +146,9 @@ def check_derivatives(
 def _checked(
     condition: Any, y: Any, theta: Any, args: tuple[Any, ...], batched: bool, backend: Backend
 ) -> DerivativeCheck:  # fmt: skip
-    engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
-    with engine.computing():
-        rules = Rules(Task(engine, condition, y, theta, args, batched=batched), flat=True)
+    problem = problem_of(condition, y, theta, args=args, batched=batched, backend=backend)
+    with problem.backend.computing():
+        rules = Rules(problem, flat=True)
         if not rules.point.y.n:
             return DerivativeCheck([])
         rows = [] if rules.checked is None else list(_of_given(rules, rules.checked))

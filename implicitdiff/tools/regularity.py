@@ -11,8 +11,8 @@ from implicitdiff.conditions.active_set import names
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.block_operator import SaddleOperator
 from implicitdiff.linalg.equilibration import of_matrix
-from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.rules import Rules, Task
+from implicitdiff.problem import problem_of
+from implicitdiff.rules import Rules
 from implicitdiff.typing import ConditionLike
 
 if TYPE_CHECKING:
@@ -143,9 +143,9 @@ def check_regularity(
 
 @untraced
 def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend: Backend) -> Regularity:
-    engine = get_backend(backend) if backend is not None else backend_for({"y": y, "theta": theta})
-    with engine.computing():
-        rules = Rules(Task(engine, condition, y, theta, args), flat=True)
+    problem = problem_of(condition, y, theta, args=args, backend=backend)
+    with problem.backend.computing():
+        rules = Rules(problem, flat=True)
         op = rules.prepared.operator
         if op.n > LIMIT:
             raise InputError(f"the system has {op.n} unknowns; check_regularity looks at dense ones up to {LIMIT}.")

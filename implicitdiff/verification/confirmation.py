@@ -29,13 +29,13 @@ class Confirmation:
 
     Parameters
     ----------
-    task : Task
+    problem : Problem
     build : callable
-        Makes `Rules` of a task.
+        Makes `Rules` of a problem.
     """
 
-    def __init__(self, task: Any, build: Any) -> None:
-        self._task, self._build = task, build
+    def __init__(self, problem: Any, build: Any) -> None:
+        self._problem, self._build = problem, build
         self._other: Any = None
 
     def check(self, rules: Any, solution: Any, mode: str, direction: Any, x0: Any) -> None:
@@ -49,7 +49,7 @@ class Confirmation:
             return
         try:
             if self._other is None:
-                self._other = self._build(replace(self._task, backend=self._task.backend.varied()))
+                self._other = self._build(replace(self._problem, backend=self._problem.backend.varied()))
             other, diagnostics = self._other, getattr(self._other, mode)(direction, x0)[1]
         except ImplicitDiffError as error:
             raise _unknown(rules, "there is none") from error

@@ -34,7 +34,7 @@ _lock = threading.Lock()
 _verified: dict[Any, list[Any]] = {}
 
 
-def _key_of(task: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, list[Any]]:
+def _key_of(problem: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, list[Any]]:
     """Make a key of functions and structure, and list what has to live for it to mean the same.
 
     A function that is written inside another is the same function at each turn of a loop, as long as it finds the same
@@ -43,10 +43,10 @@ def _key_of(task: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, 
     held: list[Any] = []
     names = tuple(_identity(f, held) for f in functions)
     shapes = []
-    for tree in (task.y, task.theta):
+    for tree in (problem.y, problem.theta):
         flat = flatten(tree)
         shapes.append((flat.spec, *map(_form, flat.leaves)))
-    return (names, tuple(shapes), task.backend.name, task.batched), held
+    return (names, tuple(shapes), problem.backend.name, problem.batched), held
 
 
 def _form(leaf: Any) -> Any:
@@ -83,12 +83,12 @@ def _contents(function: types.FunctionType) -> list[Any]:
     return found
 
 
-def verify(task: Any, rules: Callable[[], Any], mode: str = "", solution: Any = None) -> None:
+def verify(problem: Any, rules: Callable[[], Any], mode: str = "", solution: Any = None) -> None:
     """Hold what was given against its function, once for the same functions and structure.
 
     Parameters
     ----------
-    task : Task
+    problem : Problem
     rules : callable
         Returns the `Rules` at the point.
     mode : str
@@ -101,10 +101,10 @@ def verify(task: Any, rules: Callable[[], Any], mode: str = "", solution: Any = 
     InconsistentDerivativesError
         With the names of the callables at fault.
     """
-    functions = getattr(task.condition, "to_verify", ())
-    if not functions or not task.backend.local(task.y, task.theta):
+    functions = getattr(problem.condition, "to_verify", ())
+    if not functions or not problem.backend.local(problem.y, problem.theta):
         return
-    key, held = _key_of(task, functions)
+    key, held = _key_of(problem, functions)
     if key in _verified:
         return
     checked: Checked | None = rules().checked

@@ -1,0 +1,86 @@
+"""What a user asks for: a condition at a point, and how to solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from implicitdiff.outcome import Report, check_mode
+from implicitdiff.pytree import copied, map_leaves
+from implicitdiff.registry import backend_for, get_backend, portable
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
+
+__all__ = ["Problem", "Settings", "problem_of"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to solve, and what a failure does.
+
+    Parameters
+    ----------
+    solver : str or Solver
+    on_failure : str
+    on_report : callable, optional
+        Receives the report of each product.
+    """
+
+    solver: Any = "auto"
+    on_failure: str = "raise"
+    on_report: Callable[[Report], object] | None = None
+
+    def __post_init__(self) -> None:
+        check_mode(self.on_failure)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A condition at a point.
+
+    Parameters
+    ----------
+    backend : Backend
+    condition : Condition or callable
+    y, theta : pytree
+    args : tuple
+    settings : Settings
+    batched : bool
+    copy : bool
+        Whether y and theta are copied, since they are used again later.
+    """
+
+    backend: Backend
+    condition: Any
+    y: Any
+    theta: Any
+    args: tuple[Any, ...] = ()
+    settings: Settings = Settings()
+    batched: bool = False
+    copy: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "backend": portable(self.backend)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, backend=_backend(state["backend"], state["y"], state["theta"]))
+
+
+def problem_of(
+    condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), backend: Any = None, batched: bool = False,
+    copy: bool = False, vector: Any = None, **settings: Any,
+) -> Problem:  # fmt: skip
+    """Return the problem of what was given by name; without a backend, with that of the arrays.
+
+    ``vector`` is a cotangent or tangent that follows; like ``args`` it may be an array of JAX beside NumPy's.
+    """
+    chosen = Settings(**settings)
+    engine = _backend(backend, y, theta, (args, vector))
+    args = tuple(map_leaves(copied, tuple(args))) if copy else tuple(args)  # they may be filled anew afterwards
+    return Problem(engine, condition, y, theta, args, chosen, batched, copy)
+
+
+def _backend(backend: Any, y: Any, theta: Any, beside: Any = ()) -> Backend:
+    return backend_for({"y": y, "theta": theta}, beside) if backend is None else get_backend(backend)
