@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import array_api_compat.numpy as xp
 import autograd.numpy as anp
 import numpy as np
 from autograd.core import VJPNode, backward_pass, make_vjp
 from autograd.tracer import isbox, new_box, trace_stack
 
 from implicitdiff.arrays import Array, probe_vector
+from implicitdiff.arrays import numpy_namespace as xp
 from implicitdiff.backends.base import Backend
 from implicitdiff.errors import NoiseError
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true
+from implicitdiff.arrays import Array, any_true, divisor
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.sampling import Block, Sampler, leaf_sizes
 from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
@@ -220,7 +220,7 @@ def groups(xp: Any, v: Array, size: Array) -> Iterator[tuple[Array, Array]]:
         if not any_true(xp, largest > 0):
             return
         now = moved >= 1e-3 * largest
-        safe = xp.where(largest > 0, largest, xp.ones_like(largest))
+        safe = divisor(xp, largest)
         yield xp.where(now, v, 0 * v) / safe, largest
         moved = xp.where(now, 0 * moved, moved)
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true
+from implicitdiff.arrays import Array, any_true, divisor
 
 __all__ = ["difference_table", "noise_along", "noise_within"]
 
@@ -46,7 +46,7 @@ def difference_table(xp: Any, values: Sequence[Array]) -> tuple[Array, Array, Ar
     """
     middle = values[0]
     size = xp.max(xp.abs(xp.stack([v - middle for v in values])), axis=0)
-    scale = xp.where(size > 0, size, xp.ones_like(size))
+    scale = divisor(xp, size)
     row = [(v - middle) / scale for v in values]
     sigmas, mixed = [], []
     for k in range(1, len(values)):

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import array_api_compat.numpy as xp
 import numpy as np
 from scipy.linalg import lapack
 
 from implicitdiff.arrays import Array
+from implicitdiff.arrays import numpy_namespace as xp
 from implicitdiff.backends.array_api import ArrayAPIBackend, triangular_solve
 from implicitdiff.backends.lending import LENDERS, Lender
 from implicitdiff.backends.numpy_complex import (

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
-import array_api_compat.numpy as xp
 import numpy as np
 
 from implicitdiff.arrays import Array, probe_vector, times
+from implicitdiff.arrays import numpy_namespace as xp
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.curvature import SecondDerivatives
 from implicitdiff.backends.differences import name_of, not_differentiable, sweep, unit_vectors

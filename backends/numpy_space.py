@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
-import array_api_compat.numpy as xp
 import numpy as np
 from scipy.linalg import blas
 
 from implicitdiff.arrays import Array
+from implicitdiff.arrays import numpy_namespace as xp
 from implicitdiff.errors import BackendError, InputError
 from implicitdiff.linalg.vector_space import ArraySpace
 from implicitdiff.solvers.base import Krylov

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, probe_vector
+from implicitdiff.arrays import Array, any_true, divisor, probe_vector
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.noise import noise_along, noise_within
 from implicitdiff.backends.sizes import leaf_sizes, sizes_of
@@ -221,7 +221,7 @@ class Sampler:
         """
         xp = self.xp
         share = xp.max(xp.abs(w) / self.leaf, axis=-1, keepdims=True)
-        share = xp.where(share > 0, share, xp.ones_like(share))
+        share = divisor(xp, share)
         level = self.noise if noise is None else noise
         reach = self.reach() if noise is None else 1e6 + 0 * share
         if block is None:
@@ -288,7 +288,7 @@ class Sampler:
         self.leaf = grown
         usual = xp.maximum(xp.max(ratio, axis=-1, keepdims=True), xp.full_like(reach, self.eps))
         begin = xp.where(reach > 1, reach * 0 + first, self.stencil.start(usual))
-        safe = xp.where(rows > 0, rows, xp.ones_like(rows))
+        safe = divisor(xp, rows)
         tolerance = xp.maximum(3 * error / safe, 1e-9 + 0 * rows)
         hidden = any_true(xp, moves & ~visible)
         return Block(
@@ -299,13 +299,13 @@ class Sampler:
     def _relative_noise(self, rows: Array) -> Array:
         """Noise relative to what a step of each coordinate's own size changes, where it is small."""
         xp = self.xp
-        ratio = xp.where(rows > 0, self.noise / xp.where(rows > 0, rows, xp.ones_like(rows)), 0 * rows)
+        ratio = xp.where(rows > 0, self.noise / divisor(xp, rows), 0 * rows)
         return xp.where(ratio < 1e-2, ratio, 0 * ratio)
 
     def _short(self, ratio: Array) -> Array:
         """Step at which noise leaves five digits of some component: far below where truncation would be seen."""
         xp = self.xp
-        ratio = xp.min(xp.where(ratio > 0, ratio, xp.ones_like(ratio)), axis=-1, keepdims=True)
+        ratio = xp.min(divisor(xp, ratio), axis=-1, keepdims=True)
         short = (1e6 * ratio) ** (1 / self.stencil.order)
         return xp.minimum(short, xp.full_like(short, self.stencil.start(self.eps)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor
 
 __all__ = ["leaf_sizes", "sizes_of"]
 
@@ -24,7 +24,7 @@ def sizes_of(xp: Any, x: Array, leaves: tuple[int, ...]) -> tuple[Array, Array, 
     size = xp.abs(x)
     size = xp.where(xp.isfinite(size), size, 0 * one)  # an infinite bound has no size, and no step moves it
     whole = xp.max(size, axis=-1, keepdims=True)
-    whole = xp.where(whole > 0, whole, xp.ones_like(whole))
+    whole = divisor(xp, whole)
     parts, start = [], 0
     for n in leaves:
         if n:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true
+from implicitdiff.arrays import Array, any_true, divisor
 
 __all__ = ["FIRST", "SECOND", "VISIBLE", "Estimate", "Plan", "Stencil", "search"]
 
@@ -77,7 +77,7 @@ class Stencil:
         noise = xp.maximum(noise, 0.5 * eps * largest)
         odd1, odd2 = f1 - g1, f2 - g2
         even1, even2 = (f1 - middle) + (g1 - middle), (f2 - middle) + (g2 - middle)
-        safe = xp.where(noise > 0, noise, xp.ones_like(noise))
+        safe = divisor(xp, noise)
         unit = noise / a**self.order
         if self.order == 1:
             value = (8 * odd1 - odd2) / (12 * a)
@@ -260,7 +260,7 @@ def _longer(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> Array:
     noise, error = s.at_high.noise, s.error_high
     enough = xp.where(size > 0, noise / xp.where(size > 0, plan.tolerance * size, xp.ones_like(size)), 1e30 + 0 * size)
     wanted = 1.5 * enough ** (1 / stencil.order)
-    meeting = (noise / xp.where(error > 0, error, xp.ones_like(error))) ** (1 / (4 + stencil.order))
+    meeting = (noise / divisor(xp, error)) ** (1 / (4 + stencil.order))
     factor = xp.where(error > 0, xp.minimum(wanted, meeting), wanted)
     factor = xp.minimum(xp.maximum(factor, xp.full_like(factor, 3.0)), xp.full_like(factor, 1e3))
     if not plan.separate:

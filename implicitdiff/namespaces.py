@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor
 from implicitdiff.errors import InputError
 
 __all__ = ["check_not_negative", "constant", "expanded", "filled", "item_sum", "namespace", "norm", "plain", "without"]
@@ -82,11 +82,11 @@ def norm(xp: Any, x: Array, members: Array | None = None) -> Array:
     """
     # Homogeneous in the scale: what autodiff makes of its derivative cancels.
     largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
-    scale = xp.where(largest > 0, largest, xp.ones_like(largest))
+    scale = divisor(xp, largest)
     square = (x / scale) ** 2
     total = xp.sum(square, axis=-1, keepdims=True) if members is None else square @ members
     # √ has no derivative at 0, and a NaN in the branch that is not taken would reach the result.
-    root = xp.sqrt(xp.where(total > 0, total, xp.ones_like(total)))
+    root = xp.sqrt(divisor(xp, total))
     return xp.where(total > 0, scale * root, xp.zeros_like(total))
 
 

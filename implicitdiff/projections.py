@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor
 from implicitdiff.namespaces import check_not_negative, constant, expanded, filled, namespace, norm, plain
 
 __all__ = ["affine", "ball", "box", "l1_ball", "simplex"]
@@ -133,7 +133,7 @@ def simplex(x: Array, *, total: Any = 1.0) -> Array:
     # Once more from the support alone, which keeps the order of the coordinates out of the derivative.
     support = x > threshold
     size = xp.sum(xp.where(support, xp.ones_like(x), xp.zeros_like(x)), axis=-1, keepdims=True)
-    size = xp.where(size > 0, size, xp.ones_like(size))
+    size = divisor(xp, size)
     threshold = (xp.sum(xp.where(support, x, xp.zeros_like(x)), axis=-1, keepdims=True) - total) / size
     y = x - threshold
     return xp.where(support & (y > 0), y, xp.zeros_like(x))

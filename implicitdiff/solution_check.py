@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true
+from implicitdiff.arrays import Array, any_true, divisor, quotient
 from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
@@ -150,7 +150,7 @@ class SolutionCheck:
         if transposed:
             rows, columns = columns, rows
         top, bottom = self._norm(_divided(solution.x, columns)), self._norm(_multiplied(b, rows))
-        ratio = xp.asarray(top / xp.where(bottom > 0, bottom, xp.ones_like(bottom)))
+        ratio = xp.asarray(top / divisor(xp, bottom))
         if len(ratio.shape) > len(self.point.items):
             ratio = xp.max(ratio, axis=0)
         seen = ratio / SLACK
@@ -158,7 +158,7 @@ class SolutionCheck:
             return seen
         norm = 0.5 if scaling is not None else xp.asarray(solution.operator_norm)
         rcond = xp.asarray(solution.rcond)
-        known = xp.asarray(1 / (xp.where(rcond > 0, rcond, xp.ones_like(rcond)) * norm), dtype=ratio.dtype)
+        known = xp.asarray(1 / (divisor(xp, rcond) * norm), dtype=ratio.dtype)
         return xp.where(xp.isfinite(rcond) & (rcond > 0), known, seen)
 
     def _harmless(self, F: Any, size: Array, inverse: Array | None) -> Array:
@@ -167,7 +167,7 @@ class SolutionCheck:
         scaling = self.prepared.scaling
         if inverse is None:
             space = self.backend.space(F)
-            unit = space.scale(1 / xp.where(size > 0, size, xp.ones_like(size)), space.copy(F))
+            unit = space.scale(1 / divisor(xp, size), space.copy(F))
             return size <= 10 * self.eps * self._norm(self.prepared.operator.matvec(unit)) * self._largest(y)
         bound = self._norm(_multiplied(F, None if scaling is None else scaling.rows)) * inverse
         parts = self._parts(y)
@@ -217,7 +217,7 @@ class SolutionCheck:
         def over(d: Array, y: Array, unit: Array) -> Array:
             level = xp.maximum(self.tolerance * xp.abs(y), least * unit)
             if self.prepared.operator.accuracy:  # at y = 0 a difference has no scale, and F by differences is not 0
-                return xp.where(level > 0, d / xp.where(level > 0, level, xp.ones_like(level)), xp.zeros_like(d))
+                return xp.where(level > 0, d / divisor(xp, level), xp.zeros_like(d))
             return d / (level + float(xp.finfo(y.dtype).smallest_normal))
 
         units = units if units is not None else _each(xp.ones_like, y)
@@ -279,7 +279,7 @@ class SolutionCheck:
         rcond = self.xp.asarray(rcond, dtype=zero.dtype)
         rcond = rcond[0, ...] if len(rcond.shape) > len(self.point.items) else rcond
         usable = self.xp.isfinite(rcond) & (rcond > 0)
-        return self.xp.where(usable, 1 / self.xp.where(usable, rcond, self.xp.ones_like(rcond)), zero)
+        return quotient(self.xp, 1.0, rcond, usable) + zero
 
     def _others(self) -> list[tuple[float, Any]]:
         """What tells how far nobody can know y, as factors and right-hand sides: θ's size, and rounding in F."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import array_api_compat.numpy as np_xp
 import array_api_compat.torch as torch_xp
 import numpy as np
 import torch
 
 from implicitdiff.arrays import Array
+from implicitdiff.arrays import numpy_namespace as np_xp
 from implicitdiff.linalg.vector_space import ArraySpace
 
 __all__ = ["TorchItemsSpace", "TorchSpace"]

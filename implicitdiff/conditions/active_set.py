@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, item_numbers, needed, times
+from implicitdiff.arrays import Array, divisor, item_norm, item_numbers, needed, times
 from implicitdiff.conditions.units import Units
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def candidates(backend: Backend, equality: Array, first: Any, units: Units, limi
 
 
 def _safe(xp: Any, x: Array) -> Array:
-    return xp.where(x > 0, x, xp.ones_like(x))
+    return divisor(xp, x)
 
 
 def recovered(backend: Backend, first: Any, units: Units, candidate: Array) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.root import Root
@@ -75,7 +75,7 @@ def identity_minus(a: Any, y: Array | None = None) -> Any:
                 level = noise * xp.max(moved, axis=-1, keepdims=True)
             else:
                 size = xp.abs(y)
-                parts = xp.where(size > 0, moved / xp.where(size > 0, size, xp.ones_like(size)), xp.zeros_like(moved))
+                parts = xp.where(size > 0, moved / divisor(xp, size), xp.zeros_like(moved))
                 level = noise * size * xp.max(parts, axis=-1, keepdims=True)
                 level = xp.where(level > noise * moved, level, noise * moved)
             return xp.where(xp.abs(d) <= level, xp.zeros_like(d), d)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from implicitdiff.arrays import Array, any_true
+from implicitdiff.arrays import Array, any_true, divisor
 from implicitdiff.conditions.base import Embedding
 from implicitdiff.conditions.units import ASSEMBLED, curvature_units, energy, leaf_sizes, power_of_two
 from implicitdiff.linalg.equilibration import TINY
@@ -173,7 +173,7 @@ def metric_at(point: Any, H: Operator, slope: Any, *, blind: bool = False) -> Me
         return Metric.of(point, _of_trees(point, H))
     leaf = leaf_sizes(point, y)
     whole = xp.max(leaf, axis=-1, keepdims=True)
-    leaf = xp.where(leaf > 0, leaf, xp.where(whole > 0, whole, xp.ones_like(whole)))
+    leaf = xp.where(leaf > 0, leaf, divisor(xp, whole))
     u = power_of_two(xp, leaf)
     d = u / xp.sqrt(energy(point, u, slope, H.matvec(u * point.y.space.probe())))
     better = None

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, item_norm, times
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, quotient, times
 
 __all__ = ["ASSEMBLED", "Units", "center", "curvature_units", "energy", "leaf_sizes", "power_of_two", "units_at"]
 
@@ -130,7 +130,7 @@ def _leaves(here: _Measured) -> tuple[Array, Array]:
     # where y is zero, the distance to a constraint is a length as well
     steep = xp.max(xp.abs(here.rows), axis=-1)
     usable = xp.isfinite(here.values) & (steep > 0)
-    away = xp.where(usable, xp.abs(here.values) / xp.where(usable, steep, xp.ones_like(steep)), xp.zeros_like(steep))
+    away = quotient(xp, xp.abs(here.values), steep, usable)
     whole = xp.max(leaf, axis=-1, keepdims=True)
     whole = xp.where(whole > 0, whole, xp.max(away, axis=-1, keepdims=True))
     known = whole > 0
@@ -146,7 +146,7 @@ def energy(point: Any, u: Array, gradient: Array, image: Array) -> Array:
     xp = point.backend.xp
     found = item_norm(xp, u * image) / item_norm(xp, point.y.space.probe())
     slope = item_norm(xp, u * gradient)
-    found = xp.where(found > 0, found, xp.where(slope > 0, slope, xp.ones_like(slope)))
+    found = xp.where(found > 0, found, divisor(xp, slope))
     return 4.0 ** xp.round(xp.log2(found)[..., None] / 2)
 
 
@@ -181,7 +181,7 @@ def curvature_units(xp: Any, y: Array, slope: Array, leaf: Array, hessian: Array
     safe = xp.where(curved, d, one)
     scale = xp.max(xp.where(curved, xp.maximum(y / safe, slope * d), zero), axis=-1, keepdims=True)
     linear = xp.sqrt(xp.max(slope * leaf, axis=-1, keepdims=True))
-    scale = xp.where(scale > 0, scale, xp.where(linear > 0, linear, xp.ones_like(linear)))
+    scale = xp.where(scale > 0, scale, divisor(xp, linear))
     return xp.where(curved, d, leaf / scale)
 
 
@@ -200,7 +200,7 @@ def _measured(here: _Measured, u: Array, d: Array) -> Units:
 
 
 def _safe(xp: Any, x: Array) -> Array:
-    return xp.where(x > 0, x, xp.ones_like(x))
+    return divisor(xp, x)
 
 
 def _doubtful(here: _Measured, high: Units) -> Array:

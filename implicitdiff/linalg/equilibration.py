@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from implicitdiff.arrays import Array, any_true, item_norm, needed, times
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, times
 from implicitdiff.linalg.operator import Operator, Product
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 
@@ -93,7 +93,7 @@ class Scaling(NamedTuple):
             return xp.asarray(x, dtype=b.dtype, device=backend.device(x) if backend.is_array(x) else None)
 
         size = number(space.size(self.residual(b)))
-        relative = number(space.size(self.residual(r))) / xp.where(size > 0, size, xp.ones_like(size))
+        relative = number(space.size(self.residual(r))) / divisor(xp, size)
         residual, tolerance = map(number, judged)
         return xp.where(xp.asarray(converged) == (relative <= tolerance), relative, residual)
 
@@ -258,7 +258,7 @@ def _mixed(op: Operator) -> bool:
     ratio = 1e4 if eps < 1e-10 else 1e2  # what squared, times the tolerance of the iterative methods, is one percent
     size = xp.abs(op.like)
     largest = xp.max(size, axis=-1, keepdims=True)
-    unit = xp.where(size > 0, size, xp.where(largest > 0, largest, xp.ones_like(largest)))
+    unit = xp.where(size > 0, size, divisor(xp, largest))
     image = xp.abs(op.matvec(unit * op.backend.space(op.like).probe()))
     op._cache["probes"] = op.probes + 1
     return any(any_true(xp, xp.max(x, axis=-1) > ratio * xp.min(x, axis=-1)) for x in (unit, image))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, needed, to_python
+from implicitdiff.arrays import Array, divisor, item_norm, needed, quotient, to_python
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Report, Status
@@ -42,7 +42,7 @@ class Solution(NamedTuple):
         if self.rcond is None:
             return None
         rcond = xp.asarray(self.rcond)
-        return xp.where(rcond > 0, accuracy / xp.where(rcond > 0, rcond, xp.ones_like(rcond)), 0 * rcond)
+        return quotient(xp, accuracy, rcond, rcond > 0)
 
     @property
     def failed(self) -> Array:
@@ -174,7 +174,7 @@ def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, sol
     xp = op.backend.xp
     if not getattr(solver, "verified", False):
         size, residual = item_norm(xp, b), item_norm(xp, b - op.matvec(x))
-        safe = xp.where(size > 0, size, xp.ones_like(size))
+        safe = divisor(xp, size)
         counts = Counts(*counts)._replace(residual=residual / safe)
         default = max(1e-8 if xp.finfo(b.dtype).eps < 1e-10 else 1e-4, 30 * op.accuracy)
         rtol = getattr(solver, "rtol", None) or default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor, nowhere, quotient
 from implicitdiff.outcome import Status
 
 __all__ = ["LOST", "PROBES", "amplification", "asymmetry", "cancelled", "classify", "skew_tolerance"]
@@ -27,10 +27,11 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
     tolerance = 100 * eps / xp.where((rcond > 0) & (rcond < well), rcond, xp.full_like(rcond, well))
     good = residual <= tolerance
     failed = xp.broadcast_to(failed, residual.shape)
+    if nowhere(~good):
+        return failed, tolerance
     stagnated = xp.full_like(failed, int(Status.STAGNATED))
     status = xp.where((failed == 0) & ~good, stagnated, failed)
-    status = xp.where((failed == 0) & xp.isnan(residual), xp.full_like(status, int(Status.NON_FINITE)), status)
-    return status, tolerance
+    return xp.where((failed == 0) & xp.isnan(residual), xp.full_like(status, int(Status.NON_FINITE)), status), tolerance
 
 
 def cancelled(xp: Any, operator: Any, scaling: Any, norm: Array) -> Array:
@@ -38,7 +39,7 @@ def cancelled(xp: Any, operator: Any, scaling: Any, norm: Array) -> Array:
     error = operator.offset * max(operator.accuracy, 0.5 * float(xp.finfo(operator.dtype).eps))
     scale = 1.0 if scaling is None else xp.max(scaling.rows * scaling.columns, axis=-1)
     size = norm / math.sqrt(operator.n)
-    return error * scale / xp.where(size > 0, size, xp.ones_like(size))
+    return error * scale / divisor(xp, size)
 
 
 def amplification(xp: Any, operator: Any, scaling: Any, norm: Array, rcond: Array) -> Array | None:
@@ -47,14 +48,14 @@ def amplification(xp: Any, operator: Any, scaling: Any, norm: Array, rcond: Arra
         return None
     error, usable = cancelled(xp, operator, scaling, norm) / operator.rounding, rcond > 0
     error = xp.where(error > 1, error, xp.ones_like(error))
-    return xp.where(usable, error / xp.where(usable, rcond, xp.ones_like(rcond)), xp.zeros_like(rcond))
+    return quotient(xp, error, rcond, usable)
 
 
 def asymmetry(xp: Any, matrix: Array) -> Array:
     """‖A − Aᵀ‖ / ‖A‖ in the largest entry, per item."""
     skew = xp.max(xp.abs(matrix - xp.matrix_transpose(matrix)), axis=(-2, -1))
     size = xp.max(xp.abs(matrix), axis=(-2, -1))
-    return xp.where(size > 0, skew / xp.where(size > 0, size, xp.ones_like(size)), 0 * size)
+    return quotient(xp, skew, size, size > 0)
 
 
 def skew_tolerance(xp: Any, dtype: Any) -> float:

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, item_norm, needed, probe_vector
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, nowhere, probe_vector, quotient
 from implicitdiff.linalg.equilibration import Scaling, of_matrix
 from implicitdiff.linalg.operator import Operator, matrix_product
 from implicitdiff.outcome import Counts, Status
@@ -108,7 +108,7 @@ class DenseSolver(Solver):
         # one step of the power method for (Aᵀ A)⁻¹: few vectors may all be nearly orthogonal to a singular one
         v = xp.sum(w, axis=0)
         size = item_norm(xp, v)[..., None]
-        v = self._apply_rows(state._replace(transposed=True), v / xp.where(size > 0, size, xp.ones_like(size)))
+        v = self._apply_rows(state._replace(transposed=True), v / divisor(xp, size))
         return _with_condition(state, z, w, item_norm(xp, v))
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
@@ -233,8 +233,7 @@ def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> D
     gains = item_norm(xp, xp.moveaxis(gains, 0, -1) if state.operator.items else gains) / math.sqrt(PROBES)
     product = state.norm * xp.maximum(gains, gains * 0 + gain / math.sqrt(state.operator.n))
     usable = xp.isfinite(product) & (product > 0)
-    one = xp.ones_like(product)
-    rcond = xp.where(usable, one / xp.where(usable, product, one), 0 * one)
+    rcond = quotient(xp, 1.0, product, usable)
     failed = _mark(xp, state.failed, rcond < _least(state), Status.SINGULAR)
     if state.operator.offset:
         failed = _mark(xp, failed, rcond < cancelled(xp, state.operator, state.scaling, state.norm), Status.SINGULAR)
@@ -250,7 +249,9 @@ def _by_solution(state: DenseState, x: Array) -> DenseState:
     """Take over what the solution for a unit vector shows of A⁻¹, where that is more than the probe vectors did."""
     xp = state.operator.backend.xp
     gain = state.norm * item_norm(xp, x) / math.sqrt(state.operator.n)
-    rcond = xp.where(state.rcond * gain > 1, 1 / xp.where(gain > 0, gain, xp.ones_like(gain)), state.rcond + 0 * gain)
+    if nowhere(state.rcond * gain > 1):  # as nearly always
+        return state
+    rcond = xp.where(state.rcond * gain > 1, 1 / divisor(xp, gain), state.rcond + 0 * gain)
     failed = _mark(xp, xp.broadcast_to(state.failed, rcond.shape), rcond < _least(state), Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
 
@@ -288,4 +289,4 @@ def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Arra
 
 def _mark(xp: Any, failed: Array, mask: Array, status: Status) -> Array:
     """Give a status to the items of the mask that have none yet."""
-    return xp.where(mask & (failed == 0), xp.full_like(failed, int(status)), failed)
+    return failed if nowhere(mask) else xp.where(mask & (failed == 0), xp.full_like(failed, int(status)), failed)

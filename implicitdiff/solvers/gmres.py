@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, probe_vector
+from implicitdiff.arrays import Array, divisor, item_norm, probe_vector
 from implicitdiff.outcome import Status
 from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy, without_preconditioner
 
@@ -169,7 +169,7 @@ def _rotate(space: Any, s: _State, h: Array, size: Array, m: int, go: Array) -> 
     column = (s.rotation @ h[..., None])[..., 0] + e1 * size[..., None]
     a, b = column @ e0, column @ e1
     d = xp.sqrt(a * a + b * b)
-    safe = xp.where(d > 0, d, xp.ones_like(d))
+    safe = divisor(xp, d)
     c, sn = xp.where(d > 0, a / safe, xp.ones_like(d))[..., None], (b / safe)[..., None]
     row = space.copy_row(s.rotation, s.j)
     mask = xp.asarray(go)[..., None]
@@ -206,5 +206,5 @@ def _triangular_solve(space: Any, end: _State, beta: Array, k: int) -> tuple[Arr
         z = xp.where(known, probe_vector(xp, k, space.dtype, space.device, number * k), xp.zeros_like(g))
         size = xp.sqrt(xp.sum(z * z, axis=-1))
         image = item_norm(xp, space.solve_triangular(upper, z))
-        gain = space.maximum(gain, space.where(size > 0, image / xp.where(size > 0, size, xp.ones_like(size)), gain))
+        gain = space.maximum(gain, space.where(size > 0, image / divisor(xp, size), gain))
     return y, gain

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor
 from implicitdiff.linalg.operator import Operator, Product, matrix_product
 from implicitdiff.outcome import Counts, Status
 
@@ -68,7 +68,7 @@ def refined(
 
     def judged(x: Array, r: Array) -> Array:
         size = absolute(xp.abs(x)) + xp.abs(b)
-        part = xp.abs(r) / xp.where(size > 0, size, xp.ones_like(size))
+        part = xp.abs(r) / divisor(xp, size)
         return xp.max(part, axis=-1)
 
     def body(s: _State) -> _State:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, times
+from implicitdiff.arrays import Array, divisor, times
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.block_operator import SaddleOperator
 from implicitdiff.linalg.equilibration import Scaling
@@ -117,7 +117,7 @@ class _Blockwise(Solver):
         op = state.operator
         xp, space = op.backend.xp, op.backend.space(r)
         size = space.size(b)
-        residual = space.size(r) / xp.where(size > 0, size, xp.ones_like(size))
+        residual = space.size(r) / divisor(xp, size)
         double = float(xp.finfo(b.dtype).eps) < 1e-10
         tolerance = self.rtol or max(1e-8 if double else 1e-4, 30 * op.accuracy)
         status = xp.broadcast_to(xp.asarray(status, device=op.device), residual.shape)
@@ -174,7 +174,7 @@ class NullSpace(_Blockwise):
         gram = op.jacobian @ xp.matrix_transpose(op.jacobian) + op.corner[..., None] * eye
         factor = op.backend.lu_factor(op.backend.to_double(gram))
         size = xp.sqrt(xp.sum(op.jacobian * op.jacobian, axis=(-2, -1)) / max(k, 1))
-        size = xp.where(size > 0, size, xp.ones_like(size))[..., None]
+        size = divisor(xp, size)[..., None]
 
         def product(x: Array) -> Array:  # P H P + h (I − P): H on null(J), the size of the rows of J beside it
             inside = _projected(op, factor, x)

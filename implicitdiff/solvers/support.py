@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, needed
+from implicitdiff.arrays import Array, divisor, item_norm, needed
 from implicitdiff.errors import NotSymmetricError
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.vector_space import is_tree_vector
@@ -196,7 +196,7 @@ class OnSupport(Solver):
         op = state.operator
         xp, product = op.backend.xp, _transposed(state) if state.transposed else op.matvec
         size, residual = item_norm(xp, b), item_norm(xp, b - product(x))
-        residual = residual / xp.where(size > 0, size, xp.ones_like(size))
+        residual = residual / divisor(xp, size)
         rtol = getattr(self.method, "rtol", None) or (1e-10 if float(xp.finfo(b.dtype).eps) < 1e-10 else 1e-6)
         tolerance = 100 * rtol + 1e4 * op.accuracy
         status = xp.broadcast_to(xp.asarray(status, device=op.device), residual.shape)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor
 from implicitdiff.compilers import untraced
 from implicitdiff.conditions.base import Checked
 from implicitdiff.namespaces import namespace
@@ -178,7 +178,7 @@ def _adjoint(rules: Rules, c: Checked) -> Array | None:
     y = rules.point.y
     xp = rules.point.backend.xp
     size, _ = units(xp, y, y.vector)
-    v = draw(xp, y.vector, 9) / xp.where(size > 0, size, xp.ones_like(size))
+    v = draw(xp, y.vector, 9) / divisor(xp, size)
     try:
         u, diagnostics = rules.solve_adjoint(v)
     except Exception:  # what is wrong is to be shown, not raised
@@ -271,7 +271,7 @@ def _of_parts(rules: Rules) -> Iterator[CheckRow]:
             along = Along(xp, applied, y, theta, dy, dtheta, known=known)
             change = along.change(0)
             rows = xp.abs(change)
-            u = xp.where(rows > 0, draw(xp, change, 5) / xp.where(rows > 0, rows, xp.ones_like(rows)), 0 * rows)
+            u = xp.where(rows > 0, draw(xp, change, 5) / divisor(xp, rows), 0 * rows)
             gap = measured(xp.vecdot(u, p.backend.look_at(product(p.backend.put_back(d)))), along, u)
             yield _row(f"autodiff of {name} ({which})", f"differences of {name}", gap, _any(gap.bad), "")
 
@@ -311,7 +311,7 @@ def _pair(name: str, against: str, a: Array, b: Array, trial: Trial) -> CheckRow
     """Compare two numbers that are exact but for rounding."""
     xp = trial.xp
     size = xp.maximum(xp.abs(a), xp.abs(b))
-    difference = xp.abs(a - b) / xp.where(size > 0, size, xp.ones_like(size))
+    difference = xp.abs(a - b) / divisor(xp, size)
     allowed = TOLERANCE if trial.along_z.eps > 1e-10 else 0.1 * TOLERANCE
     wrong = _any(difference > allowed)
     return CheckRow(name, against, _largest(difference), allowed, "wrong" if wrong else "ok")

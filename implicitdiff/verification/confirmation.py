@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, item_norm, named_items
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, named_items
 from implicitdiff.errors import AccuracyWarning, ImplicitDiffError, NoiseError
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.outcome import warn
@@ -79,7 +79,7 @@ def _sizes(xp: Any, x: Array) -> Array:
     """|x|, and where that is 0 the largest of them."""
     size = xp.abs(x)
     largest = xp.max(size, axis=-1, keepdims=True)
-    return xp.where(size > 0, size, xp.where(largest > 0, largest, xp.ones_like(largest)))
+    return xp.where(size > 0, size, divisor(xp, largest))
 
 
 def _relative(rules: Any, one: Array, other: Array) -> Array:

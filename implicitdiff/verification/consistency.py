@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, quotient
 from implicitdiff.conditions.base import Checked
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.verification.probes import draw
@@ -58,7 +58,7 @@ def _dual(checked: Checked, rows: Array) -> Array:
         return s * xp.abs(y)
     rows = xp.abs(y) if checked.solved == 1 else rows  # T has the units of y
     usable = (rows > 0) & xp.isfinite(rows)
-    return xp.where(usable, s / xp.where(usable, rows, xp.ones_like(rows)), xp.zeros_like(s))
+    return quotient(xp, s, rows, usable)
 
 
 def _numbers(checked: Checked, u: Array, z: Array, t: Array, by_y: Any, by_theta: Any) -> list[tuple[Any, Array]]:

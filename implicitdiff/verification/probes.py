@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, probe_vector
+from implicitdiff.arrays import Array, divisor, probe_vector
 from implicitdiff.ravel import Raveler
 
 __all__ = ["Along", "Gap", "draw", "measured", "settled", "units"]
@@ -114,7 +114,7 @@ class Along:
             return self.xp.vecdot(u, self.change(i))
         xp, h = self.xp, self.steps[i]
         ratio = xp.max(xp.abs(u) / xp.where(self.scalar > 0, self.scalar, xp.ones_like(u)), axis=-1)
-        safe = xp.where(ratio > 0, ratio, xp.ones_like(ratio))
+        safe = divisor(xp, ratio)
         v = u / safe[..., None]
         above, below = (self._at(s, v, h) - self._at(s, v, -h) for s in (h, -h))
         return ratio * (above - below) / (4 * h * h)
@@ -206,6 +206,6 @@ def measured(found: Array, along: Along, u: Array, shift: Array | None = None) -
         if bool(xp.any(here)):
             jump = xp.where(here, along.jump(u, order[k], order[k - 1]), jump)
     size = _size(xp, found, value, shift)
-    safe = xp.where(size > 0, size, xp.ones_like(size))
+    safe = divisor(xp, size)
     unknown = 10 * best + jump + along.floor(u)
     return Gap(found, value, xp.abs(found - value) / safe, TOLERANCE + unknown / safe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor, quotient
 from implicitdiff.conditions.base import Checked
 from implicitdiff.namespaces import namespace
 from implicitdiff.verification.probes import Along, draw, units
@@ -80,12 +80,12 @@ class Trial:
         rows = xp.abs(self.along_z.change(0))
         rows = rows if self.along_t is None else rows + xp.abs(self.along_t.change(0))
         usable = (rows > 0) & xp.isfinite(rows)
-        return xp.where(usable, s / xp.where(usable, rows, xp.ones_like(rows)), xp.zeros_like(s))
+        return quotient(xp, s, rows, usable)
 
     def _scaled(self, w: Array) -> Array:
         """A direction of y, as large as its units let it be."""
         ratio = self.xp.max(self.xp.abs(w) / self.size, axis=-1, keepdims=True)
-        return w / self.xp.where(ratio > 0, ratio, self.xp.ones_like(ratio))
+        return w / divisor(self.xp, ratio)
 
     def questions(self) -> Iterator[Question]:
         """Everything that was given, in the order in which it is blamed."""
