@@ -82,6 +82,8 @@ def all_finite_items(xp: Any, x: Array) -> Array:
 
 def any_true(xp: Any, mask: Array) -> bool:
     """Whether any entry is true, as a Python bool (a synchronisation on an accelerator)."""
+    if isinstance(mask, np.ndarray):
+        return bool(mask.any())
     return bool(mask if isinstance(mask, (bool, np.bool_)) else xp.any(mask))
 
 
@@ -90,12 +92,12 @@ def nowhere(mask: Array) -> bool:
 
     It costs no synchronisation, and tells nothing of what is traced.
     """
-    return isinstance(mask, (np.ndarray, np.bool_, bool)) and not np.any(mask)
+    return not mask.any() if isinstance(mask, np.ndarray) else isinstance(mask, (np.bool_, bool)) and not mask
 
 
 def everywhere(mask: Array) -> bool:
     """Whether a mask of NumPy is true everywhere; False elsewhere."""
-    return isinstance(mask, (np.ndarray, np.bool_)) and bool(mask.all())
+    return bool(mask.all()) if isinstance(mask, np.ndarray) else isinstance(mask, (np.bool_, bool)) and bool(mask)
 
 
 def divisor(xp: Any, x: Array) -> Array:

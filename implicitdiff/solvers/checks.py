@@ -26,7 +26,7 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
     well = 1e12 * eps  # from there on 1e-10 is what counts
     tolerance = 100 * eps / xp.where((rcond > 0) & (rcond < well), rcond, xp.full_like(rcond, well))
     good = residual <= tolerance
-    failed = xp.broadcast_to(failed, residual.shape)
+    failed = failed if failed.shape == residual.shape else xp.broadcast_to(failed, residual.shape)
     if nowhere(~good):
         return failed, tolerance
     stagnated = xp.full_like(failed, int(Status.STAGNATED))
