@@ -257,9 +257,9 @@ class Backend(ABC):
         return None
 
     # -- linear algebra ------------------------------------------------------------------------------
-    def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
-        """``prepared.solve``, differentiable where the framework is tracing."""
-        return prepared.solve(b, x0, transposed=transposed)
+    linear: Callable[..., Any] | None = None
+    """``(prepared, b, x0, transposed)``: what to call in place of ``prepared.solve``: so that the solve is
+    differentiable where the framework is tracing; None where it is as it is."""
 
     def solved(self, system: Any) -> Any:
         """Solve a `System` where the arrays are, or by a program of its own."""

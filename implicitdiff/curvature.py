@@ -39,7 +39,7 @@ def suspicion(kind: str | None, prepared: Any, solution: Any, b: Any) -> Array |
     if kind is None and (not chosen or (tried and len(names) == 1)):
         return None
     fallen = _fell_back(op, solution, names) if tried else None
-    if kind is None and tried:
+    if tried and (kind is None or (kind == "minimum" and _proved(prepared, names[0]))):
         return fallen
     if kind is None:  # curvature of both signs: a maximum has it of one
         return _against(op, solution.x, b, 1.0) & _against(op, solution.x, b, -1.0)
@@ -47,6 +47,11 @@ def suspicion(kind: str | None, prepared: Any, solution: Any, b: Any) -> Array |
     if kind == "maximum" and tried and fallen is not None:
         return seen | ~fallen
     return seen if fallen is None or kind == "maximum" else seen | fallen
+
+
+def _proved(prepared: Any, name: str) -> bool:
+    """Whether the method, where it succeeds, is a proof that A is positive definite: a factorisation of A itself."""
+    return name in suitable("positive definite", direct=True) and not prepared.damping
 
 
 def refuted(kind: str | None, op: Operator, x: Any, b: Any) -> Array | None:

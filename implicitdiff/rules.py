@@ -27,7 +27,7 @@ from implicitdiff.curvature import refuted, suspicion
 from implicitdiff.diagnosis import UNCERTAIN, check_loss, reject_non_finite
 from implicitdiff.errors import ShapeError
 from implicitdiff.linalg.equilibration import TINY
-from implicitdiff.linalg.solve import Solution, prepare
+from implicitdiff.linalg.solve import Prepared, Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Status
@@ -176,7 +176,8 @@ class Rules:
         mask = self._mask(solution_checked) if self.nan_on_failure else None
         if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
             b = self.point.backend.space(b).scale(mask, b)
-        w = self._restricted(self.point.backend.linear(self.prepared, -b, None, False).x)
+        solve: Any = self.point.backend.linear or Prepared.solve
+        w = self._restricted(solve(self.prepared, -b, None, False).x)
         return self.point.y.unravel(w if mask is None else self.point.y.space.scale(mask, w))
 
     def _mask(self, solution_checked: bool) -> Array:
@@ -272,7 +273,8 @@ class Rules:
         xp = backend.xp
         if x0 is not None:
             x0 = self._start(x0, b)
-        solution: Solution = backend.linear(self.prepared, b, x0, transposed)
+        solve: Any = backend.linear or Prepared.solve
+        solution: Solution = solve(self.prepared, b, x0, transposed)
         bad = ~inputs
         if needed(backend, bad):  # NaN out, whatever a solver made of NaN in
             space = backend.space(solution.x)

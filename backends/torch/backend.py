@@ -61,7 +61,7 @@ class TorchBackend(TorchArrays):
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         if self.group is not None:
             self.group.check_same("the right-hand side (the cotangent)", b)
-        return super().linear(prepared, b, x0, transposed)
+        return prepared.solve(b, x0, transposed)
 
     def while_loop(
         self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None

@@ -199,6 +199,14 @@ class _Builder:
     ) -> None:
         self.point, self.given, self._derive = point, given, derive
         self.symmetric, self.what = symmetric, what
+        self.forward, self.adjoint = self._product(*given.forward), self._product(*given.adjoint)
+        name, matrix = given.matrix
+        self.matrix = None if matrix is None else self._matrix(name, point.call(matrix, name))
+        self.mixed = self._mixed()
+
+    def _product(self, name: str, function: Function) -> Product | None:
+        """Return a given product with ∂G/∂y or its transpose."""
+        return None if function is None else self.point.product(function, name, self.point.y, self.point.y)
 
     @cached_property
     def derived(self) -> Any:
@@ -209,24 +217,6 @@ class _Builder:
                 "Give fun or grad, or the missing one of hvp, hessian, mixed_vjp, mixed_jvp."
             )
         return self._derive()
-
-    @cached_property
-    def forward(self) -> Product | None:
-        """The given product with ∂G/∂y."""
-        name, function = self.given.forward
-        return None if function is None else self.point.product(function, name, self.point.y, self.point.y)
-
-    @cached_property
-    def adjoint(self) -> Product | None:
-        """The given product with its transpose."""
-        name, function = self.given.adjoint
-        return None if function is None else self.point.product(function, name, self.point.y, self.point.y)
-
-    @cached_property
-    def matrix(self) -> Operator | None:
-        """The given matrix."""
-        name, function = self.given.matrix
-        return None if function is None else self._matrix(name, self.point.call(function, name))
 
     def checked(self, function: Any, values: Any, known_as: str) -> Checked:
         """G with what was given of it."""
@@ -301,8 +291,7 @@ class _Builder:
         op: Operator = matrix_map(Operator, p.backend, matrix, items, p.y.dtype, p.y.device, **tags)
         return replace(op, adjoint=op.forward) if self.symmetric else op
 
-    @cached_property
-    def mixed(self) -> LinearMap:
+    def _mixed(self) -> LinearMap:
         """∂G/∂θ."""
         p, given = self.point, self.given
         jvp, vjp = given.mixed_jvp, given.mixed_vjp

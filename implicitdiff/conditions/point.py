@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
@@ -181,8 +182,9 @@ class Point:
             of_item = item._bilinear(function, name, takes.of_one_item(), returns.of_one_item())
             many = self._vmap(lambda y, theta, v: of_item(*item._trees(y, theta), v))
             return self.backend.batched(lambda v: many(y, theta, v), self.items)
-        of_trees, trees = self._bilinear(function, name, takes, returns), self._trees(y, theta)
-        return self.backend.batched(lambda v: of_trees(*trees, v), self.items)
+        return self.backend.batched(
+            partial(self._bilinear(function, name, takes, returns), *self._trees(y, theta)), self.items
+        )
 
     def call(self, function: Callable[..., Any], name: str) -> Any:
         """``f(y, theta, *args)`` at the point, as the user wrote it: a matrix, per item."""

@@ -231,22 +231,25 @@ def _powers(xp: Any, rows: Array, columns: Array) -> Scaling:
 
 
 # -- of an operator --------------------------------------------------------------------------------------
-def of_operator(op: Operator, *, symmetric: bool) -> Scaling | None:
-    """Scale an operator by its matrix, if it is at hand, else leaf by leaf; kept with the operator."""
-    key = f"scaling{symmetric}"
-    if key not in op._cache:
-        op._cache[key] = _found(op, symmetric)
-    return op._cache[key]
+def of_operator(op: Operator, *, symmetric: bool = False) -> Scaling | None:
+    """Scale an operator by its matrix, if it is at hand, else leaf by leaf; kept with the operator.
 
-
-def _found(op: Operator, symmetric: bool) -> Scaling | None:
+    R = C where A is symmetric, or ``symmetric`` says that the method takes it to be.
+    """
+    symmetric = symmetric or bool(op.symmetric)
+    key, found = f"scaling{symmetric}", None
+    if key in op._cache:
+        return op._cache[key]
     if not op.n or 0 in op.items:
-        return None
-    if op.sparse is not None:
-        return of_sparse(op.backend, op.sparse, symmetric=symmetric)
-    if op.matrix is not None or op.assembled or _mixed(op):
-        return of_matrix(op.backend, op.dense(), symmetric=symmetric)
-    return _by_leaves(op, symmetric) if len(op.leaves) > 1 else None
+        pass
+    elif op.sparse is not None:
+        found = of_sparse(op.backend, op.sparse, symmetric=symmetric)
+    elif op.matrix is not None or op.assembled or _mixed(op):
+        found = of_matrix(op.backend, op.dense(), symmetric=symmetric)
+    elif len(op.leaves) > 1:
+        found = _by_leaves(op, symmetric)
+    op._cache[key] = found
+    return found
 
 
 def _mixed(op: Operator) -> bool:
@@ -265,14 +268,10 @@ def _mixed(op: Operator) -> bool:
     return any(any_true(xp, xp.max(x, axis=-1) > ratio * xp.min(x, axis=-1)) for x in (unit, image))
 
 
-def equilibrated(op: Operator, *, symmetric: bool = False) -> tuple[Operator, Scaling | None]:
-    """Return Â with R and C; the operator itself where there is nothing to scale.
-
-    R = C where A is symmetric, or ``symmetric`` says that the method takes it to be.
-    """
-    scaling = of_operator(op, symmetric=symmetric or bool(op.symmetric))
+def equilibrated(op: Operator, scaling: Scaling | None) -> Operator:
+    """Return Â; the operator itself where there is nothing to scale."""
     if scaling is None:
-        return op, None
+        return op
     rows, columns = scaling
 
     def between(left: Any, product: Product, right: Any) -> Product:
@@ -299,7 +298,7 @@ def equilibrated(op: Operator, *, symmetric: bool = False) -> tuple[Operator, Sc
     return replace(
         op, forward=forward, adjoint=adjoint, derive=derived, matrix=matrix, sparse=sparse, leaves=(),
         _cache={"scalingTrue": None, "scalingFalse": None},
-    ), scaling  # fmt: skip
+    )  # fmt: skip
 
 
 # -- leaf by leaf ----------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Prepared:
             _ = used.matvec  # derived here, not first inside a loop, where what is traced cannot be kept
         return self._states[transposed]
 
-    def solve(self, b: Array, x0: Array | None = None, *, transposed: bool = False) -> Solution:
+    def solve(self, b: Array, x0: Array | None = None, transposed: bool = False) -> Solution:
         """Solve A x = b, or Aᵀ x = b, for b of shape (*rhs, *items, n)."""
         start = time.perf_counter()
         op, xp = self.operator, self.operator.backend.xp

@@ -79,7 +79,8 @@ class System:
         """Solve where the arrays are."""
         vector, start = self.vectors()
         prepared = self.prepared(vector)
-        solution = self.backend.linear(prepared, vector, start, False)
+        solve: Any = self.backend.linear or Prepared.solve
+        solution = solve(prepared, vector, start, False)
         facts = {"damping": prepared.damping, "methods": prepared.methods, "seconds": prepared.seconds,
                  "derivatives": {"A": prepared.operator.sources}}  # fmt: skip
         return SystemRun(solution, facts, self.backend.mode)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, needed
-from implicitdiff.linalg.equilibration import Scaling, equilibrated
+from implicitdiff.linalg.equilibration import Scaling, equilibrated, of_operator
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_valid
 from implicitdiff.linalg.vector_space import is_tree_vector
@@ -206,8 +206,8 @@ class Krylov(Solver):
         operator = operator.settled()
         if self.preconditioner is not None:  # it makes the norm in which the system is seen
             return KrylovState(operator, as_preconditioner(self.preconditioner, operator))
-        scaled, scaling = equilibrated(operator, symmetric=self.symmetric_only)
-        return KrylovState(scaled, Preconditioner(), scaling)
+        scaling = of_operator(operator, symmetric=self.symmetric_only)
+        return KrylovState(equilibrated(operator, scaling), Preconditioner(), scaling)
 
     def transpose(self, state: KrylovState) -> KrylovState:
         operator = state.operator.transpose()
