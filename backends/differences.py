@@ -21,6 +21,7 @@ from implicitdiff.backends.base import Backend
 from implicitdiff.backends.sampling import Block, Sampler, leaf_sizes
 from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
 from implicitdiff.errors import DerivativeError
+from implicitdiff.tolerances import AIM_OF_WHOLE, USELESS
 
 __all__ = ["Differences", "groups", "name_of", "not_differentiable", "scalar_gradients", "sweep", "unit_vectors"]
 
@@ -28,8 +29,6 @@ Function = Callable[[Array, Array], Array]
 
 KEPT = 2**22
 """Entries of a matrix of columns that is kept for the next product."""
-WORST = 0.1
-"""Relative error of a derivative as a whole from which it is not handed out."""
 
 
 class Differences:
@@ -110,7 +109,7 @@ class Differences:
         if self.strict and len(s.middle.shape) == 1 and any_true(self.xp, block.kink) and not s.random:
             raise not_differentiable(s, by, None)
         unsure = s.random and any_true(self.xp, ~block.shown & (block.rows > 0))
-        if s.accuracy(block) > WORST or unsure:
+        if s.accuracy(block) > USELESS or unsure:
             raise s.too_noisy(
                 f"the derivative by {by} is known to {s.accuracy(block):.0%} only, for the noise of {s.what}"
             )
@@ -272,7 +271,7 @@ def sweep(s: Sampler, block: Block, coordinates: range) -> Estimate:
     share = s.size[..., here] / s.leaf[..., here]
     rows = block.rows + 0 * share
     start = xp.where(s.lent[..., here], block.short, block.start)
-    plan = Plan(start + 0 * share, 0.1 / share, rows, block.tolerance, 1e-13 * share, separate=True)
+    plan = Plan(start + 0 * share, 0.1 / share, rows, block.tolerance, AIM_OF_WHOLE * share, separate=True)
     plan = plan._replace(rounded=xp.astype(s.x[..., here] != 0, share.dtype), reach=s.reach())
 
     def values(a: Array, wanted: Array) -> Array:

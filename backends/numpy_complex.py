@@ -23,18 +23,17 @@ from implicitdiff.backends.base import Backend
 from implicitdiff.backends.curvature import SecondDerivatives
 from implicitdiff.backends.differences import name_of, not_differentiable, sweep, unit_vectors
 from implicitdiff.backends.sampling import Sampler, leaf_sizes, sizes_of
+from implicitdiff.tolerances import AGREES, COMPLEX_STEP
 
 __all__ = ["ComplexGradientDifferences", "ComplexStep", "complex_gradients", "is_analytic"]
 
 Function = Callable[[Array, Array], Array]
-H = 1e-20
-"""Step relative to the size of a coordinate; its square is far below rounding."""
 
 
 def complex_step(function: Callable[[Array], Array], x: Array, v: Array, size: Array) -> Array:
     """Im f(x + i h v) / h, per item over the last axis: no cancellation, so h may be tiny."""
     largest = np.max(np.abs(v) / size, axis=-1, keepdims=True, initial=0.0)
-    h = H / np.where(largest > 0, largest, 1.0)
+    h = COMPLEX_STEP / np.where(largest > 0, largest, 1.0)
     out = np.imag(function(x + 1j * h * v))
     return out / (h if out.ndim == x.ndim else h[..., 0])
 
@@ -241,4 +240,4 @@ def _agrees(sampler: Sampler, function: Function, by: str) -> bool:
     known = sampler.along(w)
     gap = np.abs(found - known.value)
     rows = np.where(np.isfinite(known.value), np.abs(known.value), 0.0)
-    return not np.any(known.kink) and bool(np.all(gap <= 10 * known.error + 1e-6 * rows))
+    return not np.any(known.kink) and bool(np.all(gap <= 10 * known.error + AGREES * rows))

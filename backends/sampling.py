@@ -17,8 +17,9 @@ from implicitdiff.arrays import Array, any_true, divisor, probe_vector
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.noise import noise_along, noise_within
 from implicitdiff.backends.sizes import leaf_sizes, sizes_of
-from implicitdiff.backends.steps import FIRST, VISIBLE, Estimate, Plan, Stencil, search
+from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
 from implicitdiff.errors import ImplicitDiffError, NoiseError
+from implicitdiff.tolerances import AGREES, AIM, AIM_OF_WHOLE, NOISE_SHOWN, VISIBLE
 
 __all__ = ["Block", "Sampler", "leaf_sizes", "sizes_of"]
 
@@ -231,9 +232,9 @@ class Sampler:
             natural = xp.maximum(0.1 * whole / xp.where(largest > 0, largest, whole), 0.1 / share)
             natural = xp.minimum(natural, 0.1 * reach / share)
             start = self.stencil.start(self.eps) if start is None else start
-            plan = Plan(start + 0 * natural, natural, 0 * self.middle, 1e-9, 0.0)
+            plan = Plan(start + 0 * natural, natural, 0 * self.middle, AIM, 0.0)
         else:
-            floor = 1e-13 * xp.minimum(share, xp.ones_like(share))
+            floor = AIM_OF_WHOLE * xp.minimum(share, xp.ones_like(share))
             lent = xp.any(self.lent & (w != 0), axis=-1, keepdims=True)
             start = xp.where(lent, block.short, block.start)
             plan = Plan(start, 0.1 / share, block.rows, block.tolerance, floor)
@@ -289,7 +290,7 @@ class Sampler:
         usual = xp.maximum(xp.max(ratio, axis=-1, keepdims=True), xp.full_like(reach, self.eps))
         begin = xp.where(reach > 1, reach * 0 + first, self.stencil.start(usual))
         safe = divisor(xp, rows)
-        tolerance = xp.maximum(3 * error / safe, 1e-9 + 0 * rows)
+        tolerance = xp.maximum(3 * error / safe, AIM + 0 * rows)
         hidden = any_true(xp, moves & ~visible)
         return Block(
             rows * reach, error * reach, begin, xp.minimum(begin, self._short(ratio)), tolerance, any_true(xp, moves),
@@ -300,7 +301,7 @@ class Sampler:
         """Noise relative to what a step of each coordinate's own size changes, where it is small."""
         xp = self.xp
         ratio = xp.where(rows > 0, self.noise / divisor(xp, rows), 0 * rows)
-        return xp.where(ratio < 1e-2, ratio, 0 * ratio)
+        return xp.where(ratio < NOISE_SHOWN, ratio, 0 * ratio)
 
     def _short(self, ratio: Array) -> Array:
         """Step at which noise leaves five digits of some component: far below where truncation would be seen."""
@@ -322,7 +323,7 @@ class Sampler:
         far = self.along(alone)
         near = self.along(alone, start=self._short(self._relative_noise(far.usual)))
         gap, level = xp.abs(far.value - near.value), far.error + near.error
-        good = (gap <= 10 * level + 1e-6 * xp.abs(far.value)) & (xp.minimum(far.step, found.step) > 1e-2 * first)
+        good = (gap <= 10 * level + AGREES * xp.abs(far.value)) & (xp.minimum(far.step, found.step) > 1e-2 * first)
         good = xp.all(good, axis=-1, keepdims=True)
         self.lent = self.lent & ~(here & good)
         if not any_true(xp, here & self.lent):

@@ -26,13 +26,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor
+from implicitdiff.tolerances import REFINED, VISIBLE
 
-__all__ = ["FIRST", "SECOND", "VISIBLE", "Estimate", "Plan", "Stencil", "search"]
+__all__ = ["FIRST", "SECOND", "Estimate", "Plan", "Stencil", "search"]
 
 ROUNDS = 24
 """Steps that are tried at most."""
-VISIBLE = 10
-"""A function moves where it moves by so many times its noise."""
 
 
 class Sample(NamedTuple):
@@ -195,7 +194,7 @@ def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: 
         s = _after(xp, s, look(a, grow | shrink), a, grow & ~shrink, shrink, plan)
     size = _weights(xp, s.best.value, plan)
     # an extreme point has no slope to hold an error against: what it moves by at the first step is one
-    kink = s.stuck & (s.best.spread > s.best.noise) & (s.error > 1e-3 * size) & (s.best.spread > 1e-2 * first.rate)
+    kink = s.stuck & (s.best.spread > s.best.noise) & (s.error > REFINED * size) & (s.best.spread > 1e-2 * first.rate)
     rate = xp.where(xp.isfinite(s.rate) & (size <= s.error), s.rate, 0 * size)
     return Estimate(s.best.value, s.error, s.step, kink, s.change, xp.maximum(size + _zero(xp, s.error), rate))
 
@@ -233,7 +232,7 @@ def _wishes(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> tuple[Array, A
     grow = bad & (s.at_high.noise >= s.error_high)
     shrink = bad & ~(s.at_low.noise >= s.error_low)
     # beyond its natural length a step goes where there is something to see, and more of it
-    further = (xp.abs(s.best.value) > s.error) & (s.error > 1e-3 * size)
+    further = (xp.abs(s.best.value) > s.error) & (s.error > REFINED * size)
     if stencil.order == 1:
         further = further | ((s.change > 0) & (s.change < 100))
     if not plan.separate:

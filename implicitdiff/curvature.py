@@ -19,13 +19,12 @@ from implicitdiff.errors import RegularityWarning
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.outcome import warn
 from implicitdiff.solvers import suitable
+from implicitdiff.tolerances import DENSE
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
 __all__ = ["refuted", "suspicion", "tell_kind"]
-
-DENSE_LIMIT = 4096
 
 
 def suspicion(kind: str | None, prepared: Any, solution: Any, b: Any) -> Array | None:
@@ -110,7 +109,7 @@ def _has_curvature(operator: Operator, sign: float) -> Array:
     """Whether there is curvature of a sign."""
     backend, xp = operator.backend, operator.backend.xp
     eps = float(xp.finfo(operator.dtype).eps)
-    if operator.n <= DENSE_LIMIT and operator.sparse is None:
+    if operator.n <= DENSE and operator.sparse is None:
         matrix = backend.to_double(operator.dense())
         matrix = -sign * (matrix + xp.matrix_transpose(matrix)) / 2
         return ~_is_definite(backend, matrix, max(1e3 * operator.n * eps, 10 * operator.accuracy))

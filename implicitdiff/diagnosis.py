@@ -18,9 +18,9 @@ from implicitdiff.errors import (
 )
 from implicitdiff.outcome import explain, warn
 from implicitdiff.ravel import Raveler
+from implicitdiff.tolerances import is_double
 
 __all__ = [
-    "UNCERTAIN",
     "check_loss",
     "error_from",
     "independent",
@@ -28,9 +28,6 @@ __all__ = [
     "reject_non_finite",
     "warn_not_solution",
 ]
-
-UNCERTAIN = 4e-3
-"""Relative error of a solution, as the rounding of A and the condition number suggest it, that is told."""
 
 
 def reject_non_finite(problem: Any, raveler: Raveler, vector: Any, name: str) -> None:
@@ -100,7 +97,7 @@ def _tell_accuracy(diagnostics: Any, rules: Any) -> None:
     rules.unsure = True
     error = float(xp.max(diagnostics.solution.uncertainty(xp, op.rounding)))
     which = f" in {named_items(xp, unsure)}" if rules.point.items else ""
-    single = "in double precision (float64), " if float(xp.finfo(op.dtype).eps) > 1e-10 else ""
+    single = "" if is_double(xp, op.dtype) else "in double precision (float64), "
     warn(
         f"the derivative may be off by up to about {3 * error:.1%}{which}: {op.label} has a condition number of about "
         f"{error / op.rounding:.1g}, and is known to {op.rounding:.1g} by rounding.\n"

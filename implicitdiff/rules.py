@@ -24,9 +24,8 @@ from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
-from implicitdiff.diagnosis import UNCERTAIN, check_loss, reject_non_finite
+from implicitdiff.diagnosis import check_loss, reject_non_finite
 from implicitdiff.errors import ShapeError
-from implicitdiff.linalg.equilibration import TINY
 from implicitdiff.linalg.solve import Prepared, Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
@@ -35,6 +34,7 @@ from implicitdiff.problem import Problem
 from implicitdiff.ravel import LeafRaveler, Raveler
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
+from implicitdiff.tolerances import TINY, UNCERTAIN
 from implicitdiff.verification.consistency import contradicted
 
 __all__ = ["Diagnostics", "Rules", "Run"]

@@ -29,20 +29,14 @@ from implicitdiff.arrays import Array, any_true, divisor, quotient
 from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
+from implicitdiff.tolerances import FAR, SAFETY, SLACK, STEP_OF_COORDINATE, STEP_OF_VECTOR
 
-__all__ = ["FAR", "SolutionCheck", "Step", "levels"]
-
-FAR = 0.1
-"""A step above this part of y, in the largest coordinate, is far: NaN where nothing can be told."""
-SAFETY = 30
-"""How much larger than the rounding that was seen once, rounding may be."""
-SLACK = 0.1
-"""How much smaller than seen on one right-hand side the least singular value may be."""
+__all__ = ["SolutionCheck", "Step", "levels"]
 
 
 def levels(xp: Any, dtype: Any) -> tuple[float, float]:
     """Return the relative tolerance of a coordinate, and the floor relative to the vector."""
-    return (2e-5, 3e-7) if float(xp.finfo(dtype).eps) < 1e-10 else (1e-3, 3e-5)
+    return STEP_OF_COORDINATE.at(xp, dtype), STEP_OF_VECTOR.at(xp, dtype)
 
 
 class Step(NamedTuple):

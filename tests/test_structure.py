@@ -22,7 +22,7 @@ CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
 
 # From the leaves up. A module may import what stands on an earlier line, and of its own line what makes no cycle.
 LAYERS = (
-    ("errors", "mode", "arrays", "pytree", "compilers", "closures", "namespaces", "records"),
+    ("errors", "mode", "tolerances", "arrays", "pytree", "compilers", "closures", "namespaces", "records"),
     ("outcome",),
     ("projections", "proxes"),
     ("linalg.__init__", "linalg.vector_space", "ravel", "registry"),

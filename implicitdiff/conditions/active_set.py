@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, item_norm, item_numbers, needed, times
 from implicitdiff.conditions.units import Units
+from implicitdiff.tolerances import ACTIVE, DEPENDENT, VIOLATED
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -32,8 +33,7 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, xp: Any, dtype: Any, active: float | None) -> Limits:
         """Return the limits for a dtype, with the user's own for active constraints."""
-        double = float(xp.finfo(dtype).eps) < 1e-10
-        default = cls(1e-6, 1e-4) if double else cls(3e-4, 1e-2)
+        default = cls(ACTIVE.at(xp, dtype), VIOLATED.at(xp, dtype))
         return default if active is None else cls(active, max(100 * active, default.violated))
 
 
@@ -136,7 +136,7 @@ def _in_null_space(xp: Any, gram: Array) -> Array:
     """Mark the rows that the null vectors of a Gram matrix are made of."""
     values, vectors = xp.linalg.eigh(gram)
     null = xp.where((values < _singular_below(xp, gram))[..., None, :], xp.abs(vectors), xp.zeros_like(vectors))
-    return xp.max(null, axis=-1) > 1e-4
+    return xp.max(null, axis=-1) > DEPENDENT
 
 
 def dependent_rows(backend: Backend, rows: Array, active: Array) -> Array | None:

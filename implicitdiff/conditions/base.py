@@ -18,6 +18,7 @@ from implicitdiff.errors import BackendError, CallbackError, DerivativeError, In
 from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_map
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
+from implicitdiff.tolerances import EXACT_ASSEMBLY
 
 __all__ = [
     "Checked",
@@ -35,8 +36,6 @@ __all__ = [
 
 Function: TypeAlias = Callable[..., Any] | None
 """What a user may give, and may leave out."""
-ASSEMBLY_LIMIT = 1024
-"""Up to this order a missing product is assembled from its exact transpose rather than differenced."""
 
 
 class Embedding(NamedTuple):
@@ -264,7 +263,7 @@ class _Builder:
             d = self.derived
             if transposed:
                 return (d.kind, getattr(d, vjp)) if d.kind == "autodiff" else None
-            small = self.point.y.n <= ASSEMBLY_LIMIT
+            small = self.point.y.n <= EXACT_ASSEMBLY
             return None if d.kind == "finite differences" and small else (d.kind, getattr(d, jvp))
 
         return derive

@@ -16,19 +16,12 @@ from typing import Any, cast
 
 from implicitdiff.arrays import Array, any_true, divisor
 from implicitdiff.conditions.base import Embedding
-from implicitdiff.conditions.units import ASSEMBLED, curvature_units, energy, leaf_sizes, power_of_two
-from implicitdiff.linalg.equilibration import TINY
+from implicitdiff.conditions.units import curvature_units, energy, leaf_sizes, power_of_two
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.tolerances import SMALL, STEP_FAR, STEP_SUITS, STEPS_APART, TINY
 
 __all__ = ["Metric", "metric_at"]
-
-APART = 2.0**13
-"""Ratio of entries from which on they seem to be in units of their own."""
-FAR = 2.0**10
-"""Factor by which a step that is given may be off."""
-SUITS = 1e-4
-"""Relative error up to which a step for each coordinate reproduces y, and commutes with D."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Metric:
             return cls(point, number, step, better=better)
         if not point.items:
             return cls(point, float(number), float(number), better=better)
-        if not any_true(backend.xp, backend.xp.max(number) > FAR * number):  # one for all of the batch will do
+        if not any_true(backend.xp, backend.xp.max(number) > STEP_FAR * number):  # one for all of the batch will do
             least = float(backend.xp.min(number))
             return cls(point, least, least, better=better)
         return cls(point, number if backend.vmap is not None else step, step, better=better)
@@ -75,10 +68,10 @@ class Metric:
             return self
         if not isinstance(self.step, float):
             xp = self.point.backend.xp
-            usable = (self.step <= FAR * step) & (step <= FAR * self.step)
+            usable = (self.step <= STEP_FAR * step) & (step <= STEP_FAR * self.step)
             found = xp.where(usable, xp.full_like(self.step, step), self.step)
             return Metric.of(self.point, step) if binding else replace(self, number=None, step=found)
-        far = not 1 / FAR <= step / self.step <= FAR
+        far = not 1 / STEP_FAR <= step / self.step <= STEP_FAR
         if not binding:
             return self if far or self.better is not None else Metric.of(self.point, step)
         better, y = self.better, self.point.y.vector
@@ -100,7 +93,7 @@ class Metric:
         size = xp.max((xp.abs(y) + xp.abs(x)) / d, axis=-1, keepdims=True)
         probe = self.point.y.space.probe() + xp.zeros_like(y)
         gap = xp.abs(D.matvec(d * probe) / d - D.matvec(probe))
-        return xp.all((xp.abs(y - image) / d <= SUITS * size) & (gap <= SUITS + 1e3 * D.accuracy), axis=-1)
+        return xp.all((xp.abs(y - image) / d <= STEP_SUITS * size) & (gap <= STEP_SUITS + 1e3 * D.accuracy), axis=-1)
 
     def only(self, suits: Array, other: Metric) -> Metric:
         """Return this metric where it suits, and the other one where not: in a program, where that is not seen."""
@@ -180,7 +173,7 @@ def metric_at(point: Any, H: Operator, slope: Any, *, blind: bool = False) -> Me
     if backend.shared:
         pass
     elif not backend.traced:
-        if H.matrix is not None or (point.y.n <= ASSEMBLED and H.sparse is None and _mixed(point, H, leaf)):
+        if H.matrix is not None or (point.y.n <= SMALL and H.sparse is None and _mixed(point, H, leaf)):
             d = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
         better = d if any_true(xp, xp.max(d, axis=-1) > 32 * xp.min(d, axis=-1)) else None
     elif blind and (H.matrix is not None or (point.y.n <= TINY and H.sparse is None)):
@@ -204,4 +197,4 @@ def _mixed(point: Any, H: Operator, leaf: Array) -> bool:
     unit = xp.where(size > 0, size, leaf)
     image = xp.abs(H.matvec(unit * point.y.space.probe()))
     image = xp.where(image > 0, image, xp.max(image, axis=-1, keepdims=True))
-    return any(any_true(xp, xp.max(x, axis=-1) > APART * xp.min(x, axis=-1)) for x in (unit, image))
+    return any(any_true(xp, xp.max(x, axis=-1) > STEPS_APART * xp.min(x, axis=-1)) for x in (unit, image))

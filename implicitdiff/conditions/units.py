@@ -24,15 +24,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor, item_norm, quotient, times
+from implicitdiff.tolerances import ENERGY_NOISE, SMALL, UNITS_APART
 
-__all__ = ["ASSEMBLED", "Units", "center", "curvature_units", "energy", "leaf_sizes", "power_of_two", "units_at"]
-
-ASSEMBLED = 256
-"""Up to this order of the whole system, H is assembled where the leaves of y leave a doubt."""
-NOISE = 1e-12
-"""Part of the other coordinates' energy below which that between one of them and a flat one is rounding."""
-APART = 1e-3
-"""Ratio below which two sizes are not taken for one."""
+__all__ = ["Units", "center", "curvature_units", "energy", "leaf_sizes", "power_of_two", "units_at"]
 
 
 class Units(NamedTuple):
@@ -89,14 +83,14 @@ def units_at(
     if hessian is not None:
         return _by_curvature(here, leaf, known, hessian)
     blind = backend.traced
-    if blind and n + k <= ASSEMBLED:
+    if blind and n + k <= SMALL:
         return _by_curvature(here, leaf, known, _assembled(point, product))
     u = power_of_two(xp, leaf)
     image = product(u * point.y.space.probe())
     d = u / xp.sqrt(energy(point, u, here.gradient, image))
     u = power_of_two(xp, xp.maximum(u, leaf_sizes(point, here.gradient * d * d)))
     found = _measured(here, u, d)
-    if blind or n + k > ASSEMBLED:
+    if blind or n + k > SMALL:
         return found
     doubt = _doubtful(here, found) | ~(known & _speaks(xp, abs(y) / d, abs(here.gradient) * d) & _alike(xp, abs(image)))
     if not any_true(xp, doubt):
@@ -107,13 +101,13 @@ def units_at(
 
 def _speaks(xp: Any, y: Array, slope: Array) -> Array:
     """Whether y, beside how far ∇f would go, is more than what is left of a zero; both in one unit, per item."""
-    return xp.max(y, axis=-1) >= APART * xp.max(slope, axis=-1)
+    return xp.max(y, axis=-1) >= UNITS_APART * xp.max(slope, axis=-1)
 
 
 def _alike(xp: Any, x: Array) -> Array:
     """Whether entries are of one unit, as far as their sizes tell; zeros are of any."""
     x = xp.where(x > 0, x, xp.max(x, axis=-1, keepdims=True))
-    return xp.max(x, axis=-1) * APART <= xp.min(x, axis=-1)
+    return xp.max(x, axis=-1) * UNITS_APART <= xp.min(x, axis=-1)
 
 
 def leaf_sizes(point: Any, x: Array) -> Array:
@@ -175,7 +169,7 @@ def curvature_units(xp: Any, y: Array, slope: Array, leaf: Array, hessian: Array
     d = xp.where(curved, one / xp.sqrt(xp.where(curved, diagonal, one)), zero)
     across = xp.max(size * d[..., None, :], axis=-1)  # no curvature of its own: by those that it goes with
     far = xp.max(xp.where(curved, xp.maximum(y / xp.where(curved, d, one), slope * d), zero), axis=-1, keepdims=True)
-    linked = ~curved & (across * leaf > NOISE * far)
+    linked = ~curved & (across * leaf > ENERGY_NOISE * far)
     d = xp.where(linked, one / xp.where(linked, across, one), d)
     curved = curved | linked
     safe = xp.where(curved, d, one)
@@ -216,7 +210,7 @@ def _doubtful(here: _Measured, high: Units) -> Array:
     broken = decided(here.far, low, 1) != decided(here.far, high.distance, 1)
     held = here.inequality & ~decided(here.near, high.distance, -1)
     stiff = (high.distance / _safe(xp, high.give)) ** 2
-    thin = held & (high.force - stiff < APART * stiff)
+    thin = held & (high.force - stiff < UNITS_APART * stiff)
     return xp.any((here.inequality & far) | broken | thin, axis=-1)
 
 

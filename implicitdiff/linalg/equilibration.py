@@ -36,25 +36,17 @@ import numpy as np
 from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, times
 from implicitdiff.linalg.operator import Operator, Product
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
+from implicitdiff.tolerances import ALIKE, EVEN, MIXED, SMALL, TINY
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["TINY", "Scaling", "equilibrated", "of_matrix", "of_operator", "of_sparse", "scaled_sparse"]
+__all__ = ["Scaling", "equilibrated", "of_matrix", "of_operator", "of_sparse", "scaled_sparse"]
 
 SWEEPS = 60
 """Of a matrix at hand, at most; units from 1e-9 to 1e9 took 5 to 10 in trials, and up to that many with many zeros."""
-EVEN = 1.25
-"""Ratio of the sums of two rows up to which they are of one size. More is not asked for: with some patterns of zeros it
-is reached in the limit only, in which the other entries of a row come to nothing."""
 PROBED = 3
 """Sweeps where there are products only."""
-ALIKE = 3
-"""Powers of two between rows that count as the same unit: such a system is left as it is."""
-SMALL = 256
-"""Up to this order a matrix may be assembled to see its scales: no more products than an iterative method may need."""
-TINY = 32
-"""Up to this order it is, where values are not seen."""
 LEAVES = 8
 """Up to so many leaves are seen one by one; more of them by sweeps over all at once."""
 
@@ -258,8 +250,8 @@ def _mixed(op: Operator) -> bool:
         return False
     if op.backend.traced:  # nothing is seen there: a matter of order alone
         return op.n <= TINY
-    xp, eps = op.backend.xp, float(op.backend.xp.finfo(op.dtype).eps)
-    ratio = 1e4 if eps < 1e-10 else 1e2  # what squared, times the tolerance of the iterative methods, is one percent
+    xp = op.backend.xp
+    ratio = MIXED.at(xp, op.dtype)
     size = xp.abs(op.like)
     largest = xp.max(size, axis=-1, keepdims=True)
     unit = xp.where(size > 0, size, divisor(xp, largest))

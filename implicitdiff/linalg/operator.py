@@ -15,6 +15,7 @@ import numpy as np
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError, DerivativeError, ShapeError
+from implicitdiff.tolerances import NOISY_PRODUCTS, ROUNDING, SMALL
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -23,12 +24,6 @@ __all__ = ["LinearMap", "Operator", "Product", "checked_product", "matrix_map", 
 
 Product = Callable[[Array], Array]
 Derive = Callable[[bool], "tuple[str, Product] | None"]
-ASSEMBLED = 256
-"""Up to this order a noisy A is assembled: no more products than an iterative method may need."""
-NOISY = 1e-9
-"""Relative error of products that rounding does not explain."""
-ROUNDING = 0.1
-"""Part of the machine epsilon that counts as the error of a product: ten entries of one size average to less."""
 
 
 @dataclass(frozen=True)
@@ -240,9 +235,9 @@ class Operator(LinearMap):
     def settled(self) -> Operator:
         """Return one fixed A, where each product brings noise of its own: no method converges for a matrix that moves.
 
-        It is assembled up to an order of `ASSEMBLED`; beyond, or where the products are good, A is as it is.
+        It is assembled up to an order of `SMALL`; beyond, or where the products are good, A is as it is.
         """
-        if self.accuracy <= NOISY or self.n > ASSEMBLED or self.matrix is not None or self.backend.traced:
+        if self.accuracy <= NOISY_PRODUCTS or self.n > SMALL or self.matrix is not None or self.backend.traced:
             return self
         xp, matrix = self.backend.xp, self.dense()
         if self.symmetric:

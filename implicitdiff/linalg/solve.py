@@ -14,6 +14,7 @@ from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Report, Status
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.base import methods_of
+from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN
 
 __all__ = ["Prepared", "Solution", "make_report", "method_of", "poison", "prepare"]
 
@@ -176,7 +177,7 @@ def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, sol
         size, residual = item_norm(xp, b), item_norm(xp, b - op.matvec(x))
         safe = divisor(xp, size)
         counts = Counts(*counts)._replace(residual=residual / safe)
-        default = max(1e-8 if xp.finfo(b.dtype).eps < 1e-10 else 1e-4, 30 * op.accuracy)
+        default = max(RESIDUAL_OF_OTHERS.at(xp, b.dtype), 30 * op.accuracy)
         rtol = getattr(solver, "rtol", None) or default
         counts = counts._replace(tolerance=rtol + 0 * counts.residual, matvecs=counts.matvecs + 1)
         claimed = xp.broadcast_to(status, counts.residual.shape)
@@ -225,7 +226,7 @@ def _compare(
     gap = xp.abs(xp.asarray(_inner(space, az, x) - _inner(space, z, image), device=op.device))
     residual = xp.asarray(counts.residual, device=op.device)
     eps = float(xp.finfo(op.dtype).eps)
-    relative = (1e-6 if eps < 1e-10 else 1e-3) + xp.where(failing, 0 * residual, residual)
+    relative = SKEW_SEEN.of(eps) + xp.where(failing, 0 * residual, residual)
     allowed = one.size(z) * space.size(image) * relative + 1e3 * eps * one.size(az) * space.size(x)
     asymmetric = xp.isfinite(gap) & (gap > allowed) & (space.size(b) > 0)
     asymmetric = asymmetric & (status != int(Status.BAD_PRECONDITIONER))

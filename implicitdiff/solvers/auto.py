@@ -24,14 +24,13 @@ from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.ldlt import LDLT
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
+from implicitdiff.tolerances import DENSE, SMALL
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
 __all__ = ["Auto"]
 
-SMALL = 256
-DENSE_LIMIT = 4096
 _LU, _LDLT, _CHOLESKY = LU(), LDLT(), Cholesky()
 
 
@@ -94,7 +93,7 @@ class Auto(Solver):
         return state.methods
 
     def matrix_free(self, n: int) -> bool:
-        return n > DENSE_LIMIT
+        return n > DENSE
 
     def factored(self, state: _State) -> bool:
         return self.preconditioner is None and _dense_reason(state.operator, 1) is not None
@@ -146,7 +145,7 @@ class Auto(Solver):
             negative = xp.asarray(result[1] == int(Status.NOT_POSITIVE_DEFINITE))
             methods.append(("minres", f"{why}; CG met zero or negative curvature"))
             result = self._retried(state, negative, MINRES(**options), b, result, 1)
-        if op.n > DENSE_LIMIT:
+        if op.n > DENSE:
             return result
         for solver in _after_iterations(op):
             methods.append((solver.name, f"{why}; {first.name} did not reach the tolerance"))
@@ -218,10 +217,10 @@ def _dense_reason(op: Operator, rhs: int) -> str | None:
     if op.sparse is not None:
         return "the matrix is sparse"
     if op.matrix is not None:
-        return "the matrix is given" if op.n <= DENSE_LIMIT else None
+        return "the matrix is given" if op.n <= DENSE else None
     if op.n <= SMALL:
         return f"n = {op.n} <= {SMALL}: assembled"
-    if op.n <= min(8 * rhs, DENSE_LIMIT):
+    if op.n <= min(8 * rhs, DENSE):
         return f"n = {op.n}, {rhs} right-hand sides: assembled"
     return None
 

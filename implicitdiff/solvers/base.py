@@ -14,10 +14,11 @@ from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.records import Record
-from implicitdiff.solvers.checks import LOST, cancelled
+from implicitdiff.solvers.checks import cancelled
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
 from implicitdiff.solvers.unit import one_step, unit_of
+from implicitdiff.tolerances import LOOSE, LOOSE_ITERATIONS, LOST, RESIDUAL
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -34,9 +35,6 @@ __all__ = [
 ]
 
 Structure = Literal["general", "symmetric", "positive definite"]
-
-LOOSE, LOOSE_ITERATIONS = 1e-2, 100
-"""Residual and iterations of a solution of which one or two digits are needed."""
 
 
 class Solver(Record):
@@ -252,7 +250,7 @@ class Krylov(Solver):
         op, backend = state.operator, state.operator.backend
         space = backend.space(b)
         noise = min(30 * op.accuracy, 1e-2) if op.matrix is None else 0.0
-        default = max(1e-10 if space.eps < 1e-10 else 1e-5, noise)
+        default = max(RESIDUAL.of(space.eps), noise)
         rtol, maxiter = space.scalar(self.rtol or default), self.most(space.length)
         unit, scale = unit_of(space, b)
         state_0 = _start(space, op, unit, x0, scale, rtol)

@@ -7,11 +7,10 @@ from typing import Any
 
 from implicitdiff.arrays import Array, divisor, nowhere, quotient
 from implicitdiff.outcome import Status
+from implicitdiff.tolerances import SKEW, WELL_CONDITIONED
 
-__all__ = ["LOST", "PROBES", "amplification", "asymmetry", "cancelled", "classify", "skew_tolerance"]
+__all__ = ["PROBES", "amplification", "asymmetry", "cancelled", "classify", "skew_tolerance"]
 
-LOST = 0.03
-"""Estimated relative error of a solution, by that of A, from which A is called singular."""
 
 PROBES = 4
 """Vectors on which ‖A⁻¹‖ is seen."""
@@ -23,7 +22,7 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
     A backward-stable solve leaves at most about eps κ; more than a hundredfold of that is a defect.
     """
     eps = float(xp.finfo(residual.dtype).eps)
-    well = 1e12 * eps  # from there on 1e-10 is what counts
+    well = WELL_CONDITIONED * eps  # from there on 1e-10 is what counts
     tolerance = 100 * eps / xp.where((rcond > 0) & (rcond < well), rcond, xp.full_like(rcond, well))
     good = residual <= tolerance
     failed = failed if failed.shape == residual.shape else xp.broadcast_to(failed, residual.shape)
@@ -60,4 +59,4 @@ def asymmetry(xp: Any, matrix: Array) -> Array:
 
 def skew_tolerance(xp: Any, dtype: Any) -> float:
     """Asymmetry up to which a matrix counts as symmetric: noise of finite differences passes."""
-    return 1e-5 if float(xp.finfo(dtype).eps) < 1e-10 else 1e-3
+    return SKEW.at(xp, dtype)

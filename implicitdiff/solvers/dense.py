@@ -23,7 +23,8 @@ from implicitdiff.linalg.operator import Operator, matrix_product
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers import sparse
 from implicitdiff.solvers.base import Solver
-from implicitdiff.solvers.checks import LOST, PROBES, amplification, asymmetry, cancelled, classify, skew_tolerance
+from implicitdiff.solvers.checks import PROBES, amplification, asymmetry, cancelled, classify, skew_tolerance
+from implicitdiff.tolerances import LOST, is_double
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -188,7 +189,7 @@ class DenseSolver(Solver):
         rows = self._apply_rows(state, xp.concat([b if many else b[None, ...], z], axis=0))
         x, w = (rows[:-PROBES, ...] if many else rows[0, ...]), rows[-PROBES:, ...]
         r = b - product(x)
-        if float(xp.finfo(state.operator.dtype).eps) > 1e-10:
+        if not is_double(xp, state.operator.dtype):
             x = x + self._apply_rows(state, r)
             r = b - product(x)
         return _with_condition(state, z, w), x, r

@@ -25,6 +25,7 @@ from implicitdiff.linalg.equilibration import Scaling
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver, methods_of
+from implicitdiff.tolerances import RESIDUAL_OF_OTHERS
 
 __all__ = ["NullSpace", "Schur"]
 
@@ -118,8 +119,7 @@ class _Blockwise(Solver):
         xp, space = op.backend.xp, op.backend.space(r)
         size = space.size(b)
         residual = space.size(r) / divisor(xp, size)
-        double = float(xp.finfo(b.dtype).eps) < 1e-10
-        tolerance = self.rtol or max(1e-8 if double else 1e-4, 30 * op.accuracy)
+        tolerance = self.rtol or max(RESIDUAL_OF_OTHERS.at(xp, b.dtype), 30 * op.accuracy)
         status = xp.broadcast_to(xp.asarray(status, device=op.device), residual.shape)
         good = residual <= tolerance
         status = xp.where((status == 0) & ~good, xp.full_like(status, int(Status.STAGNATED)), status)

@@ -19,7 +19,8 @@ from implicitdiff.arrays import item_norm, probe_vector
 from implicitdiff.linalg.equilibration import Scaling, of_sparse, scaled_sparse
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.outcome import Counts, Status
-from implicitdiff.solvers.checks import LOST, PROBES, amplification, classify, skew_tolerance
+from implicitdiff.solvers.checks import PROBES, amplification, classify, skew_tolerance
+from implicitdiff.tolerances import LOST
 
 __all__ = ["SparseState", "init", "solve"]
 

@@ -32,6 +32,7 @@ from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver, methods_of
+from implicitdiff.tolerances import PROJECTOR, RESIDUAL_ON_SUPPORT
 
 __all__ = ["OnSupport", "ProximalOperator", "Support", "support_of"]
 
@@ -77,7 +78,7 @@ def support_of(op: ProximalOperator) -> tuple[Support, bool]:
     ones = xp.ones((*op.items, op.n), dtype=op.dtype, device=op.device)
     z = backend.space(ones).probe() + 0 * ones
     image, other = D.matvec(z), xp.flip(z, axis=-1)
-    level = (1e-9 if float(xp.finfo(op.dtype).eps) < 1e-10 else 1e-4) + 1e4 * D.accuracy
+    level = PROJECTOR.at(xp, op.dtype) + 1e4 * D.accuracy
     size = level * item_norm(xp, image)
     projector = item_norm(xp, D.matvec(image) - image) <= size
     if backend.traced:
@@ -197,7 +198,7 @@ class OnSupport(Solver):
         xp, product = op.backend.xp, _transposed(state) if state.transposed else op.matvec
         size, residual = item_norm(xp, b), item_norm(xp, b - product(x))
         residual = residual / divisor(xp, size)
-        rtol = getattr(self.method, "rtol", None) or (1e-10 if float(xp.finfo(b.dtype).eps) < 1e-10 else 1e-6)
+        rtol = getattr(self.method, "rtol", None) or RESIDUAL_ON_SUPPORT.at(xp, b.dtype)
         tolerance = 100 * rtol + 1e4 * op.accuracy
         status = xp.broadcast_to(xp.asarray(status, device=op.device), residual.shape)
         wrong = (status == 0) & ~(residual <= tolerance)

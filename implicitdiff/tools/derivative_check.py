@@ -13,9 +13,10 @@ from implicitdiff.namespaces import namespace
 from implicitdiff.problem import problem_of
 from implicitdiff.records import html_table
 from implicitdiff.rules import Rules
+from implicitdiff.tolerances import MISTAKE, UNKNOWN
 from implicitdiff.typing import ConditionLike
 from implicitdiff.verification.mistakes import Wrong, cause_of
-from implicitdiff.verification.probes import TOLERANCE, Along, Gap, draw, measured, units
+from implicitdiff.verification.probes import Along, Gap, draw, measured, units
 from implicitdiff.verification.trials import Trial
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckRow", "DerivativeCheck", "check_derivatives"]
 
-UNKNOWN = 0.5
-"""A comparison that allows more than this says nothing."""
 _NOTHING = "nothing to compare: no derivative is given, and none comes from autodiff"
 
 
@@ -312,6 +311,6 @@ def _pair(name: str, against: str, a: Array, b: Array, trial: Trial) -> CheckRow
     xp = trial.xp
     size = xp.maximum(xp.abs(a), xp.abs(b))
     difference = xp.abs(a - b) / divisor(xp, size)
-    allowed = TOLERANCE if trial.along_z.eps > 1e-10 else 0.1 * TOLERANCE
+    allowed = MISTAKE if trial.along_z.eps > 1e-10 else 0.1 * MISTAKE
     wrong = _any(difference > allowed)
     return CheckRow(name, against, _largest(difference), allowed, "wrong" if wrong else "ok")

@@ -13,15 +13,13 @@ from implicitdiff.linalg.block_operator import SaddleOperator
 from implicitdiff.linalg.equilibration import of_matrix
 from implicitdiff.problem import problem_of
 from implicitdiff.rules import Rules
+from implicitdiff.tolerances import DENSE
 from implicitdiff.typing import ConditionLike
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
 __all__ = ["Regularity", "check_regularity"]
-
-LIMIT = 4096
-"""Largest order of a system that is looked at as a dense matrix."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +145,8 @@ def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend:
     with problem.backend.computing():
         rules = Rules(problem, flat=True)
         op = rules.prepared.operator
-        if op.n > LIMIT:
-            raise InputError(f"the system has {op.n} unknowns; check_regularity looks at dense ones up to {LIMIT}.")
+        if op.n > DENSE:
+            raise InputError(f"the system has {op.n} unknowns; check_regularity looks at dense ones up to {DENSE}.")
         size = rules.check.size()
         return _found(rules, op, float(size))
 

@@ -15,13 +15,9 @@ from implicitdiff.arrays import Array, any_true, divisor, item_norm, named_items
 from implicitdiff.errors import AccuracyWarning, ImplicitDiffError, NoiseError
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.outcome import warn
+from implicitdiff.tolerances import DOUBTFUL, NOISY_DIFFERENCES, TELLING, USELESS
 
 __all__ = ["Confirmation"]
-
-NOISY = 1e-8
-"""Relative error of a product by differences that rounding alone does not explain."""
-DOUBTFUL, TELLING, USELESS = 1e-4, 3e-3, 0.1
-"""Estimated relative errors: to be looked at, to be told, and from which nothing is handed out."""
 
 
 class Confirmation:
@@ -65,7 +61,7 @@ class Confirmation:
         if "finite differences" not in rules.derivatives.values():
             return False
         A = rules.prepared.operator
-        if max(A.accuracy, rules.B.accuracy) > NOISY:
+        if max(A.accuracy, rules.B.accuracy) > NOISY_DIFFERENCES:
             return True
         error = solution.uncertainty(rules.point.backend.xp, A.accuracy)
         return error is not None and any_true(rules.point.backend.xp, error > DOUBTFUL)

@@ -13,13 +13,11 @@ from typing import Any
 from implicitdiff.arrays import Array, quotient
 from implicitdiff.conditions.base import Checked
 from implicitdiff.linalg.vector_space import is_tree_vector
+from implicitdiff.tolerances import MISTAKE_TRACED, STEP_TRACED
 from implicitdiff.verification.probes import draw
 from implicitdiff.verification.trials import function_of
 
 __all__ = ["contradicted"]
-
-WRONG = 0.03
-"""Relative difference that is a mistake."""
 
 
 def contradicted(checked: Checked | None) -> Array | None:
@@ -30,7 +28,7 @@ def contradicted(checked: Checked | None) -> Array | None:
     backend = checked.point.backend
     y, theta = (backend.detached(raveler.vector) for raveler in (checked.point.y, checked.point.theta))
     xp = backend.xp
-    h = 2e-5 if float(xp.finfo(y.dtype).eps) < 1e-10 else 5e-3
+    h = STEP_TRACED.at(xp, y.dtype)
     z, t = draw(xp, y, 0) * xp.abs(y), draw(xp, theta, 1) * xp.abs(theta)  # in the units of y and θ: a zero stays
     middle = function(y, theta)
 
@@ -46,7 +44,7 @@ def contradicted(checked: Checked | None) -> Array | None:
     wrong = xp.vecdot(u, u) < 0
     for (change, bend), number in _numbers(checked, u, z, t, by_y, by_theta):
         seen, unknown = xp.vecdot(u, change), rounding + 10 * xp.vecdot(xp.abs(u), bend)
-        wrong = wrong | (xp.abs(number - seen) > WRONG * xp.maximum(xp.abs(number), xp.abs(seen)) + unknown)
+        wrong = wrong | (xp.abs(number - seen) > MISTAKE_TRACED * xp.maximum(xp.abs(number), xp.abs(seen)) + unknown)
     return wrong
 
 

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, probe_vector
 from implicitdiff.ravel import Raveler
+from implicitdiff.tolerances import MISTAKE
 
 __all__ = ["Along", "Gap", "draw", "measured", "settled", "units"]
 
-TOLERANCE = 1e-2
-"""Relative difference that is no mistake: what users' own approximations by differences come to is less."""
 
 _STEPS = {False: (2e-5, 2e-4, 2e-3, 2e-6, 2e-2, 2e-7, 0.1), True: (5e-3, 2e-2, 1e-3, 8e-2, 2e-4, 0.2)}
 _STEPS_OF_VALUES = {False: (1e-4, 1e-3, 1e-5, 1e-2, 1e-6, 0.1), True: (3e-2, 8e-3, 0.1, 2e-3, 0.3)}
@@ -177,7 +176,7 @@ def settled(found: Array, along: Along, u: Array, shift: Array | None = None) ->
     fine = ~xp.isfinite(found)
     for i in range(len(along.steps)):
         seen = along.seen(u, i)
-        fine = fine | (xp.abs(found - seen) <= 0.1 * TOLERANCE * _size(xp, found, seen, shift))
+        fine = fine | (xp.abs(found - seen) <= 0.1 * MISTAKE * _size(xp, found, seen, shift))
         if bool(xp.all(fine)):
             return True
     return False
@@ -208,4 +207,4 @@ def measured(found: Array, along: Along, u: Array, shift: Array | None = None) -
     size = _size(xp, found, value, shift)
     safe = divisor(xp, size)
     unknown = 10 * best + jump + along.floor(u)
-    return Gap(found, value, xp.abs(found - value) / safe, TOLERANCE + unknown / safe)
+    return Gap(found, value, xp.abs(found - value) / safe, MISTAKE + unknown / safe)

@@ -1,0 +1,139 @@
+"""Every number against which something is judged, each with the reason for its value.
+
+They are relative, and mean the same in any units. Those that depend on the precision of the numbers are `ByPrecision`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["ByPrecision", "is_double"]
+
+
+def is_double(xp: Any, dtype: Any) -> bool:
+    """Whether numbers of that dtype have the 16 digits of double precision."""
+    return float(xp.finfo(dtype).eps) < 1e-10
+
+
+class ByPrecision(NamedTuple):
+    """A number for double and for single precision."""
+
+    double: float
+    single: float
+
+    def at(self, xp: Any, dtype: Any) -> float:
+        """Return the one for a dtype."""
+        return self.double if is_double(xp, dtype) else self.single
+
+    def of(self, eps: float) -> float:
+        """Return the one for a machine epsilon."""
+        return self.double if eps < 1e-10 else self.single
+
+
+# -- the accuracy of A -----------------------------------------------------------------------------------
+ROUNDING = 0.1
+"""Part of the machine epsilon that counts as the error of a product: ten entries of one size average to less."""
+NOISY_PRODUCTS = 1e-9
+"""Relative error of products from which A is assembled: rounding does not explain it."""
+NOISY_DIFFERENCES = 1e-8
+"""The same of differences, which are then taken again at other steps: their own estimate of it is up to tenfold."""
+LOST = 0.03
+"""Estimated relative error of a solution, by that of A, from which A is called singular: no digit can be relied on."""
+UNCERTAIN = 4e-3
+"""The same error, from which it is told: times the factor of a few that the estimate may be off by, one percent."""
+DOUBTFUL, TELLING, USELESS = 1e-4, 3e-3, 0.1
+"""Estimated relative errors of a result by differences: to be looked at, to be told, and from which none is given."""
+SKEW = ByPrecision(1e-5, 1e-3)
+"""Asymmetry up to which a matrix counts as symmetric: noise of finite differences passes."""
+SKEW_SEEN = ByPrecision(1e-6, 1e-3)
+"""The same on one vector, beside the residual, where only products are known: they are exact, or rounded."""
+
+# -- linear solves ---------------------------------------------------------------------------------------
+RESIDUAL = ByPrecision(1e-10, 1e-5)
+"""‖b − A x‖ / ‖b‖ at which an iterative method stops: six digits to spare from rounding in double, two in single."""
+RESIDUAL_OF_OTHERS = ByPrecision(1e-8, 1e-4)
+"""Up to which the solution is accepted of a method that does not judge its own, or is made of two systems."""
+RESIDUAL_ON_SUPPORT = ByPrecision(1e-10, 1e-6)
+"""Of the whole system, where a part of it was solved; times a hundred, since the rest adds rounding of its own."""
+LOOSE, LOOSE_ITERATIONS = 1e-2, 100
+"""Residual and iterations of a solution of which one or two digits are needed."""
+WELL_CONDITIONED = 1e12
+"""Times the machine epsilon: rcond from which a direct method is held to a hundred roundings over that, 1e-10."""
+PROJECTOR = ByPrecision(1e-9, 1e-4)
+"""Relative difference of D D z and D z up to which D is a projection: some roundings of two products."""
+
+# -- units -----------------------------------------------------------------------------------------------
+EVEN = 1.25
+"""Ratio of the sums of two rows up to which they are of one size. More is not asked for: with some patterns of zeros it
+is reached in the limit only, in which the other entries of a row come to nothing."""
+ALIKE = 3
+"""Powers of two between rows that count as the same unit: such a system is left as it is."""
+MIXED = ByPrecision(1e4, 1e2)
+"""Ratio of entries that seem to be in units of their own: squared, times the tolerance of the iterative methods, it is
+one percent."""
+ENERGY_NOISE = 1e-12
+"""Part of the other coordinates' energy below which that between one of them and a flat one is rounding."""
+UNITS_APART = 1e-3
+"""Ratio below which two sizes are not taken for one."""
+STEPS_APART = 2.0**13
+"""Ratio of entries from which on the steps of a proximal gradient seem to be in units of their own."""
+STEP_FAR = 2.0**10
+"""Factor by which a step that is given may be off."""
+STEP_SUITS = 1e-4
+"""Relative error up to which a step for each coordinate reproduces y, and commutes with D."""
+
+# -- y as a solution ---------------------------------------------------------------------------------------
+STEP_OF_COORDINATE = ByPrecision(2e-5, 1e-3)
+"""Newton step, against the coordinate, that is told: what optimisers leave at their default tolerances is less."""
+STEP_OF_VECTOR = ByPrecision(3e-7, 3e-5)
+"""The same against the largest coordinate, below which entries that happen to be tiny raise no alarm."""
+FAR = 0.1
+"""A step above this part of y, in the largest coordinate, is far: NaN where nothing can be told."""
+SAFETY = 30
+"""How much larger than the rounding that was seen once, rounding may be."""
+SLACK = 0.1
+"""How much smaller than seen on one right-hand side the least singular value may be."""
+
+# -- constraints -----------------------------------------------------------------------------------------
+ACTIVE = ByPrecision(1e-6, 3e-4)
+"""Distance, or multiplier, that counts as zero, in its unit: what solvers of programs leave is less."""
+VIOLATED = ByPrecision(1e-4, 1e-2)
+"""Distance that counts as a violation."""
+DEPENDENT = 1e-4
+"""Part of a vector in the null space of the gradients of active constraints from which they are dependent."""
+
+# -- what users give of derivatives ----------------------------------------------------------------------
+MISTAKE = 1e-2
+"""Relative difference that is no mistake: what users' own approximations by differences come to is less."""
+MISTAKE_TRACED = 0.03
+"""The same in a compiled program, where a step cannot be tried again."""
+STEP_TRACED = ByPrecision(2e-5, 5e-3)
+"""Relative step of the difference there: about the cube root of the machine epsilon, where rounding meets curvature."""
+UNKNOWN = 0.5
+"""A comparison that allows more than this says nothing."""
+
+# -- differences -------------------------------------------------------------------------------------------
+AIM = 1e-9
+"""Relative error of a difference at which no other step is tried: what five values give of a smooth function."""
+AIM_OF_WHOLE = 1e-13
+"""The same against the largest derivative, below which rounding of a sum leaves nothing."""
+REFINED = 1e-3
+"""Relative error from which another step is worth its values, even beyond the natural length."""
+VISIBLE = 10
+"""A function moves where it moves by so many times its noise."""
+NOISE_SHOWN = 1e-2
+"""Noise against a change by a coordinate's own size, from which it says nothing of that size."""
+AGREES = 1e-6
+"""Relative difference, beside ten times the errors, of two ways to one derivative, or steps, that agree."""
+COMPLEX_STEP = 1e-20
+"""Step relative to the size of a coordinate; its square is far below rounding."""
+
+# -- orders ----------------------------------------------------------------------------------------------
+SMALL = 256
+"""Up to this order a matrix may be assembled: no more products than an iterative method may need."""
+TINY = 32
+"""Up to this order it is, where values are not seen."""
+DENSE = 4096
+"""Up to this order a matrix is factored after an iterative method failed, or looked at as a whole: 134 MB."""
+EXACT_ASSEMBLY = 1024
+"""Up to this order a missing product is assembled from its exact transpose rather than differenced."""
