@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -89,6 +91,10 @@ def _torch() -> tuple[Library, ...]:
     return (Framework("torch", array_api_compat.torch, per_item=True),)
 
 
+UNFINISHED = "Error reading persistent compilation cache"
+"""JAX reads what another process has not written to its end, and compiles it anew."""
+
+
 def compile_fast() -> None:
     """Let JAX compile in a third of the time: that takes most of the tests' time, and running next to none."""
     flags = "--xla_backend_optimization_level=0"
@@ -97,6 +103,9 @@ def compile_fast() -> None:
         flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", flags)
+    # what one process has compiled, others read: workers, and programs that tests start
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _jax() -> tuple[Library, ...]:
@@ -115,6 +124,12 @@ TORCH, JAX = _torch(), _jax()
 """Empty where the framework is not installed."""
 PLAIN = (NUMPY, STRICT, *TORCH)
 LIBRARIES = (NUMPY, STRICT, READONLY, *TORCH)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector of garbage from the thirty thousand cases: tests and benchmarks that call it wait for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda lib: lib.name)
@@ -167,6 +182,7 @@ def outcome(call: Callable[[], Any]) -> Outcome:
     """Run a call and record what it came to; only `Exception` is caught, so that Ctrl-C stays Ctrl-C."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", UNFINISHED)
         try:
             value, error = call(), None
         except Exception as exception:

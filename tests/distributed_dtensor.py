@@ -1,22 +1,19 @@
-"""One of the processes of test_torch_distributed.py: tensors spread over a mesh of two."""
+"""Cases of distributed_torch.py with tensors spread over a mesh of two."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import implicitdiff as idf
 from implicitdiff import CG, MINRES, ImplicitDiffError, Root, Stationary
 
-RANK, SIZE = int(sys.argv[2]), int(sys.argv[3])
+SIZE = int(sys.argv[3])
 TIGHT = {"cg": CG(rtol=1e-13), "minres": MINRES(rtol=1e-13)}
 
 rng = np.random.default_rng(5)
@@ -148,18 +145,8 @@ def told(mesh: Any, what: str) -> dict[str, str]:
     return {"told": message(lambda: idf.implicit_vjp(condition, y, theta, v, args=data, solver=solver))}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=RANK, world_size=SIZE, timeout=limit)
+def found(case: str) -> dict[str, Any]:
+    """What a case came to."""
+    kind, *rest = case.split(":")
     mesh = init_device_mesh("cpu", (SIZE,))
-    results: dict[str, Any] = {}
-    for case in sys.argv[4:]:
-        kind, *rest = case.split(":")
-        results[case] = {"told": told, "bare": bare}.get(kind, lambda *r, k=kind: compare(r[0], k, *r[1:]))(mesh, *rest)
-    sys.stdout.write(json.dumps(results) + "\n")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return {"told": told, "bare": bare}.get(kind, lambda *r: compare(r[0], kind, *r[1:]))(mesh, *rest)

@@ -1,6 +1,7 @@
 """Derivatives inside of ``jax.shard_map``, on four devices made of the CPU; prints the error of each case.
 
-Run by ``test_jax_sharding``. On each device min over y of ½ yᵀA y + Σ y⁴/4 − yᵀ(θ ∘ d), with data d of its own.
+Run by ``test_jax_sharding``, with the names of solvers. On each device min over y of ½ yᵀA y + Σ y⁴/4 − yᵀ(θ ∘ d), with
+data d of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ A = jnp.array([[2.0, 0.3, 0.0], [0.3, 1.5, 0.1], [0.0, 0.1, 1.0]])
 DATA = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
 THETA = jnp.array([0.5, -1.0, 2.0])
 WEIGHTS = jnp.arange(1.0, 4.0)
-SOLVERS = ("lu", "cholesky", "cg", "minres", "gmres", "auto")
+SOLVERS = sys.argv[1:]
 
 
 def local(y: Any, theta: Any, d: Any) -> Any:

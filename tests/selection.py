@@ -45,16 +45,18 @@ def mark_what_the_cover_leaves(items: list[pytest.Item], strength: int | None = 
     """Mark the cases whose every pair of choices another case of the test has.
 
     On JAX, where nearly every case compiles for a second, each choice occurs once in place of each pair, and the tests
-    of a file are covered as one in which the test is a choice, too; ``cover(together=...)`` says otherwise.
+    of a file are covered as one in which the test is a choice, too; ``cover(together=...)`` says otherwise. Each choice
+    once, too, on array_api_strict: it takes NumPy's path, ten times as slowly, and is there to object to single calls.
     """
     groups: dict[Hashable, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
-            mark, compiles = item.get_closest_marker("cover"), backends(item) == {"jax"}
-            together = mark.kwargs["together"] if mark else compiles
-            groups[item.path, "" if together else item.originalname, compiles].append(item)
-    for (_, test, compiles), cases in groups.items():
-        kept = set(cover([choices(item)[bool(test) :] for item in cases], strength or (1 if compiles else 2)))
+            mark, library = item.get_closest_marker("cover"), backends(item)
+            together = mark.kwargs["together"] if mark else library == {"jax"}
+            slow = min(library & {"jax", "array_api_strict"}, default="") if len(library) == 1 else ""
+            groups[item.path, "" if together else item.originalname, slow].append(item)
+    for (_, test, slow), cases in groups.items():
+        kept = set(cover([choices(item)[bool(test) :] for item in cases], strength or (1 if slow else 2)))
         for index, item in enumerate(cases):
             if index not in kept:
                 item.add_marker("exhaustive")

@@ -21,7 +21,11 @@ from benchmarks.report import Result, Row, Skipped, read_json, table, write_json
 SHORT = Setting(short=True, rounds=1, seconds=0.0)
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+LONG = ("import",)
+"""Seconds; the command of the session `bench` runs them all, and fails at a wrong row."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n in LONG)) for n in cases.CASES])
 def test_every_row_of_the_short_setting_is_right(name):
     rows = cases.CASES[name](SHORT)
     assert rows
@@ -86,13 +90,10 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     assert read_json(tmp_path / "rows.json") == result
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # so does the session `bench`
 @pytest.mark.parametrize(
-    "only",
-    [("batch", "syncs"), pytest.param(("gradient", "jacobian", "batch", "qp", "products", "syncs"),
-                                      marks=pytest.mark.exhaustive)],
-    ids=len,
-)  # fmt: skip
+    "only", [("batch", "syncs"), ("gradient", "jacobian", "batch", "qp", "products", "syncs")], ids=len
+)
 def test_frameworks_are_measured_each_in_a_process_of_its_own(only, monkeypatch, tmp_path):
     keep_environment(monkeypatch)
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)

@@ -184,11 +184,9 @@ def test_the_crossover_lies_where_the_lines_meet():
     assert plots.crossover(cpu, cpu[:1]) is None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # so does the session `bench`
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-@pytest.mark.parametrize(
-    "problem", ["ridge", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("layer", "qp"))]
-)
+@pytest.mark.parametrize("problem", ["ridge", "layer", "qp"])
 def test_the_families_are_right_on_the_frameworks(problem, backend):
     if Where.unavailable(backend, "cpu"):
         pytest.skip(f"{backend} is not installed")

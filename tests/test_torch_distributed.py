@@ -29,6 +29,23 @@ SOLVERS = {
     "stationary": ("cg", "minres", "gmres", "auto"), "given": ("cg", "minres", "auto"), "matrix": ("cg", "auto"),
     "root": ("gmres", "auto"), "fixed point": ("gmres", "auto"),
 }  # fmt: skip
+SHORT = {
+    "stationary:cg", "given:minres", "matrix:auto", "root:gmres", "fixed point:auto",
+    "features:objective:cg", "outputs:grad:cg", "examples:given:cg", "features:objective:minres", "features:root:cg",
+}  # fmt: skip
+"""Each condition, solver and layout once; the other cases are exhaustive."""
+
+
+def cases(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in SHORT)) for name in names]
+
+
+def chosen(request: pytest.FixtureRequest, names: list[str]) -> list[str]:
+    """Return the cases that are asked for in this run."""
+    asked = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    return [name for name in names if name in asked]
+
+
 CASES = [f"{name}:{solver}" for name, solvers in SOLVERS.items() for solver in solvers]
 FAULTS = {
     "y": "InputError: y is not the same",
@@ -67,15 +84,17 @@ def in_two(*commands: list[str], timeout: float = 240, **variables: Any) -> list
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found in every case."""
     meeting = tmp_path_factory.mktemp("torch") / "meeting"
-    script, cases = str(Path(__file__).with_name("distributed_torch.py")), [*CASES, *(f"told:{f}" for f in FAULTS)]
-    printed = in_two(*([script, str(meeting), str(rank), "2", *cases] for rank in range(2)))
+    script = str(Path(__file__).with_name("distributed_torch.py"))
+    run = [*chosen(request, CASES), *(f"told:{f}" for f in FAULTS)]
+    run += [f"dtensor:{case}" for case in (*chosen(request, SPREAD), "bare", *(f"told:{f}" for f in SPREAD_FAULTS))]
+    printed = in_two(*([script, str(meeting), str(rank), "2", *run] for rank in range(2)))
     return [json.loads(text.splitlines()[-1]) for text in printed]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(CASES))
 def test_data_parallel(results: list[dict[str, Any]], case: str) -> None:
     """Every process gets the derivatives of one process with all the data, in as many iterations."""
     for found in results:
@@ -110,6 +129,7 @@ def rendezvous() -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "{}", "WORLD_SIZE": "2"}
 
 
+@pytest.mark.exhaustive
 def test_documented_example() -> None:
     """The example of the documentation, started as torchrun starts it."""
     example = str(EXAMPLES / "torch_data_parallel.py")
@@ -138,16 +158,15 @@ SPREAD_FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def spread(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def spread(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each of two processes found with tensors spread over both."""
-    meeting = tmp_path_factory.mktemp("dtensor") / "meeting"
-    script = str(Path(__file__).with_name("distributed_dtensor.py"))
-    cases = [*SPREAD, "bare", *(f"told:{f}" for f in SPREAD_FAULTS)]
-    printed = in_two(*([script, str(meeting), str(rank), "2", *cases] for rank in range(2)))
-    return [json.loads(text.splitlines()[-1]) for text in printed]
+    return [
+        {name.removeprefix("dtensor:"): value for name, value in found.items() if name.startswith("dtensor:")}
+        for found in results
+    ]
 
 
-@pytest.mark.parametrize("case", SPREAD)
+@pytest.mark.parametrize("case", cases(SPREAD))
 def test_dtensors(spread: list[dict[str, Any]], case: str) -> None:
     """Derivatives of one process, in as many iterations, each with the placements of what it belongs to."""
     for found in spread:
