@@ -149,10 +149,10 @@ class Backend(ABC):
     stretch: float = 1.0
     """Factor of the steps of differences."""
 
-    def varied(self) -> Any:
-        """Return a copy whose differences are taken at other steps."""
+    def varied(self, stretch: float = 0.7) -> Any:
+        """Return a copy whose differences are taken at steps that are longer by a factor."""
         other = copy.copy(self)
-        other.stretch = 0.7
+        other.stretch = stretch
         return other
 
     @abstractmethod

@@ -19,6 +19,7 @@ from implicitdiff.conditions import (
     Stationary,
 )
 from implicitdiff.decorator import implicit_function
+from implicitdiff.error_estimate import ErrorEstimate
 from implicitdiff.errors import (
     AccuracyWarning,
     BackendError,
@@ -27,6 +28,7 @@ from implicitdiff.errors import (
     DTypeError,
     ImplicitDiffError,
     ImplicitDiffWarning,
+    InaccurateError,
     InconsistentDerivativesError,
     InfeasibleError,
     InputError,
@@ -89,9 +91,11 @@ __all__ = [
     "DTypeError",
     "DerivativeCheck",
     "DerivativeError",
+    "ErrorEstimate",
     "FixedPoint",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
+    "InaccurateError",
     "InconsistentDerivativesError",
     "InfeasibleError",
     "InputError",

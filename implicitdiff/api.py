@@ -33,6 +33,16 @@ def linearize(condition: ConditionLike, y: Y, theta: T, **options: Unpack[Option
         Default: read off the arrays.
     batched : bool
         Whether y, theta and the vectors carry a leading axis of independent problems.
+    error : bool
+        Whether to estimate how far off the derivative is, because y is not solved for exactly, nor the linear system,
+        or because of finite differences and rounding: `Report.error`, an `ErrorEstimate`. It costs a fraction of the
+        derivative itself.
+    max_error : float, optional
+        Estimated relative error above which a derivative is a failure, an `InaccurateError` under ``on_failure``.
+    polish : int or "auto"
+        How many Newton steps y − A⁻¹F to take before the derivative, each of which squares its error;
+        `Report.polished_y` is the y that was reached. ``"auto"`` goes on until ``max_error`` is met, or Newton's method
+        stops contracting.
 
     Returns
     -------
@@ -83,7 +93,7 @@ def implicit_vjp(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched
+    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
         See `linearize`.
     cotangent : pytree, like y
         v, the gradient of a loss with respect to y.
@@ -147,7 +157,7 @@ def implicit_jvp(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched
+    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
         See `linearize`.
     tangent : pytree, like theta
         θ̇.
@@ -199,7 +209,7 @@ def implicit_jacobian(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched
+    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
         See `linearize`.
     return_report : bool
         Return ``(value, Report)``.
@@ -262,7 +272,7 @@ def implicit_grad(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched
+    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
         See `linearize`.
     outer : callable or pytree
         The loss ``L(y, theta) -> scalar`` (one scalar per item with ``batched=True``), or the cotangent ∂L/∂y itself,
@@ -303,5 +313,5 @@ def _derivative(
     x0 = options.pop("x0", None)
     vector = None if mode == "gradient" else direction
     lin = linearized(problem_of(condition, y, theta, vector=vector, **options))
-    value = lin._product(mode, direction, x0)
+    value = lin._product(mode, direction, x0, lin.control)
     return (value, lin.report) if return_report else value

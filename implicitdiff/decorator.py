@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, cast, over
 
 from implicitdiff.closures import Memory
 from implicitdiff.compilers import public, untraced
+from implicitdiff.error_estimate import ErrorControl
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.problem import problem_of
@@ -242,6 +243,9 @@ def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **optio
         the solver alone.
     solver, on_failure, backend, batched
         Of the linear solve; see `implicitdiff.linearize`.
+    max_error, polish
+        Of each derivative, as for `linearize`: in the backward pass of Torch and JAX, too. Second derivatives, and
+        Torch's forward mode, are refused with them.
     on_report : callable, optional
         Called with the `Report` of each derivative, when it has been computed: by ``.vjp``, ``.jvp``, ``.jacobian`` and
         ``.linearize``, and in the backward and the forward pass of Torch and JAX. Within ``jax.jit`` it is called
@@ -279,6 +283,7 @@ def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **optio
         kind = type(options["on_report"]).__name__
         raise InputError(f"on_report is {kind}; expected a function that takes a Report.")
     given = completed(FunctionOptions, options)
+    ErrorControl(False, given["max_error"], given["polish"]).check()
 
     def decorate(solve: Callable[..., Any]) -> ImplicitFunction[Any, Any, Any]:
         if not callable(solve):

@@ -20,6 +20,7 @@
         ├── NotPositiveDefiniteError         zero or negative curvature
         ├── NotSymmetricError                A was declared symmetric and is not
         ├── NotConvergedError                the residual is above the tolerance
+        ├── InaccurateError                  the estimated error of the derivative exceeds max_error
         ├── PreconditionerError              the preconditioner is none
         └── NonFiniteProductError (FloatingPointError)  a product holds NaN or Inf
 
@@ -45,6 +46,7 @@ __all__ = [
     "DerivativeError",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
+    "InaccurateError",
     "InconsistentDerivativesError",
     "InfeasibleError",
     "InputError",
@@ -151,6 +153,10 @@ class NotSymmetricError(SolveError):
 
 class NotConvergedError(SolveError):
     """An iterative method stopped with a residual above its tolerance."""
+
+
+class InaccurateError(SolveError):
+    """The estimated error of a derivative exceeds ``max_error``; ``report.error`` says by how much, and why."""
 
 
 class PreconditionerError(SolveError):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
+from implicitdiff.accuracy import inaccuracy, inaccurate, nan_items, shown
 from implicitdiff.arrays import Array, any_true
+from implicitdiff.certificate import Estimate
 from implicitdiff.compilers import untraced
+from implicitdiff.conditions import as_condition
 from implicitdiff.diagnosis import error_from, reject_non_finite
+from implicitdiff.error_estimate import NOTHING, ErrorControl, ErrorEstimate, Polish
 from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
 from implicitdiff.linalg.solve import make_report, method_of
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, settle
+from implicitdiff.polishing import polished
 from implicitdiff.problem import Problem
 from implicitdiff.records import brief
 from implicitdiff.rules import Rules, Run
@@ -40,6 +46,10 @@ class Linearization(Generic[Y, T]):
 
     _shown: Report | None = None
     _verified: bool = False
+    estimate: Estimate | None = None
+    mode: Mode = Mode.EAGER
+    by_newton: bool = False
+    """Whether y is still on its way to the solution, so that nobody need be told how far that is."""
 
     def __init__(self, problem: Problem) -> None:
         self.y, self.theta = problem.y, problem.theta
@@ -68,7 +78,10 @@ class Linearization(Generic[Y, T]):
 
     # -- public --------------------------------------------------------------------------------------
     @untraced
-    def vjp(self, cotangent: Any, *, x0: Array | None = None) -> T:
+    def vjp(
+        self, cotangent: Any, *, x0: Array | None = None, error: bool | None = None, max_error: float | None = None,
+        polish: Polish | None = None,
+    ) -> T:  # fmt: skip
         """−Bᵀ A⁻ᵀ v.
 
         Parameters
@@ -77,6 +90,12 @@ class Linearization(Generic[Y, T]):
             v, the gradient of a loss with respect to y.
         x0 : array, shape (n,), optional
             Warm start for the raveled adjoint u (``report.solution`` of an earlier call).
+        error : bool, optional
+            Whether to estimate how far off the result is (`Report.error`); by default as `linearize` was asked.
+        max_error : float, optional
+            Estimated relative error above which the result is a failure.
+        polish : int or "auto", optional
+            Newton steps from y before the derivative is taken.
 
         Returns
         -------
@@ -87,10 +106,13 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("vjp", cotangent, x0)
+        return self._product("vjp", cotangent, x0, self.control.but(error, max_error, polish))
 
     @untraced
-    def jvp(self, tangent: Any, *, x0: Array | None = None) -> Y:
+    def jvp(
+        self, tangent: Any, *, x0: Array | None = None, error: bool | None = None, max_error: float | None = None,
+        polish: Polish | None = None,
+    ) -> Y:  # fmt: skip
         """Derivative of y along a tangent of θ: the solution w of A w = −B θ̇.
 
         Parameters
@@ -99,6 +121,8 @@ class Linearization(Generic[Y, T]):
             θ̇.
         x0 : array, shape (n,), optional
             Warm start for the raveled w.
+        error, max_error, polish
+            See `vjp`.
 
         Returns
         -------
@@ -109,13 +133,21 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("jvp", tangent, x0)
+        return self._product("jvp", tangent, x0, self.control.but(error, max_error, polish))
 
     @untraced
-    def jacobian(self) -> Any:
+    def jacobian(
+        self, *, error: bool | None = None, max_error: float | None = None, polish: Polish | None = None
+    ) -> Any:
         """Dense dy/dθ.
 
         All columns are solved together, forward for m <= n and in reverse otherwise.
+
+        Parameters
+        ----------
+        error, max_error, polish
+            See `vjp`. The error of a Jacobian is estimated along four random directions, or in full where A is
+            factored.
 
         Returns
         -------
@@ -127,10 +159,13 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("jacobian", None, None)
+        return self._product("jacobian", None, None, self.control.but(error, max_error, polish))
 
     @untraced
-    def gradient(self, outer: Any, x0: Array | None = None) -> T:
+    def gradient(
+        self, outer: Any, x0: Array | None = None, *, error: bool | None = None, max_error: float | None = None,
+        polish: Polish | None = None,
+    ) -> T:  # fmt: skip
         """Total gradient of a loss ``L(y, theta) -> scalar``: ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
 
         Parameters
@@ -139,6 +174,8 @@ class Linearization(Generic[Y, T]):
             L; with ``batched=True`` it returns one scalar per item.
         x0 : array, shape (n,), optional
             Warm start for the raveled adjoint.
+        error, max_error, polish
+            See `vjp`.
 
         Returns
         -------
@@ -149,7 +186,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("gradient", outer, x0)
+        return self._product("gradient", outer, x0, self.control.but(error, max_error, polish))
 
     @property
     @untraced
@@ -161,25 +198,47 @@ class Linearization(Generic[Y, T]):
     @untraced
     def solve(self, b: Array, *, transposed: bool = False) -> Array:
         """A⁻¹ b, or A⁻ᵀ b, for raveled right-hand sides (*rhs, *items, n); failures as for `vjp`."""
-        return self._product("solve_adjoint" if transposed else "solve", b, None)
+        return self._product("solve_adjoint" if transposed else "solve", b, None, NOTHING)
 
     @untraced
     def pullback(self, v: Array) -> Array:
         """−Bᵀ A⁻ᵀ v for raveled cotangents (*rhs, *items, n); failures as for `vjp`."""
-        return self._product("pullback", v, None)
+        return self._product("pullback", v, None, self.control)
 
     # -- inside --------------------------------------------------------------------------------------
-    def _product(self, mode: str, direction: Any, x0: Any = None) -> Any:
-        """Run a mode of the rules, judge what was seen, and hand the value over."""
-        problem, xp, settings = self._problem, self._problem.backend.xp, self._problem.settings
+    @property
+    def control(self) -> ErrorControl:
+        """What is asked for beside each derivative."""
+        return self._asked.settings.control
+
+    def _product(self, mode: str, direction: Any, x0: Any, control: ErrorControl) -> Any:
+        """Run a mode of the rules, and hand the value over, or the error."""
+        if control.polish == 0:
+            value, error = self.attempt(mode, direction, x0, control)
+        else:
+            lin, (value, error) = polished(self, mode, direction, x0, control)
+            self.mode = lin.mode
+            self._run, self._shown = None, None if lin.report is None else replace(lin.report, polished_y=lin.y)
+        settings = self._problem.settings
+        if settings.on_report is not None and self.mode is not Mode.INLINE and self.report is not None:
+            settings.on_report(self.report)
+        if error is not None:  # with the value attached: nothing is lost
+            error.value, error.report = value, self.report
+            settle(error, settings.on_failure)
+        return value
+
+    def attempt(self, mode: str, direction: Any, x0: Any, control: ErrorControl) -> tuple[Any, SolveError | None]:
+        """Run a mode of the rules, judge what was seen; return the value, and the error if it failed."""
+        problem, xp = self._problem, self._problem.backend.xp
         with problem.backend.computing():
             if mode == "gradient":
                 seen = problem.backend.local(self.y, self.theta)
                 point = (lambda: self._rules.point) if seen else None
                 check_outer(direction, problem.backend, self.y, self.theta, point)
-            self._run = run = self._runner(mode, direction, x0)
+            self._run = run = self._runner(mode, direction, x0, estimate=control.estimates)
+            self.estimate, self.mode = run.estimate, run.mode
             if run.mode is Mode.INLINE:
-                return run.value
+                return self._limited(run, control), None
             error = self._error_from(run, mode, direction)
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
                 # a failed solve is blamed on A only if A is what it should be
@@ -188,15 +247,33 @@ class Linearization(Generic[Y, T]):
                 self._verified = True
             if error is None and run.rules is not None:
                 self._confirmation.check(run.rules, run.diagnostics.solution, mode, direction, x0)
-        if settings.on_report is not None and self.report is not None:
-            settings.on_report(self.report)
-        if error is not None:  # with the value attached: nothing is lost
-            error.value, error.report = run.value, self.report
-            settle(error, settings.on_failure)
-        return run.value
+            if error is None and run.estimate is not None and control.max_error is not None:
+                found = cast("ErrorEstimate", cast("Report", self.report).error)
+                error = inaccuracy(problem.backend, run.estimate, control.max_error, found)
+                return self._limited(run, control), error
+            return run.value, error
+
+    def _limited(self, run: Run, control: ErrorControl) -> Any:
+        """NaN in items whose estimated error is above the limit, where that is asked for or nothing can be raised."""
+        mode, limit = self._problem.settings.on_failure, control.max_error
+        if run.estimate is None or limit is None or mode == "ignore" or (run.mode is not Mode.INLINE and mode != "nan"):
+            return run.value
+        return nan_items(self._problem.backend, run.value, inaccurate(run.estimate, limit))
+
+    def newton(self) -> Any:
+        """y − A⁻¹F(y, θ), structured like y: a step of Newton's method."""
+        with self._problem.backend.computing():
+            return self._runner.newton()
+
+    def moved(self, y: Any) -> Linearization[Any, Any]:
+        """Return the linearisation at another y."""
+        p = self._problem
+        quiet = replace(p.settings, on_report=None, control=NOTHING)
+        return Linearization(replace(p, y=y, condition=as_condition(p.condition).elsewhere(), settings=quiet))
 
     def _error_from(self, run: Run, mode: str, direction: Any) -> SolveError | None:
         if run.rules is not None:
+            run.rules.solution_warned = run.rules.solution_warned or self.by_newton
             return error_from(run.diagnostics, run.rules, method_of(run.diagnostics.solution, run.methods)[0])
         if bool(run.clean):  # one look at what a compiled program found
             return None
@@ -218,6 +295,7 @@ class Linearization(Generic[Y, T]):
         for raveler, vector, name in ravelers:
             if not bool(point.backend.xp.all(raveler.space.finite(vector))):
                 reject_non_finite(problem, raveler, vector, name)
+        rules.solution_warned = rules.solution_warned or self.by_newton
         rules.kinds.update({"outer": ""} if mode == "gradient" else {})
         return error_from(run.diagnostics, rules, method_of(run.diagnostics.solution, run.methods)[0])
 
@@ -230,10 +308,14 @@ class Linearization(Generic[Y, T]):
         return Rules(self._problem, flat=True)
 
     def _report(self, run: Run) -> Report:
-        e = run.diagnostics
-        return make_report(
+        e, problem = run.diagnostics, self._problem
+        found = make_report(
             e.solution, run.damping, run.methods, run.seconds, e.step.size, run.derivatives, run.mode, ~e.step.unsolved
         )
+        if run.estimate is None:
+            return found
+        visible, condition = run.mode is not Mode.INLINE, as_condition(problem.condition)
+        return replace(found, error=shown(problem.backend, run.estimate, condition, visible=visible))
 
 
 def linearized(problem: Problem) -> Linearization[Any, Any]:

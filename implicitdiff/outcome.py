@@ -25,6 +25,7 @@ from implicitdiff.errors import (
 from implicitdiff.records import Record, brief, html_table
 
 if TYPE_CHECKING:
+    from implicitdiff.error_estimate import ErrorEstimate
     from implicitdiff.linalg.operator import Operator
 
 __all__ = ["MODES", "Counts", "Report", "Status", "check_mode", "explain", "settle", "tally", "warn"]
@@ -145,6 +146,10 @@ class Report(Record):
         Estimate of the reciprocal condition number of the equilibrated matrix, from direct solvers.
     damping : float
         The δ of (A + δI) that was solved with.
+    error : ErrorEstimate or None
+        How far off the derivative is, estimated; where ``error=True`` or ``max_error`` asked for it.
+    polished_y : pytree or None
+        The y at which the derivative was taken, where ``polish`` moved it.
     solution : array, optional
         The raveled solution of the linear system, shape (..., n): a warm start ``x0`` for the next.
     """
@@ -162,6 +167,8 @@ class Report(Record):
     rcond: Any = None
     damping: float = 0.0
     solved: Any = None
+    error: ErrorEstimate | None = None
+    polished_y: Any = field(default=None, compare=False)
     solution: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -175,7 +182,9 @@ class Report(Record):
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         for name, value in self.__dict__.items():
-            if name != "solution" and value is not None:
+            if name == "error" and value is not None:
+                yield name, f"{value.relative} (relative), {value.cause}; trusted: {value.trusted}"
+            elif name not in {"solution", "polished_y"} and value is not None:
                 yield name, tally(value) if name == "status" else str(value)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from implicitdiff.error_estimate import NOTHING, ErrorControl, Polish
 from implicitdiff.outcome import Report, check_mode
 from implicitdiff.pytree import copied, map_leaves
 from implicitdiff.registry import backend_for, get_backend, portable
@@ -26,11 +27,14 @@ class Settings:
     on_failure : str
     on_report : callable, optional
         Receives the report of each product.
+    control : ErrorControl
+        What is asked for beside a derivative: an estimate of its error, a limit, Newton steps.
     """
 
     solver: Any = "auto"
     on_failure: str = "raise"
     on_report: Callable[[Report], object] | None = None
+    control: ErrorControl = NOTHING
 
     def __post_init__(self) -> None:
         check_mode(self.on_failure)
@@ -70,13 +74,14 @@ class Problem:
 
 def problem_of(
     condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), backend: Any = None, batched: bool = False,
-    copy: bool = False, vector: Any = None, **settings: Any,
+    copy: bool = False, vector: Any = None, error: bool = False, max_error: float | None = None, polish: Polish = 0,
+    **settings: Any,
 ) -> Problem:  # fmt: skip
     """Return the problem of what was given by name; without a backend, with that of the arrays.
 
     ``vector`` is a cotangent or tangent that follows; like ``args`` it may be an array of JAX beside NumPy's.
     """
-    chosen = Settings(**settings)
+    chosen = Settings(**settings, control=ErrorControl(error, max_error, polish).check())
     engine = _backend(backend, y, theta, (args, vector))
     args = tuple(map_leaves(copied, tuple(args))) if copy else tuple(args)  # they may be filled anew afterwards
     return Problem(engine, condition, y, theta, args, chosen, batched, copy)

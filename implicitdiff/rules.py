@@ -16,11 +16,12 @@ inside a compiled program, and is judged outside of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from implicitdiff.arrays import Array, any_true, needed
+from implicitdiff.certificate import Estimate, Product, certify, newton_step
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
@@ -93,6 +94,8 @@ class Run(NamedTuple):
     """From a compiled program, whether there is nothing to tell."""
     certain: Any = None
     """Makes sure of what the program left in doubt of y as a solution."""
+    estimate: Estimate | None = None
+    """Of the error, where it was asked for."""
 
 
 class Rules:
@@ -103,9 +106,13 @@ class Rules:
     problem : Problem
     flat : bool
         Whether to concatenate the leaves even where the method could do without.
+    choices : object, optional
+        Of another point, whose form of the system this one is to have (`Maps.choices`).
+    trial : bool
+        Whether this is a point of our own, at which nothing is to be raised.
     """
 
-    def __init__(self, problem: Problem, *, flat: bool = False) -> None:
+    def __init__(self, problem: Problem, *, flat: bool = False, choices: Any = None, trial: bool = False) -> None:
         engine, settings, condition = problem.backend, problem.settings, as_condition(problem.condition)
         solver = get_solver(settings.solver)
         keep = not flat and _may_stay_trees(problem, condition, solver)
@@ -118,9 +125,11 @@ class Rules:
         y, theta = raveled(problem.y, "y"), raveled(problem.theta, "theta")
         y.check_partner(theta)
         self.point = Point(engine, y, theta, tuple(problem.args))
+        self.point.choices, self.trial = choices, trial
         self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
         maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
         self.condition, self.B, self.at = condition, maps.B, maps.at
+        self.maps, self.product = maps, cast("Product", None)
         self.embedding, self.scale = maps.embedding, maps.scale
         self.observations, self.checked = maps.observations, maps.checked
         self.prepared = prepare(maps.A, condition.routed(solver), nan_on_failure=self.nan_on_failure)
@@ -138,18 +147,26 @@ class Rules:
     def _finite(self, x: Any, raveler: Raveler, name: str) -> Array:
         """Whether the items of a vector are finite; where values are seen, one that is not is told at once."""
         finite = raveler.finite(x) if x.shape[-1] == raveler.n else self.problem.backend.space(x).finite(x)
-        if not self.problem.backend.traced and any_true(self.problem.backend.xp, ~finite):
+        if not self.trial and not self.problem.backend.traced and any_true(self.problem.backend.xp, ~finite):
             reject_non_finite(self.problem, raveler, x, name)
         return finite
 
-    def __call__(self, mode: str, direction: Any, x0: Any) -> Run:
-        """Run a mode."""
-        rules = self
-        if mode == "jacobian" and isinstance(self.point.y, LeafRaveler):  # dense: there is no keeping leaves apart
-            rules = Rules(self.problem, flat=True)
+    @cached_property
+    def flat(self) -> Rules:
+        """The same on vectors that are one array."""
+        return Rules(self.problem, flat=True) if isinstance(self.point.y, LeafRaveler) else self
+
+    def __call__(self, mode: str, direction: Any, x0: Any, *, estimate: bool = False) -> Run:
+        """Run a mode, and estimate its error if asked to."""
+        # a Jacobian is dense: there is no keeping leaves apart
+        rules = self.flat if estimate or mode == "jacobian" else self
         value, diagnostics = getattr(rules, mode)(direction, x0)
-        p, way = rules.prepared, self.problem.backend.mode
-        return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, way)
+        p, way, found = rules.prepared, self.problem.backend.mode, certify(rules) if estimate else None
+        return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, way, estimate=found)
+
+    def newton(self) -> Any:
+        """y − A⁻¹F(y, θ), as a tree; y itself in items where that could not be solved for."""
+        return newton_step(self.flat)
 
     # -- the modes -----------------------------------------------------------------------------------
     def vjp(self, cotangent: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
@@ -157,14 +174,14 @@ class Rules:
         raveler = self.point.y
         v = raveler.like(cotangent, "cotangent", dtype=raveler.dtype)
         g, diagnostics = self._pull(v, x0, self.inputs & self._finite(v, raveler, "cotangent"))
-        return self.point.theta.unravel(g), diagnostics
+        return self.product.tree(g), diagnostics
 
     def jvp(self, tangent: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
         """The solution w of A w = −B θ̇."""
         raveler = self.point.theta
         t = raveler.like(tangent, "tangent", dtype=raveler.dtype)
-        w, diagnostics = self._push(self.B.matvec(t), x0, self.inputs & self._finite(t, raveler, "tangent"), t)
-        return self.point.y.unravel(w), diagnostics
+        w, diagnostics = self._push(lambda at: at.B.matvec(t), x0, self.inputs & self._finite(t, raveler, "tangent"), t)
+        return self.product.tree(w), diagnostics
 
     def tangent(self, tangent: Any, *, solution_checked: bool = False) -> Any:
         """w of A w = −B θ̇, as a linear function of θ̇ and nothing else: no look at what θ̇ is.
@@ -177,7 +194,7 @@ class Rules:
         if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
             b = self.point.backend.space(b).scale(mask, b)
         solve: Any = self.point.backend.linear or Prepared.solve
-        w = self._restricted(solve(self.prepared, -b, None, False).x)
+        w = self.restricted(solve(self.prepared, -b, None, False).x)
         return self.point.y.unravel(w if mask is None else self.point.y.space.scale(mask, w))
 
     def _mask(self, solution_checked: bool) -> Array:
@@ -194,29 +211,47 @@ class Rules:
     def gradient(self, outer: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
         """∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y."""
         p = self.point
-        loss = p.scalar_function(outer, "outer", args=())
-        by_y, by_theta, kind = p.backend.gradients(loss, p.y.vector, p.theta.vector)
+
+        def loss_at(at: Rules) -> Any:
+            return at.point.scalar_function(outer, "outer", args=())
+
+        def slopes(at: Rules) -> tuple[Array, Array, str]:
+            return at.point.backend.gradients(loss_at(at), at.point.y.vector, at.point.theta.vector)
+
+        loss, (by_y, by_theta, kind) = loss_at(self), slopes(self)
         self.kinds["outer"] = kind
         if not p.backend.traced and bool(p.y.space.is_zero(by_y)) and bool(p.theta.space.is_zero(by_theta)):
             check_loss(p, loss)
         right = p.y.space.finite(by_y) & p.theta.space.finite(by_theta)
         g, diagnostics = self._pull(by_y, x0, self.inputs, right)
-        return p.theta.unravel(by_theta + g), diagnostics
+        g = by_theta + g
+        self.product = self.product._replace(
+            right=lambda at: (at.embedded((found := slopes(at))[0]), found[1]), value=g, beside=by_theta,
+            loss=lambda at: loss_at(at)(at.point.y.vector, at.point.theta.vector),
+        )  # fmt: skip
+        return self.product.tree(g), diagnostics
 
     def jacobian(self, direction: None = None, x0: None = None) -> tuple[Any, Diagnostics]:
         """Dense dy/dθ: all columns together, forward for m <= n and in reverse otherwise."""
         p = self.point
         xp, n, m, items = p.backend.xp, p.y.n, p.theta.n, p.items
         if m <= n or n == 0:
-            b = xp.zeros((m, *items, self.B.rows), dtype=p.y.dtype, device=p.y.device)
-            if n and m:
-                b = xp.moveaxis(self.B.dense(), -1, 0)
-            w, diagnostics = self._push(b, None, self.inputs, p.theta.vector + 1)
-            return p.nest(xp.moveaxis(w, 0, -1)), diagnostics
+
+            def columns(at: Rules) -> Array:
+                if n and m:
+                    return xp.moveaxis(at.B.dense(), -1, 0)
+                return xp.zeros((m, *items, at.B.rows), dtype=p.y.dtype, device=p.y.device)
+
+            w, diagnostics = self._push(columns, None, self.inputs, p.theta.vector + 1)
+            return self._nested(w, lambda w: p.nest(xp.moveaxis(w, 0, -1))), diagnostics
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
         rows, diagnostics = self._pull(unit, None, self.inputs)
-        return p.nest(xp.moveaxis(rows, 0, -2)), diagnostics
+        return self._nested(rows, lambda rows: p.nest(xp.moveaxis(rows, 0, -2))), diagnostics
+
+    def _nested(self, value: Array, nest: Callable[[Array], Any]) -> Any:
+        self.product = self.product._replace(tree=nest)
+        return nest(value)
 
     def solve(self, b: Any, x0: None = None) -> tuple[Any, Diagnostics]:
         """A⁻¹ b for raveled vectors, of F as it is: whatever scale the system has."""
@@ -239,25 +274,30 @@ class Rules:
         return value if self.scale is None else self.scale * value, diagnostics
 
     # -- vectors -------------------------------------------------------------------------------------
-    def _push(self, b: Any, x0: Any, inputs: Array, t: Any) -> tuple[Any, Diagnostics]:
-        """−A⁻¹ b."""
-        p = self.point
+    def _push(self, image: Callable[[Rules], Any], x0: Any, inputs: Array, t: Any) -> tuple[Any, Diagnostics]:
+        """−A⁻¹ b, with b what B makes of t."""
+        p, b = self.point, image(self)
         space = p.backend.space(b)
         zero_product = space.is_zero(b) & ~p.theta.space.is_zero(t)
         right, b = self._per_item(space.finite(b)), -b
         solution = self._solve(b, x0, inputs, transposed=False)
         diagnostics = self._diagnostics(solution, b, False, inputs, zero_product)
-        self.latest = "y", self._restricted(solution.x)
+        self.latest = "y", self.restricted(solution.x)
+        self.product = Product(False, lambda at: (-image(at), 0), b, solution, self.latest[1], p.y.unravel)
         return self._nan_where_failed(self.latest[1], diagnostics._replace(right=right))
 
-    def _restricted(self, x: Any) -> Any:
+    def restricted(self, x: Any) -> Any:
         """The part of the system's unknowns that is y."""
         return x if self.embedding is None else self.embedding.restrict(x)
+
+    def embedded(self, v: Any) -> Any:
+        """A cotangent of y as a right-hand side of the transposed system."""
+        return v if self.embedding is None else self.embedding.embed(v)
 
     def _pull(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v."""
         space = self.point.backend.space
-        b = v if self.embedding is None else self.embedding.embed(v)
+        b = self.embedded(v)
         solution = self._solve(b, x0, inputs, transposed=True)
         u = solution.x
         g = -self.B.rmatvec(u)
@@ -266,6 +306,7 @@ class Rules:
         diagnostics = self._diagnostics(solution, b, True, inputs, zero_product)
         right = diagnostics.right if right is None else right
         self.latest = "theta", g
+        self.product = Product(True, lambda at: (at.embedded(v), 0), b, solution, g, theta.unravel)
         return self._nan_where_failed(g, diagnostics._replace(right=right, image=self._per_item(theta.finite(g))))
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:

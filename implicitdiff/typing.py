@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions import Condition
+from implicitdiff.error_estimate import Polish
 from implicitdiff.outcome import Report
 
 __all__ = [
@@ -62,12 +63,17 @@ class FunctionOptions(SolveOptions, total=False):
     """... of a wrapped solver."""
 
     on_report: Callable[[Report], object] | None
+    max_error: float | None
+    polish: Polish
 
 
 class Options(SolveOptions, total=False):
     """... of a condition at a point."""
 
     args: tuple[Any, ...]
+    error: bool
+    max_error: float | None
+    polish: Polish
 
 
 class StartedOptions(Options, total=False):
@@ -87,7 +93,8 @@ class SystemOptions(SolveOptions, total=False):
 
 DEFAULTS: dict[str, Any] = {
     "solver": "auto", "on_failure": "raise", "backend": None, "batched": False, "args": (), "x0": None,
-    "symmetric": None, "positive_definite": None, "transpose": None, "on_report": None,
+    "symmetric": None, "positive_definite": None, "transpose": None, "on_report": None, "error": False,
+    "max_error": None, "polish": 0,
 }  # fmt: skip
 """What an option is where it is not given."""
 

@@ -22,7 +22,18 @@ CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
 
 # From the leaves up. A module may import what stands on an earlier line, and of its own line what makes no cycle.
 LAYERS = (
-    ("errors", "mode", "tolerances", "arrays", "pytree", "compilers", "closures", "namespaces", "records"),
+    (
+        "errors",
+        "mode",
+        "tolerances",
+        "arrays",
+        "pytree",
+        "compilers",
+        "closures",
+        "namespaces",
+        "records",
+        "error_estimate",
+    ),
     ("outcome",),
     ("projections", "proxes"),
     ("linalg.__init__", "linalg.vector_space", "ravel", "registry"),
@@ -36,6 +47,9 @@ LAYERS = (
         "conditions",
         "verification",
         "curvature",
+        "certificate",
+        "accuracy",
+        "polishing",
         "rules",
         "typing",
         "diagnosis",

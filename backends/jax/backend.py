@@ -15,7 +15,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.jax.derivatives import Derivatives
 from implicitdiff.backends.jax.function import differentiable_call
-from implicitdiff.backends.jax.programs import Runner
+from implicitdiff.backends.jax.runner import Runner
 from implicitdiff.backends.jax.space import JaxSpace, JaxTreeSpace
 from implicitdiff.backends.jax.systems import solved
 from implicitdiff.backends.jax.tracers import is_traced
@@ -251,6 +251,8 @@ class _Inline(JaxBackend):
                 if prepared.on_solved is not None:  # what was assembled belongs to each: one alone may be run
                     prepared.counted = 0
                 solution = prepared.solve(right, None if flipped else x0, transposed=transposed ^ flipped)
+                if prepared.limit is not None:
+                    solution = prepared.limit(solution, right, transposed ^ flipped)
                 if prepared.on_solved is not None:
                     prepared.on_solved(solution, right, transposed ^ flipped)
                 return alike((solution.x, solution._replace(x=None)))

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from implicitdiff.accuracy import inaccurate
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.jax.auxiliary import unknown_tangent
 from implicitdiff.backends.jax.contents import captures_differentiated
-from implicitdiff.backends.jax.programs import call_for, looked_at, program_for
+from implicitdiff.backends.jax.programs import call_for, program_for
 from implicitdiff.backends.jax.reports import hand_out_solved
 from implicitdiff.backends.jax.rules import arrays_of, functions_of
+from implicitdiff.backends.jax.runner import looked_at, newtons
 from implicitdiff.backends.jax.tracers import is_traced
 from implicitdiff.backends.jax.watch import Watch
+from implicitdiff.certificate import certify_adjoint
+from implicitdiff.conditions import as_condition
 from implicitdiff.diagnosis import warn_not_solution
 from implicitdiff.errors import CallbackError, DerivativeError
+from implicitdiff.linalg.solve import Solution
 from implicitdiff.problem import Problem, problem_of
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules
@@ -82,6 +87,9 @@ def differentiable_call(
         options = {**function.options, "backend": backend}
         with function.explaining(y):
             problem = problem_of(function.condition, y, theta, args=statics.join(arrays)[0], **options)
+            if problem.settings.control.wanted:
+                y, theta = once((y, theta))
+                problem = replace(problem, y=y, theta=theta)
             w = _tangent(problem, _instantiated(theta, theta_dot))
         return out, (w, unknown_tangent(_instantiated(theta, theta_dot), out[1])) if function.has_aux else w
 
@@ -203,9 +211,29 @@ def _instantiated(theta: Any, tangent: Any) -> Any:
     return jax.tree.unflatten(treedef, full)
 
 
+@jax.custom_jvp
+def once(point: Any) -> Any:
+    """Return y and θ, of which no second derivative is taken."""
+    return point
+
+
+@once.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise DerivativeError(
+        "a second derivative of the solution is asked for, together with max_error or polish.\n"
+        "Likely cause: what they do is of first order: a y that was polished, and an estimate, have no derivative.\n"
+        "Next: take it without them, at a y that is solved for."
+    )
+
+
 def _tangent(problem: Problem, tangent: Any) -> Any:
     """The solution w of A w = −B θ̇, from a program that JAX may transform further."""
     known = not is_traced(problem.y, problem.theta, problem.args, arrays_of(problem.condition))
+    control, backend = problem.settings.control, cast("Any", problem.backend)
+    if control.polish != 0:
+        y = newtons(problem, control.polish, backend.inline)
+        problem = replace(problem, y=y, condition=as_condition(problem.condition).elsewhere())
+        problem = replace(problem, settings=replace(problem.settings, control=control._replace(polish=0)))
     if known:  # numbers: what jit could not tell, is told here
         _look_at_point(problem)
     watch = Watch(problem) if known else None
@@ -222,10 +250,22 @@ def _tangent(problem: Problem, tangent: Any) -> Any:
 
 def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, tangent: Any) -> Any:
     problem = replace(call.problem_at(y, theta, dynamic), backend=call.problem.backend.inline)
-    rules = Rules(problem)
+    limit = problem.settings.control.max_error
+    rules = Rules(problem, flat=limit is not None)
+    if limit is not None:
+        rules.prepared.limit = partial(_limited, rules, limit)
     if problem.settings.on_report is not None:
         rules.prepared.on_solved = partial(hand_out_solved, rules)
     return rules.tangent(tangent, solution_checked=call.mode != "tangent")
+
+
+def _limited(rules: Rules, max_error: float, solution: Solution, b: Any, transposed: bool) -> Solution:
+    """NaN for an adjoint whose derivative is off by more than it may be; forward, θ̇ is not seen here (see `Watch`)."""
+    if not transposed:
+        return solution
+    bad = inaccurate(certify_adjoint(rules, solution, b), max_error)
+    space = rules.point.backend.space(solution.x)
+    return solution._replace(x=space.select(jnp.broadcast_to(bad, space.items), space.nan(), solution.x))
 
 
 def _look_at_point(problem: Problem) -> None:

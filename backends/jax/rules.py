@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from implicitdiff.certificate import certify
 from implicitdiff.errors import ShapeError
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
@@ -43,15 +44,18 @@ def filled(condition: Any, arrays: dict[str, Any]) -> Any:
     return filled
 
 
-def run_rules(problem: Problem, mode: str, direction: Any, x0: Any) -> tuple[Any, Any, Rules]:
-    """Run a mode of the rules; for a batch those of one item, mapped over the items.
+def run_rules(
+    problem: Problem, mode: str, direction: Any, x0: Any, *, estimate: bool = False
+) -> tuple[Any, Any, Any, Rules]:
+    """Run a mode of the rules, and estimate its error if asked to; for a batch those of one item, mapped.
 
     XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
     """
-    flat = mode == "jacobian"
+    flat = estimate or mode == "jacobian"
     if not problem.batched or not _check_items(problem, mode, direction, x0):
         rules = Rules(problem, flat=flat)
-        return *getattr(rules, mode)(direction, x0), rules
+        value, diagnostics = getattr(rules, mode)(direction, x0)
+        return value, diagnostics, certify(rules) if estimate else None, rules
     made: list[Rules] = []
     each = {name: value for name, value in arrays_of(problem.condition).items() if name in problem.condition.per_item}
 
@@ -59,11 +63,11 @@ def run_rules(problem: Problem, mode: str, direction: Any, x0: Any) -> tuple[Any
         condition = filled(problem.condition, each)
         rules = Rules(replace(problem, y=y, theta=theta, condition=condition, batched=False), flat=flat)
         made.append(rules)
-        return getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
+        value, diagnostics = getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
+        return value, diagnostics, certify(rules) if estimate else None
 
     vector = None if mode == "gradient" else direction
-    value, diagnostics = jax.vmap(one)(problem.y, problem.theta, vector, x0, each)
-    return value, diagnostics, made[-1]
+    return *jax.vmap(one)(problem.y, problem.theta, vector, x0, each), made[-1]
 
 
 def _check_items(problem: Problem, mode: str, direction: Any, x0: Any) -> int:

@@ -20,9 +20,10 @@ from implicitdiff.backends.torch.problem import (
     refuse_recorded,
     under_transform,
 )
-from implicitdiff.backends.torch.refusal import owned, with_refused
+from implicitdiff.backends.torch.refusal import owned, uncertified, with_refused
 from implicitdiff.compilers import is_within_compiled
 from implicitdiff.conditions.point import Point
+from implicitdiff.error_estimate import ErrorControl
 from implicitdiff.linearization import Linearization
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten
@@ -55,14 +56,15 @@ class TorchLinearization(Linearization[Any, Any]):
             super().__init__(replace(problem, backend=self._engine))
         self._asked = problem
 
-    def _product(self, mode: str, direction: Any, x0: Any = None) -> Any:
+    def _product(self, mode: str, direction: Any, x0: Any, control: ErrorControl) -> Any:
         if mode == "gradient":
             refuse_captured(direction)
             if under_transform():
                 check_outer(direction, self._engine, self.y, self.theta, None)
         vector = direction if mode in {"vjp", "jvp"} else ()
         rule = partial(getattr(self, f"_{mode}"), direction)
-        return self._recorded(rule, vector, lambda: super(TorchLinearization, self)._product(mode, direction, x0))
+        numbers = super()._product
+        return self._recorded(rule, vector, lambda: numbers(mode, direction, x0, control), control)
 
     # -- the modes, of functions that compose ----------------------------------------------------------
     def _vjp(self, _: Any, point: Point, tensors: Tensors, cotangent: Any) -> Any:
@@ -84,7 +86,9 @@ class TorchLinearization(Linearization[Any, Any]):
         by_y, by_theta, _ = point.backend.gradients(loss, point.y.vector, point.theta.vector)
         return point.theta.unravel(by_theta + pull(self._recording, point.y.vector, by_y, tensors))
 
-    def _recorded(self, rule: Callable[..., Any], vector: Any, numbers: Callable[[], Any]) -> Any:
+    def _recorded(
+        self, rule: Callable[..., Any], vector: Any, numbers: Callable[[], Any], control: ErrorControl
+    ) -> Any:
         """Return the numbers, with the rule to differentiate them by where somebody may ask."""
         y, v, problem = Slots(self.y), Slots(vector), self._recording
 
@@ -95,11 +99,16 @@ class TorchLinearization(Linearization[Any, Any]):
 
         inputs = (*y.tensors, *v.tensors, *problem.tensors)
         if under_transform():
+            if control.wanted:
+                raise uncertified("a transform of torch.func")
             found = function(*inputs)
             self._shown = problem.report
             return found
         found = numbers()
         tree, tensors = flatten(found), self._engine.captures.tensors
+        if control.wanted:
+            recorded = [x for x in (*inputs, *tensors) if is_recorded(x)]
+            return with_refused(found, recorded, lambda: uncertified("a derivative of the derivative"))
         if any(map(is_recorded, inputs)):
             outputs = Known.apply(
                 lambda *x: tuple(flatten(function(*x)).leaves), len(tree.leaves), *tree.leaves, *inputs

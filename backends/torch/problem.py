@@ -14,6 +14,7 @@ import torch
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch.autograd import recordable
 from implicitdiff.backends.torch.captured import Captures, RefusedCaptures, captured
+from implicitdiff.backends.torch.refusal import uncertified
 from implicitdiff.closures import sees
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.base import Maps
@@ -237,6 +238,8 @@ class RecordedProblem:
 
     def solve(self, y: Array, b: Array, tensors: Sequence[Array], *, transposed: bool) -> Array:
         """A⁻¹ b or A⁻ᵀ b; one factorisation serves all the solves of one point."""
+        if self.problem.settings.control.wanted:
+            raise uncertified("a second derivative, or one in forward mode or under torch.func,")
         held = [(x.data_ptr(), x._version, x.detach()) for x in (y, *tensors)]
         if self._latest is None or [h[:2] for h in self._latest[0]] != [h[:2] for h in held]:
             self._latest = held, self._linearized(y, tensors, shared=True)

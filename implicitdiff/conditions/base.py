@@ -98,6 +98,10 @@ class Maps(NamedTuple):
     checked: Checked | None = None
     scale: Array | None = None
     """W, shape (*items, rows of A): the system is W F, and its unknowns are W⁻¹ those of F; zero where it has none."""
+    choices: Any = None
+    """What the form of the system depends on beside y and θ (`Point.choices`); None where it has one form."""
+    changed: Callable[[], Array] | None = None
+    """At a point with the choices of another: which of these would be others here, (*items, k)."""
 
     def raw(self, x: Array) -> Array:
         """W⁻¹ x: a right-hand side of the system as one of F, or unknowns of F as those of the system."""
@@ -153,6 +157,18 @@ class Condition(Record):
     def diagnose(self, observations: Observations, error: Exception, operator: Operator) -> Exception:
         """Say more about a solve that failed."""
         return error
+
+    def moved(self, choices: Any, step: Array) -> Any:
+        """Return the choices at x − step, x the unknowns of the system."""
+        return choices
+
+    def elsewhere(self) -> Condition:
+        """Return the condition for another point: without what was given for one alone."""
+        return self
+
+    def name_changes(self, xp: Any, changed: Array) -> str:
+        """Say what `Maps.changed` found."""
+        return "a kink lies"
 
     def maps(self, point: Point) -> Maps:
         """F, A = ∂F/∂y and B = ∂F/∂θ at a point."""

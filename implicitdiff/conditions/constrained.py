@@ -17,19 +17,20 @@ The solution's part for y is not touched by W. A constraint with the value −in
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from implicitdiff.arrays import Array, listed, named_items
 from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
-from implicitdiff.conditions.base import Condition, Embedding, Maps, Observations, finite_part
+from implicitdiff.conditions.base import Condition, Maps, Observations, finite_part
 from implicitdiff.conditions.differenced import system_by_blocks
 from implicitdiff.conditions.point import Point
+from implicitdiff.conditions.reduced import Choices, reduced
 from implicitdiff.conditions.stationary import Stationary
-from implicitdiff.conditions.units import Units, center, units_at
+from implicitdiff.conditions.units import Units, units_at
 from implicitdiff.errors import (
     InfeasibleError,
     InputError,
@@ -39,8 +40,7 @@ from implicitdiff.errors import (
     SingularError,
     UnknownNameError,
 )
-from implicitdiff.linalg.block_operator import padded, saddle
-from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_product
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.mode import Mode
 from implicitdiff.namespaces import item_sum, namespace, without
 from implicitdiff.pytree import flatten
@@ -163,8 +163,10 @@ class Constrained(Condition):
             raise _unconstrained()
         xp, backend, hessian = point.backend.xp, point.backend, self.hessian(point)
         limits = Limits.of(xp, point.y.dtype, self.active_tol)
-        units = units_at(point, first, limits, hessian, first.curve)
         equality = xp.broadcast_to(_equalities(point, first), first.values.shape)
+        if point.choices is not None:
+            return self._nearby(point, first, hessian, limits, equality)
+        units = units_at(point, first, limits, hessian, first.curve)
         candidate = active_set.candidates(backend, equality, first, units, limits)
         given = self._given(point, first)
         if given is not None and backend.mode is not Mode.INLINE:
@@ -180,7 +182,44 @@ class Constrained(Condition):
         if given is not None and point.y.n:
             held = xp.where(judged.active, given, xp.zeros_like(given))
             judged = judged._replace(unbalanced=active_set.unbalanced(xp, first, units, limits, held))
-        return _reduced(point, whole, hessian, first.rows, units, judged)
+        return reduced(point, whole, hessian, first.rows, units, judged)
+
+    def _nearby(self, point: Point, first: FirstOrder, H: Array | None, limits: Limits, equality: Array) -> Maps:
+        """The system with the active set and the multipliers of a point nearby."""
+        there: Choices = point.choices
+        xp = point.backend.xp
+        no = xp.zeros_like(there.active)
+        z = xp.where(there.active, there.multipliers, xp.zeros_like(there.multipliers))
+        found = ActiveSet(equality, first.values, z, there.active, no, no, no, no, no)
+        maps = reduced(point, self.system(point, first, z), H, first.rows, there.units, found)
+
+        def changed() -> Array:
+            pull, gap = z * there.units.distance, first.values
+            lost = there.active & ~equality & (pull < -limits.active * there.units.force)
+            return (lost | (~there.active & (gap > limits.active * there.units.distance)))[..., first.p :]
+
+        return maps._replace(changed=changed)
+
+    def moved(self, choices: Choices | None, step: Array) -> Choices | None:
+        """Return the choices with the multipliers at (y, z) − step."""
+        if choices is None:
+            return None
+        k = choices.multipliers.shape[-1]
+        z = choices.multipliers - choices.scale * step[..., step.shape[-1] - k :]
+        return choices._replace(multipliers=z)
+
+    def name_changes(self, xp: Any, changed: Array) -> str:
+        """Name the inequalities that become active or inactive."""
+        names = active_set.names(xp, changed, xp.zeros_like(changed))
+        return f"the active set changes ({listed(names)})"
+
+    def elsewhere(self) -> Condition:
+        """Return the condition without multipliers, which are those of one point."""
+        if self.multipliers is None or callable(self.multipliers):
+            return self
+        found = copy.copy(self)
+        object.__setattr__(found, "multipliers", None)
+        return found
 
     def _given(self, point: Point, first: FirstOrder) -> Array | None:
         """Return the user's multipliers as one vector per item."""
@@ -326,55 +365,3 @@ def _multiplier(point: Point, part: Any, name: str, size: int) -> Array:
     if math.prod(leaf.shape) != size * math.prod(point.items):
         raise ShapeError(f"the multipliers of {name} have shape {tuple(leaf.shape)}; expected {(*point.items, size)}.")
     return backend.astype(backend.reshape(leaf, (*point.items, size)), point.y.dtype)
-
-
-def _reduced(
-    point: Point, whole: Maps, H: Array | None, rows: Array, units: Units, found: ActiveSet
-) -> Maps:  # fmt: skip
-    """Scale the system and reduce it to the active set."""
-    backend, n = point.backend, point.y.n
-    xp = backend.xp
-    held = backend.astype(found.active, rows.dtype)
-    one = center(xp, units)  # the unit of y as a whole: H is of the size 1 / one²
-    give = xp.where(units.give > 0, units.give, xp.ones_like(units.give))
-    w = held * 2.0 ** xp.round(xp.log2(1 / (one * give)))
-    corner = (1 - held) / (one * one)
-    ones, zeros = xp.ones_like(rows[..., 0, :]), xp.zeros_like(rows[..., 0, :])
-    scale, diagonal = backend.concat([ones, w]), backend.concat([zeros, corner])
-
-    def wrap(product: Product) -> Product:
-        return lambda x: scale * product(scale * x) - diagonal * x
-
-    both = backend.concat([units.bend, one + xp.zeros_like(w)])
-    blocks = {"primal": n, "jacobian": w[..., None] * rows, "corner": corner, "positive_definite": False,
-              "units": both}  # fmt: skip
-    A = saddle(whole.A.rewrapped(wrap), **blocks)
-    if H is not None:
-        matrix = A.matrix_of(xp.concat([H, blocks["jacobian"]], axis=-2))
-        product = matrix_product(xp, matrix)
-        A = replace(A, matrix=matrix, forward=product, adjoint=product)
-    usable = ~xp.any(found.violated | found.dependent, axis=-1)
-    quiet = usable & ~xp.any(found.weak | found.wrong | found.unbalanced, axis=-1)
-    residual, at = whole.residual, whole.at
-    z = xp.where(found.active, found.multipliers, xp.zeros_like(w))
-    return Maps(
-        None if residual is None else (lambda: scale * residual()),
-        None if at is None else (lambda y, theta: at(backend.concat([y, z]), theta)),
-        A,
-        _scaled(whole.B, scale),
-        Embedding(lambda v: padded(backend, v, A.n), lambda x: x[..., :n]),
-        Observations(usable, quiet, found),
-        scale=scale,
-    )
-
-
-def _scaled(B: LinearMap, scale: Array) -> LinearMap:
-    """W B."""
-    forward, adjoint, matrix = B.forward, B.adjoint, B.matrix
-    return replace(
-        B,
-        forward=None if forward is None else (lambda t: scale * forward(t)),
-        adjoint=None if adjoint is None else (lambda u: adjoint(scale * u)),
-        matrix=None if matrix is None else scale[..., None] * matrix,
-        _cache={},
-    )

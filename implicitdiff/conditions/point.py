@@ -64,12 +64,15 @@ class Point:
         ``()``, or ``(number of items,)`` for a batch.
     whole : bool
         Whether a function made here is all of F: then it has to depend on θ.
+    choices : object or None
+        Of another point nearby (`Maps.choices`): the system here is to have the form that it has there.
     """
 
     def __init__(self, backend: Backend, y: Raveler, theta: Raveler, args: tuple[Any, ...]) -> None:
         self.backend, self.y, self.theta, self.args = backend, y, theta, args
         self.items, self.whole = y.items, True
         self.piecewise = False
+        self.choices: Any = None
         self._one: Point | None = None
         if self.items and backend.vmap is not None:
             self._one = Point(backend, y.of_one_item(), theta.of_one_item(), args)

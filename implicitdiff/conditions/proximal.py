@@ -13,7 +13,7 @@ curvature, see `metric`. Where a step for each coordinate is used, s = diag(d)²
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from implicitdiff.arrays import Array, any_true, item_numbers, listed, named_items
@@ -29,6 +29,7 @@ from implicitdiff.conditions.base import (
     maps_from,
 )
 from implicitdiff.conditions.fixed_point import identity_minus
+from implicitdiff.conditions.kinks import Choices, kinks
 from implicitdiff.conditions.metric import Metric, metric_at
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
@@ -111,9 +112,10 @@ class _Composite(Condition):
             derive = lambda: backend.differentiate(outer, x, theta)  # noqa: E731
             return outer, x, maps_from(part, Given(), outer, derive, what=self._name)
 
-        metric = self._metric(point, smooth.A, slope)
+        there: Choices | None = point.choices
+        metric = self._metric(point, smooth.A, slope) if there is None else replace(there.metric, point=point)
         found = outer_at(metric)
-        if finer := metric.finer():
+        if finer := metric.finer() if there is None else None:
             trial = outer_at(finer)
             suits = finer.suits(y, trial[1], trial[0](trial[1], theta), trial[2].A)
             if backend.traced:
@@ -126,10 +128,18 @@ class _Composite(Condition):
         at = _residual_seen(outer, gradient, metric)
         backend.check_dependence(lambda t: at(y, t), theta)
         blind = backend.mode is Mode.INLINE or is_tree_vector(x)
-        observations = None if blind else _kinks(point, P.A.kind, outer, x, metric)
+        observations = None if blind else kinks(point, P.A.kind, outer, x, metric)
         A, B = _system(P.A, metric.scaled(smooth.A), metric), _mixed(P, smooth, metric)
         checked = None if smooth.checked is None else smooth.checked._replace(solved=None)
-        return Maps(lambda: metric.down(y - outer(x, theta)), at, A, B, metric.embedding(), observations, checked)
+        return Maps(
+            lambda: metric.down(y - outer(x, theta)), at, A, B, metric.embedding(), observations, checked,
+            choices=Choices(metric, P.A), changed=None if there is None else lambda: there.changed(P.A),
+        )  # fmt: skip
+
+    def name_changes(self, xp: Any, changed: Array) -> str:
+        """Name the coordinates in which the support changes."""
+        where = listed(item_numbers(xp, xp.any(changed, axis=0) if len(changed.shape) > 1 else changed))
+        return f"a kink of {self._name} lies (in coordinate {where} of the raveled y)"
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
         raise NotImplementedError
@@ -188,20 +198,6 @@ def _mixed(P: Maps, smooth: Maps, metric: Metric) -> LinearMap:
         adjoint=lambda u: step * C.rmatvec(up(D.rmatvec(u))) - E.rmatvec(down(u)),
         kind=_kinds(E, C), label="B", domain=E.domain,
     )  # fmt: skip
-
-
-def _kinks(point: Point, kind: str, outer: Callable[[Array, Array], Array], x: Array, metric: Metric) -> Observations:
-    """Look whether P is bent at x: a second difference is of second order in its step only where P is smooth."""
-    backend, theta = point.backend, point.theta.vector
-    xp, eps = backend.xp, float(backend.xp.finfo(x.dtype).eps)
-    z = backend.space(x).probe() + xp.zeros_like(x)
-    z = xp.where(z < 0, z - 0.5, z + 0.5)
-    reach = 2 * eps ** (1 / 3) if kind == "finite differences" else eps**0.5  # as far as the derivative looked
-    h = reach * metric.sizes(point, x)
-    middle = outer(x, theta)
-    bent = xp.abs((outer(x + h * z, theta) - middle) - (middle - outer(x - h * z, theta))) > 0.05 * h
-    quiet = ~xp.any(bent, axis=-1)
-    return Observations(xp.ones_like(quiet), quiet, bent)
 
 
 def _kinds(*maps: LinearMap) -> str:

@@ -72,9 +72,12 @@ class Prepared:
     """Products for corrections."""
     on_solved: Callable[[Solution, Array, bool], None] | None = None
     """Sees each solution of a system within a compiled program, with b, and whether it was the transposed one."""
+    limit: Callable[[Solution, Array, bool], Solution] | None = None
+    """Looks at each such solution, and may spoil it."""
     counted: int = 0
     """Products for matrices and scales that a solve has told already."""
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
+    _undamped: Prepared | None = None
 
     @property
     def damping(self) -> float:
@@ -145,6 +148,24 @@ class Prepared:
         if not used.backend.traced:
             self.spent += int(xp.max(xp.asarray(counts.matvecs)))
         return x, usable, counts.rcond
+
+    def roughly(self, b: Array, *, transposed: bool, rtol: float) -> tuple[Array, Array, Any]:
+        """A⁻¹ b, or A⁻ᵀ b, without damping: to a tolerance, or as well as factors do.
+
+        Returns
+        -------
+        tuple
+            The solution, whether it is one, per right-hand side and item, and the number of products.
+        """
+        if self._undamped is None:
+            solver = self.solver.roughly(rtol) if hasattr(self.solver, "roughly") else self.solver
+            shared = {} if self.damping else self._states
+            self._undamped = Prepared(self.operator, solver, _states=shared)
+        used, state = self._undamped.state(transposed)
+        x, status, counts = self._undamped.solver.solve(state, b, None)
+        xp = used.backend.xp
+        usable = xp.asarray(status, device=used.device) <= int(Status.APPROXIMATE)
+        return x, usable & used.backend.space(x).finite(x), counts.matvecs
 
     def _newly_assembled(self) -> int:
         """Count the products that went into assembling matrices, and into scales, since the last solve."""

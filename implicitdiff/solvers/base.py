@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, needed
@@ -88,6 +88,13 @@ class Solver(Record):
     def loosely(self, state: Any, b: Array) -> tuple[Array, Any, Counts]:
         """Solve A x = b to a digit or two, for a look at x: with less work than `solve`, where that is possible."""
         return self.solve(state, b, None)
+
+    def roughly(self, rtol: float) -> Solver:
+        """Return the method with that tolerance where it has one, and neither limit nor damping."""
+        names = {f.name for f in fields(self)} if is_dataclass(self) else set[str]()
+        options = {"rtol": rtol, "maxiter": None, "damping": 0.0}
+        changes: Any = {name: value for name, value in options.items() if name in names}
+        return replace(self, **changes) if changes else self  # type: ignore[type-var]
 
     def factored(self, state: Any) -> bool:
         """Whether A was factored, so that one more right-hand side is little work."""

@@ -15,7 +15,7 @@ M. Benzi, G. H. Golub, J. Liesen, "Numerical solution of saddle point problems",
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, times
@@ -84,6 +84,10 @@ class _Blockwise(Solver):
         """Tolerance, where the inner solver has one: the residual of the whole is held to a little more."""
         rtol = getattr(self.inner, "rtol", None)
         return None if rtol is None else 100 * rtol
+
+    def roughly(self, rtol: float) -> Solver:
+        known = getattr(self.inner, "roughly", None)
+        return self if known is None else replace(self, inner=known(rtol))
 
     def transpose(self, state: _State) -> _State:
         return state  # K is symmetric

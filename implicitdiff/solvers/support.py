@@ -23,7 +23,7 @@ DOI 10.24033/bsmf.1625 (a proximal operator is the gradient of a convex function
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, item_norm, needed
@@ -123,6 +123,10 @@ class OnSupport(Solver):
     def damping(self) -> float:  # type: ignore[override]
         """δ."""
         return float(getattr(self.method, "damping", 0.0))
+
+    def roughly(self, rtol: float) -> OnSupport:
+        known = getattr(self.method, "roughly", None)
+        return self if known is None else replace(self, method=known(rtol))
 
     def init(self, operator: Any) -> _State:
         support, found = None, False

@@ -1,0 +1,361 @@
+"""How far off a derivative is, from one loose Newton step and one loose correction of the solve.
+
+Let ŷ be what was handed in for the solution, û the adjoint that was found, ĝ = ∂L/∂θ − Bᵀû, and A, B, F at ŷ. With
+
+    A δ = F(ŷ),  y⁺ = ŷ − δ,       A w = ∂L/∂y(y⁺) − A(y⁺)ᵀ û  (transposed),       g⁺ = ∂L/∂θ(y⁺) − B(y⁺)ᵀ (û + w),
+
+g⁺ is the gradient with both errors, of the solution and of the solve, squared, so that e = ĝ − g⁺ is the error of ĝ to
+first order. The same holds forward, with w of A w = −B θ̇ in place of û. Both systems are solved to one digit, or with
+the factors that are there. The parts of e are told apart by what the derivative is made anew from, starting with û:
+
+    inner solution        the maps at y⁺,
+    linear solve          the maps at ŷ (the true residual of û),
+    finite differences    the maps at ŷ with other steps: 2^(1/4) h for differences of fourth order, so that the change
+                          is the error of the ones at h,
+    rounding              what of the first two is no larger than rounding in F and in A û explains.
+
+κ = ‖F(y⁺)‖ / ‖F(ŷ)‖ says whether Newton's method contracts at ŷ, and with it whether e is more than a number.
+
+References
+----------
+R. Becker, R. Rannacher, "An optimal control approach to a posteriori error estimation in finite element methods", Acta
+Numerica 10 (2001) 1-102. DOI 10.1017/S0962492901000010 (errors of a functional by its adjoint)
+M. B. Giles, N. A. Pierce, "An introduction to the adjoint approach to design", Flow, Turbulence and Combustion 65
+(2000) 393-415. DOI 10.1023/A:1011430410075 (L − ûᵀF)
+Z. Ye, G. Peyré, D. Cremers, P. Ablin, "Enhancing hypergradients estimation: a study of preconditioning and
+reparameterization", AISTATS 2024. arXiv:2402.16748 (a Newton step squares the error)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from implicitdiff.arrays import Array, item_norm
+from implicitdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from implicitdiff.linalg.solve import Solution
+    from implicitdiff.rules import Rules
+
+__all__ = ["CONTRACTS", "Estimate", "Product", "certify", "certify_adjoint", "newton_step"]
+
+LOOSE = 0.1
+"""Relative residual of the two systems."""
+CONTRACTS = 0.25
+"""κ up to which an estimate is trusted."""
+PROBES = 4
+"""Random directions for a Jacobian whose A is not factored: within a factor of three in 98 of 100 cases at rank one."""
+SPLIT = 0.03
+"""Part of the residual from which on what is the linear solve's is solved for by itself."""
+ROUNDED = 30
+"""How many times larger than one rounding a residual may be that counts as all rounding."""
+ANOTHER_STEP = 2**0.25
+"""Ratio of steps at which the change of a difference of fourth order is its error."""
+
+
+class Product(NamedTuple):
+    """A derivative as it was made, so that it can be made again by the maps of another point."""
+
+    transposed: bool
+    right: Callable[[Rules], tuple[Array, Any]]
+    """At a point, the right-hand side of the system, and what is added to the derivative beside (∂L/∂θ)."""
+    b: Array
+    """The right-hand side that it was."""
+    solution: Solution
+    value: Array
+    """The derivative, raveled: (*rhs, *items, m or n)."""
+    tree: Callable[[Array], Any]
+    """Turns that into what is handed out."""
+    beside: Any = 0
+    """What was added to it."""
+    loss: Callable[[Rules], Array] | None = None
+    """L at a point, where there is a loss."""
+
+
+class Estimate(NamedTuple):
+    """What was found, per item: arrays only, so that it may leave a compiled program."""
+
+    absolute: Array
+    relative: Array
+    inner: Array
+    linear: Array
+    differences: Array
+    rounding: Array
+    contraction: Array
+    adjoint_contraction: Array
+    trusted: Array
+    usable: Array
+    """Whether the two systems could be solved."""
+    products: Array
+    correction: Any
+    """Like the derivative; None where it was not computed (of a Jacobian, by probes)."""
+    value: Array | None
+    """L(ŷ) − ûᵀF, where there is a loss."""
+    y: Any
+    """y⁺, like y."""
+    changed: Array | None
+    """Of constraints or coordinates, which change sides between ŷ and y⁺, (*items, k)."""
+
+
+def newton_step(rules: Rules) -> Any:
+    """y − A⁻¹F(y, θ), as a tree; y itself in items where that could not be solved for."""
+    p = rules.point
+    solution = rules.prepared.solve(_residual(rules))
+    y = p.y.vector - rules.restricted(solution.x)
+    y = p.y.space.select(~solution.failed & p.y.space.finite(y), y, p.y.vector)
+    return p.y.unravel(p.backend.detached(y))
+
+
+def _residual(rules: Rules) -> Array:
+    if rules.maps.residual is None:
+        raise InputError(
+            "error, max_error and polish need F(y, theta), and the condition gives no way to evaluate it.\n"
+            "Next: give fun or grad beside the products."
+        )
+    F: Array = rules.maps.residual()
+    return rules.point.backend.xp.asarray(F, copy=True)  # it may be a buffer that the next call fills again
+
+
+def at_another(rules: Rules, step: Array) -> Rules:
+    """Return the rules at ŷ − step, with the form of the system at ŷ."""
+    y = rules.point.y.vector - rules.restricted(step)
+    y = rules.point.backend.detached(y)
+    problem = replace(rules.problem, y=rules.point.y.unravel(y), copy=False)
+    choices = rules.condition.moved(rules.maps.choices, step)
+    return type(rules)(problem, flat=True, choices=choices, trial=True)
+
+
+def certify(rules: Rules) -> Estimate:
+    """Estimate the error of the derivative that was made last.
+
+    Parameters
+    ----------
+    rules : Rules
+        On flat vectors; F can be evaluated.
+    """
+    p, product = rules.point, rules.product
+    if 0 in (p.y.n, p.theta.n, *p.items, *product.value.shape):
+        return _nothing(rules, product)
+    return _Certificate(rules, product).estimate()
+
+
+def certify_adjoint(rules: Rules, solution: Any, b: Array) -> Estimate:
+    """Estimate the error of −Bᵀu from a solution of Aᵀu = b, b of the system."""
+    value = -rules.B.rmatvec(solution.x)
+    product = Product(True, lambda at: (b, 0), b, solution, value, lambda value: value)
+    return _Certificate(rules, product).estimate()
+
+
+def _nothing(rules: Rules, product: Product) -> Estimate:
+    """Of a derivative without entries."""
+    p = rules.point
+    xp = p.backend.xp
+    zero = xp.zeros(p.items, dtype=p.y.dtype, device=p.y.device)
+    value = None if product.loss is None else product.loss(rules)
+    correction = product.tree(xp.zeros_like(product.value))
+    numbers: list[Array] = [zero] * 8
+    rest = zero == 0, zero == 0, zero, correction, value, p.y.unravel(p.y.vector), None
+    return Estimate._make((*numbers, *rest))
+
+
+class _Certificate:
+    """The estimate for one product.
+
+    Parameters
+    ----------
+    rules : Rules
+        At ŷ.
+    product : Product
+    """
+
+    def __init__(self, rules: Rules, product: Product) -> None:
+        self.rules, self.backend = rules, rules.point.backend
+        self.xp, self.items = self.backend.xp, rules.point.items
+        self.whole = True
+        self.product = self._of_probes(product)
+        self.spent: Any = 0
+
+    def _of_probes(self, product: Product) -> Product:
+        """Return the product along a few directions, where it is a Jacobian by a method without factors."""
+        xp, x = self.xp, product.solution.x
+        rhs = x.shape[0] if len(x.shape) > len(self.items) + 1 else 0
+        if rhs <= PROBES or self.rules.prepared.factored:
+            return product
+        self.whole = False
+        signs = self._signs(rhs, x)
+
+        def along(many: Array) -> Array:
+            return xp.tensordot(signs, many, axes=1)
+
+        def right(at: Rules) -> tuple[Array, Any]:
+            b, more = product.right(at)
+            return along(b), more
+
+        solution = product.solution._replace(x=along(x))
+        return product._replace(right=right, solution=solution, value=along(product.value))
+
+    def _signs(self, rhs: int, like: Array) -> Array:
+        """PROBES vectors of ±1 without structure."""
+        space = self.backend.vector_space((PROBES * rhs,), like.dtype, self.rules.point.y.device)
+        probe = self.xp.reshape(space.probe(), (PROBES, rhs))
+        return self.xp.where(probe > 0, self.xp.ones_like(probe), -self.xp.ones_like(probe))
+
+    # -- the derivative, made again ------------------------------------------------------------------
+    def _left(self, at: Rules) -> tuple[Array, Any]:
+        """The residual of û by the maps of a point, and what is added to the derivative there."""
+        b, more = self.product.right(at)
+        A = at.prepared.operator
+        self.spent += self._rhs()
+        return b - (A.rmatvec if self.product.transposed else A.matvec)(self.product.solution.x), more
+
+    def _rhs(self) -> int:
+        shape = self.product.solution.x.shape
+        return int(shape[0]) if len(shape) > len(self.items) + 1 else 1
+
+    def _solved(self, left: Array) -> tuple[Array, Array]:
+        """A⁻¹ or A⁻ᵀ of a residual; whether it is that, per item."""
+        w, usable, spent = self.rules.prepared.roughly(left, transposed=self.product.transposed, rtol=LOOSE)
+        self.spent += self._most(spent) * self._rhs()
+        return w, self._all(usable)
+
+    def _derivative(self, at: Rules, x: Array, more: Any) -> Array:
+        return more - at.B.rmatvec(x) if self.product.transposed else at.restricted(x)
+
+    def _all(self, mask: Array) -> Array:
+        return self.xp.all(mask, axis=0) if len(mask.shape) > len(self.items) else mask
+
+    def _most(self, count: Any) -> Array:
+        """The largest count over right-hand sides, per item."""
+        count = self.xp.asarray(count, device=self.rules.point.y.device)
+        return self.xp.max(count, axis=0) if len(count.shape) > len(self.items) else count
+
+    def _size(self, x: Array) -> Array:
+        """2-norm per item; over right-hand sides that of the whole, or its mean over random directions."""
+        size = item_norm(self.xp, x)
+        if len(size.shape) > len(self.items):
+            size = item_norm(self.xp, self.xp.moveaxis(size, 0, -1))
+            size = size if self.whole else size / PROBES**0.5
+        return size
+
+    # -- the estimate --------------------------------------------------------------------------------
+    def estimate(self) -> Estimate:
+        """Make the Newton step and the corrections."""
+        xp, rules, product = self.xp, self.rules, self.product
+        F = _residual(rules)
+        delta, stepped, spent = rules.prepared.roughly(F, transposed=False, rtol=LOOSE)
+        self.spent += self._most(spent)
+        there = at_another(rules, delta)
+        left, more = self._left(there)
+        w, corrected = self._solved(left)
+        e = product.value - self._derivative(there, product.solution.x + w, more)
+        part, linear = self._linear(left)
+        inner, apart = self._size(e - part), self._apart(part)
+        differences = xp.zeros_like(inner) if apart is None else self._size(apart)
+        e = e if apart is None else e + apart
+        absolute = self._size(e)
+        absolute = xp.where(xp.isfinite(absolute), absolute, xp.full_like(absolute, float("inf")))
+        kappa, changed = self._contraction(F, there), None if there.maps.changed is None else there.maps.changed()
+        exact, solved, noise = self._rounded(F)
+        zero = xp.zeros_like(inner)
+        rounding = xp.where(exact, inner, zero) + xp.where(solved, linear, zero)
+        good = stepped & corrected & there.inputs & xp.isfinite(absolute)
+        again = self._again(there, left, w)
+        trusted = good & ((kappa <= CONTRACTS) | exact) & ((again <= CONTRACTS) | (self._size(left) <= noise))
+        trusted = trusted if changed is None else trusted & ~xp.any(changed, axis=-1)
+        return Estimate(
+            absolute, self._relative(absolute), xp.where(exact, zero, inner), xp.where(solved, zero, linear),
+            differences, rounding, kappa, again, trusted, good, self.spent + 0 * kappa,
+            product.tree(e) if self.whole else None, self._value(F), rules.point.y.unravel(there.point.y.vector),
+            changed,
+        )  # fmt: skip
+
+    def _relative(self, absolute: Array) -> Array:
+        """Over the size of the derivative, but not less than what cancels in it leaves of rounding."""
+        xp, product = self.xp, self.product
+        size, eps = self._size(product.value), float(self.xp.finfo(product.value.dtype).eps)
+        if hasattr(product.beside, "shape"):  # g = ∂L/∂θ − Bᵀu
+            beside = self._size(product.beside)
+            size = xp.maximum(size, eps * (2 * beside + size))
+        ratio = absolute / xp.where(size > 0, size, xp.ones_like(size))
+        nothing = xp.where(absolute > 0, xp.full_like(absolute, float("inf")), xp.zeros_like(absolute))
+        return xp.where(size > 0, ratio, nothing)
+
+    def _linear(self, left: Array) -> tuple[Array, Array]:
+        """What of the error is that of û as a solution: the vector where it counts, else 0; and the size of ρ."""
+        xp, product = self.xp, self.product
+        rho = xp.asarray(product.solution.residual, dtype=left.dtype) * self._size(product.b)
+        wanted = rho > SPLIT * self._size(left)
+
+        def solve(_: Any) -> tuple[Array, Any]:
+            before, self.spent = self.spent, 0
+            w = self._solved(self._left(self.rules)[0])[0]
+            spent, self.spent = self.spent, before
+            part = self.rules.B.rmatvec(w) if product.transposed else -self.rules.restricted(w)
+            return part, xp.asarray(spent)
+
+        part, spent = self.backend.if_any(wanted, solve, (xp.zeros_like(product.value), xp.asarray(0)))
+        self.spent = self.spent + spent
+        return part, xp.where(wanted, self._size(part), xp.zeros_like(rho))
+
+    def _apart(self, linear: Array) -> Array | None:
+        """The change of the derivative with the steps of its differences; None where it is not made of any."""
+        rules, product = self.rules, self.product
+        if self.backend.traced or not any("finite differences" in kind for kind in rules.derivatives.values()):
+            return None
+        problem = replace(rules.problem, backend=self.backend.varied(ANOTHER_STEP))
+        other = type(rules)(problem, flat=True, choices=rules.maps.choices, trial=True)
+        left, more = self._left(other)
+        w, _ = self._solved(left)
+        return product.value - self._derivative(other, product.solution.x + w, more) - linear
+
+    def _scaled(self, x: Array, *, rows: bool) -> Array:
+        """Return the 2-norm of a residual of A, or of Aᵀ, in the units in which A is equilibrated."""
+        scaling = self.rules.prepared.scaling
+        if scaling is not None:
+            x = x * (scaling.rows if rows else scaling.columns)
+        return item_norm(self.xp, x)
+
+    def _again(self, there: Rules, left: Array, w: Array) -> Array:
+        """κ of the adjoint: what of its residual at y⁺ is left after the correction, the largest over right-hand sides.
+
+        Where A changes much on the way to y⁺, the factors of A(ŷ) leave much of it.
+        """
+        xp, A, columns = self.xp, there.prepared.operator, self.product.transposed
+        rest = left - (A.rmatvec if self.product.transposed else A.matvec)(w)
+        self.spent += self._rhs()
+        before, after = (self._scaled(x, rows=not columns) for x in (left, rest))
+        ratio = xp.where(before > 0, after / xp.where(before > 0, before, xp.ones_like(before)), 0 * after)
+        return self._most(ratio)
+
+    def _rounded(self, F: Array) -> tuple[Array, Array, Array]:
+        """Whether rounding explains F, and the residual of the solve; and what it makes of that."""
+        xp, product, A = self.xp, self.product, self.rules.prepared.operator
+        eps = ROUNDED * float(xp.finfo(F.dtype).eps)
+        y = self.rules.embedded(self.rules.point.y.vector)
+        norm = self._scaled(A.matvec(y), rows=True)
+        known = product.solution.operator_norm
+        if known is not None:
+            columns = None if (scaling := self.rules.prepared.scaling) is None else scaling.columns
+            size = item_norm(xp, y if columns is None else y / columns)
+            norm = xp.maximum(norm, xp.asarray(known, dtype=norm.dtype) * size)
+        rounded = self._scaled(F, rows=True) <= eps * norm
+        size = xp.asarray(product.solution.residual, dtype=norm.dtype)
+        x, b = self._size(product.solution.x), self._size(product.b)
+        level = eps * (1 if known is None else 1 + xp.asarray(known, dtype=x.dtype) * x / xp.where(b > 0, b, 1 + 0 * b))
+        return rounded, size <= level, level * b
+
+    def _contraction(self, F: Array, there: Rules) -> Array:
+        """κ, in the norm of the equilibrated system."""
+        xp = self.xp
+        before, after = (self._scaled(x, rows=True) for x in (F, _residual(there)))
+        ratio = after / xp.where(before > 0, before, xp.ones_like(before))
+        return xp.where(before > 0, ratio, xp.where(after > 0, xp.full_like(ratio, float("inf")), 0 * after))
+
+    def _value(self, F: Array) -> Array | None:
+        """L(ŷ) − ûᵀF, which is L at the solution to second order."""
+        product = self.product
+        if product.loss is None:
+            return None
+        return product.loss(self.rules) - self.xp.vecdot(product.solution.x, F, axis=-1)

@@ -1,0 +1,79 @@
+"""Polishing: Newton steps from a solution that was stopped early, before its derivative is taken.
+
+The error of a derivative is of first order in that of y, and a Newton step squares that one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from implicitdiff.arrays import any_true
+from implicitdiff.error_estimate import ErrorControl
+from implicitdiff.errors import AccuracyWarning, InaccurateError, InputError, SolveError
+from implicitdiff.mode import Mode
+from implicitdiff.outcome import warn
+
+__all__ = ["CONTRACTS", "MOST", "no_numbers", "polished"]
+
+MOST = 20
+"""Steps of ``polish="auto"``: Newton's method that contracts at all is done by then."""
+CONTRACTS = 0.5
+"""‖F‖ after a step over ‖F‖ before it, above which Newton's method gets nowhere."""
+
+
+def no_numbers() -> InputError:
+    """Build the error for a search under jit."""
+    return InputError("polish='auto' looks at numbers, which jit hides.\nNext: give a number of steps, polish=1.")
+
+
+def polished(
+    lin: Any, mode: str, direction: Any, x0: Any, control: ErrorControl
+) -> tuple[Any, tuple[Any, SolveError | None]]:
+    """Take a derivative at a y that Newton's method has improved.
+
+    Parameters
+    ----------
+    lin : Linearization
+        At y.
+    mode, direction, x0
+        The product.
+    control : ErrorControl
+        How many steps, or up to which error.
+
+    Returns
+    -------
+    tuple
+        The linearisation there, and what its product came to: the value, and the error if there is one.
+    """
+    at_last = control._replace(polish=0)
+    if control.polish == "auto":
+        return _until_met(lin, mode, direction, x0, at_last)
+    for _ in range(int(control.polish)):
+        lin = lin.moved(lin.newton())
+    return lin, lin.attempt(mode, direction, x0, at_last)
+
+
+def _until_met(lin: Any, mode: str, direction: Any, x0: Any, control: ErrorControl) -> Any:
+    """Polish until the error is what it may be, or Newton's method stops contracting."""
+    xp, limit = lin._problem.backend.xp, control.max_error
+    control = control._replace(error=True)
+    for step in range(MOST + 1):
+        lin.by_newton = True  # of a y that is on its way nothing is told but at the end
+        found = lin.attempt(mode, direction, x0, control)
+        estimate = lin.estimate
+        if lin.mode is Mode.INLINE:
+            raise no_numbers()
+        if found[1] is not None and not isinstance(found[1], InaccurateError):
+            break
+        open_ = xp.ones_like(estimate.trusted) if limit is None else ~(estimate.relative <= limit)
+        moving = open_ & (estimate.contraction <= CONTRACTS) & estimate.usable & (estimate.inner > 0)
+        if step == MOST or not any_true(xp, moving):
+            break
+        lin = lin.moved(estimate.y)
+    if found[1] is None and any_true(xp, ~estimate.trusted):
+        warn(
+            "polish='auto' stopped where Newton's method does not contract, and the derivative is not known to be "
+            f"right: {lin.report.error.doubt}.",
+            AccuracyWarning,
+        )
+    return lin, found
