@@ -56,10 +56,10 @@ def ridge() -> Problem:
     return minimum("ridge", objective, np.zeros(12), np.linspace(-2, 1, 12), (X, b, Xv, bv), outer)
 
 
-def classified(rng: np.random.Generator, n: int, flipped: float = 0.05) -> tuple[Vector, Vector]:
+def classified(rng: np.random.Generator, n: int, flipped: float = 0.05, samples: int = 60) -> tuple[Vector, Vector]:
     """Signed features s_i x_i of training and validation samples."""
     w = rng.normal(size=n) * 3
-    X, Xv = spread(rng, 60, n), spread(rng, 40, n)
+    X, Xv = spread(rng, samples, n), spread(rng, 40, n)
     signs = [np.sign(Z @ w + 0.5 * rng.normal(size=len(Z))) * np.where(rng.uniform(size=len(Z)) < flipped, -1, 1)
              for Z in (X, Xv)]  # fmt: skip
     return X * signs[0][:, None], Xv * signs[1][:, None]
@@ -70,14 +70,14 @@ def validation(y: Any, theta: Any, X: Any, Xv: Any) -> Any:
     return space(y, theta).sum(softplus(-(Xv @ y))) / Xv.shape[0]
 
 
-def logistic() -> Problem:
-    data = classified(np.random.default_rng(2), 10)
+def logistic(n: int = 10, samples: int = 60) -> Problem:
+    data = classified(np.random.default_rng(2), n, samples=samples)
 
     def objective(y: Any, theta: Any, X: Any, Xv: Any) -> Any:
         xp = space(y, theta)
         return xp.sum(softplus(-(X @ y))) + xp.sum(xp.exp(theta) * y * y) / 2
 
-    return minimum("logistic", objective, np.zeros(10), np.linspace(-2, 0, 10), data, validation)
+    return minimum("logistic", objective, np.zeros(n), np.linspace(-2, 0, n), data, validation)
 
 
 def data_weights() -> Problem:
@@ -90,19 +90,20 @@ def data_weights() -> Problem:
     return minimum("data weights", objective, np.zeros(8), rng.normal(size=60), classified(rng, 8, 0.3), validation)
 
 
-def multinomial() -> Problem:
+def multinomial(n: int = 5, classes: int = 3, samples: int = 60) -> Problem:
     rng = np.random.default_rng(4)
-    X = spread(rng, 60, 5)
-    labels = np.argmax(X @ rng.normal(size=(5, 3)) * 3 + rng.gumbel(size=(60, 3)), axis=1)
+    X = spread(rng, samples, n)
+    labels = np.argmax(X @ rng.normal(size=(n, classes)) * 3 + rng.gumbel(size=(samples, classes)), axis=1)
 
     def objective(y: Any, theta: Any, X: Any, Y: Any) -> Any:
         xp = space(y, theta)
-        W = xp.reshape(y, (5, 3))
+        W = xp.reshape(y, (n, classes))
         scores = X @ W
         entropy = xp.log(xp.sum(xp.exp(scores), axis=1)) - xp.sum(scores * Y, axis=1)
         return xp.sum(entropy) + xp.sum(xp.exp(theta) * xp.sum(W * W, axis=0)) / 2
 
-    return minimum("multinomial", objective, np.zeros(15), np.array([-1.0, 0.0, 0.5]), (X, np.eye(3)[labels]))
+    decays = np.linspace(-1, 0.5, classes)
+    return minimum("multinomial", objective, np.zeros(n * classes), decays, (X, np.eye(classes)[labels]))
 
 
 def quartic() -> Problem:

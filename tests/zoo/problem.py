@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -177,6 +177,11 @@ class Problem:
     def cast(self, dtype: str) -> tuple[Any, tuple[Any, ...]]:
         """θ and the data in a precision."""
         return map_leaves(lambda x: x.astype(dtype), (self.theta, self.args))
+
+    def rounded(self, dtype: str) -> Problem:
+        """The problem whose data are those that a precision can hold."""
+        theta, args = map_leaves(lambda x: x.astype(dtype).astype(np.float64), (self.theta, self.args))
+        return replace(self, theta=theta, args=args)
 
     def cast_theta(self, t: Vector, dtype: str) -> Any:
         """A vector like θ in the form of the library."""
