@@ -222,7 +222,14 @@ def memory(setting: Setting) -> list[Row]:
                 "n-vectors", {"one product": product})]  # fmt: skip
 
 
+def certificates(setting: Setting) -> list[Row]:
+    """Estimated errors against true ones: see `benchmarks.certificates`, which brings autograd in."""
+    from benchmarks.certificates import certificates as measured
+
+    return measured(setting)
+
+
 CASES: dict[str, Callable[[Setting], list[Row]]] = {
     "gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "import": imports,
-    "memory": memory,
+    "memory": memory, "certificates": certificates,
 }  # fmt: skip

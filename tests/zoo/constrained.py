@@ -63,31 +63,35 @@ def quadratic(rng: np.random.Generator, n: int, smallest: float = 0.02) -> Vecto
 
 
 def inequality_program() -> Problem:
-    """A QP with 4 inequalities, of which 2 are active; θ = {h, q}."""
+    """A QP with 4 inequalities, of which 2 are active; θ is all of its data, {G, Q, h, q}."""
     rng = np.random.default_rng(31)
     n, Q = 6, quadratic(rng, 6, 0.2)
     y_star, mu = rng.normal(size=n), np.array([0.8, 0.5])
     G = rng.normal(size=(4, n))
-    theta = {"h": G @ y_star + np.array([0.0, 0.0, 0.6, 0.9]), "q": -Q @ y_star - G[:2].T @ mu}
+    h, q = G @ y_star + np.array([0.0, 0.0, 0.6, 0.9]), -Q @ y_star - G[:2].T @ mu
+
+    def pack(t: Any) -> dict[str, Any]:
+        return {"G": t[:24].reshape(4, n), "Q": t[24:60].reshape(n, n), "h": t[60:64], "q": t[64:]}
 
     def objective(y: Any, t: Any) -> Any:
-        return space(y, t).sum(y * (Q @ y) / 2 + t[4:] * y)
+        of = pack(t)
+        return space(y, t).sum(y * ((of["Q"] + of["Q"].T) @ y) / 4 + of["q"] * y)
 
     def active(y: Any, t: Any) -> Any:
-        return G[:2] @ y - t[:2]
+        of = pack(t)
+        return of["G"][:2] @ y - of["h"][:2]
 
     def outer(y: Any, theta: Any) -> Any:
-        xp = space(y, theta["q"])
+        xp = space(y)
         return xp.sum((y - 0.3) ** 2) / 2 + xp.sum(xp.sin(2 * y)) / 2
 
     residual, extend = lagrangian(objective, active, n)
     along = np.eye(n) - np.linalg.pinv(G[:2]) @ G[:2]
     admit = lambda y, d: y + along @ d * np.linalg.norm(d) / np.linalg.norm(along @ d)
-    limits = lambda p: {"type": "ineq", "fun": lambda y: p.theta["h"] - G @ y}
+    limits = lambda p: {"type": "ineq", "fun": lambda y: p.theta["h"] - p.theta["G"] @ y}
     return Problem(
-        "inequality program", QP(Q=Q, G=G), theta, (), residual, lambda: np.append(y_star, mu), n,
-        stopped_slsqp(objective, np.zeros(n), limits, (1, 2, 3, 4)), outer, admit, extend,
-        lambda t: {"h": t[:4], "q": t[4:]},
+        "inequality program", QP(), {"G": G, "Q": Q, "h": h, "q": q}, (), residual, lambda: np.append(y_star, mu), n,
+        stopped_slsqp(objective, np.zeros(n), limits, (1, 2, 3, 4)), outer, admit, extend, pack,
     )  # fmt: skip
 
 

@@ -137,10 +137,10 @@ def riccati() -> Problem:
     rng = np.random.default_rng(25)
     M, b = rng.normal(size=(4, 4)), rng.normal(size=(4, 2))
 
-    def F(y: Any, theta: Any, M: Any, S: Any) -> Any:
+    def F(y: Any, theta: Any, M: Any, S: Any, unit: Any) -> Any:
         xp = space(y, theta)
         X = xp.reshape(y, (4, 4))
-        Q = theta[:4, None] * np.eye(4).astype(S.dtype)
+        Q = theta[:4, None] * unit
         return xp.reshape(M.T @ X + X @ M - xp.exp(theta[4]) * (X @ S @ X) + Q, (16,))
 
     theta = np.array([1.0, 2.0, 0.5, 1.5, 0.2])
@@ -148,7 +148,7 @@ def riccati() -> Problem:
 
     X = scipy.linalg.solve_continuous_are(M, b, np.diag(theta[:4]), np.eye(2) * np.exp(-theta[4]))
     y0 = (X + 0.1 * np.linalg.norm(X) * np.eye(4)).ravel()
-    return root("riccati", F, y0, theta, (M, b @ b.T), start=lambda: X.ravel())
+    return root("riccati", F, y0, theta, (M, b @ b.T, np.eye(4)), start=lambda: X.ravel())
 
 
 def eigenpair() -> Problem:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from implicitdiff import ImplicitDiffError, ImplicitDiffWarning
+from implicitdiff.pytree import map_leaves
 from zoo.problem import Problem, Vector, flat
 
 MODES = ("gradient", "jvp", "jacobian")
@@ -80,9 +81,11 @@ class Measured:
         )
 
 
-def call(library: Any, problem: Problem, y: Vector, mode: str, dtype: str = "float64", **options: Any) -> Any:
-    """``(value, report)`` of a mode at y; warnings of the library are expected there."""
-    theta, args = problem.cast(dtype)
+def call(library: Any, problem: Problem, y: Vector, mode: str, dtype: str = "float64",
+         array: Callable[[Vector], Any] = np.asarray, **options: Any) -> Any:  # fmt: skip
+    """``(value, report)`` of a mode at y, on arrays of a framework; warnings of the library are expected there."""
+    theta, args = map_leaves(array, problem.cast(dtype))
+    y = array(y.astype(dtype))
     rest = {"args": args, "return_report": True, "on_failure": "ignore", **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitDiffWarning)
@@ -90,7 +93,7 @@ def call(library: Any, problem: Problem, y: Vector, mode: str, dtype: str = "flo
             loss = lambda y, t: problem.outer(y, t, *args)
             return library.implicit_grad(problem.condition, loss, y, theta, **rest)
         if mode == "jvp":
-            tangent = problem.cast_theta(problem.tangent, dtype)
+            tangent = map_leaves(array, problem.cast_theta(problem.tangent, dtype))
             return library.implicit_jvp(problem.condition, y, theta, tangent, **rest)
         return library.implicit_jacobian(problem.condition, y, theta, **rest)
 
@@ -109,7 +112,7 @@ def measure(library: Any, problem: Problem, y: Vector, mode: str = "gradient", h
     truth, n = problem.truth(mode), np.linalg.norm
     blank = Measured(problem.name, how, mode, float(n(y - problem.y) / n(problem.y)))
     try:
-        value, report = call(library, problem, y.astype(dtype), mode, dtype, error=True, **options)
+        value, report = call(library, problem, y, mode, dtype, error=True, **options)
     except ImplicitDiffError as error:
         return replace(blank, refused=f"{type(error).__name__}: {str(error).splitlines()[0]}")
     found, e = raveled(problem, value, mode), report.error

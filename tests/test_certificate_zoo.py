@@ -1,0 +1,109 @@
+"""The estimated error of a derivative against the true one, on the zoo: the whole of it with ``--exhaustive``."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import islice
+
+import numpy as np
+import pytest
+import zoo
+from zoo.measure import MODES, call, measure, raveled, share, survey
+from zoo.minima import logistic
+from zoo.stopped import inexact, perturbed, stopped
+
+import implicitdiff
+from implicitdiff import CG
+
+PERTURBED = 18
+
+
+@cache
+def measured(whole, dtype):
+    """Estimates of the whole zoo, or of some solutions of each problem, with the modes in turn."""
+    rows = []
+    for number, name in enumerate(zoo.NAMES):
+        p = zoo.problem(name).rounded(dtype)
+        if whole:
+            rows += survey(implicitdiff, p, inexact(p), dtype=dtype)
+        else:
+            some = [*islice(perturbed(p), number % 6, PERTURBED, 6), *islice(stopped(p), 1)]
+            rows += [measure(implicitdiff, p, y, MODES[(number + i) % 3], how) for i, (how, y) in enumerate(some)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("whole", "dtype", "least"),
+    [
+        (False, "float64", (0.97, 0.95)),
+        pytest.param(True, "float64", (0.97, 0.95), marks=pytest.mark.exhaustive),
+        pytest.param(True, "float32", (0.95, 0.95), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_trusted_estimates_are_right_within_a_factor(whole, dtype, least):
+    rows = measured(whole, dtype)
+    assert not [str(row) for row in rows if row.refused]
+    trusted = [row for row in rows if row.trusted]
+    assert len(trusted) >= 0.8 * len(rows)
+    missed = "\n".join(str(row) for row in trusted if row.missed)
+    assert {mode for mode in MODES if any(row.mode == mode for row in trusted)} == {*MODES}
+    for mode in MODES if whole else ("any",):
+        mine = [row for row in trusted if mode in {row.mode, "any"}]
+        assert share(mine, 3) >= least[0], f"{mode}:\n{missed}"
+        assert share(mine, 2) >= least[1], f"{mode}:\n{missed}"
+
+
+@pytest.mark.parametrize("number", range(0, len(zoo.NAMES), 3))
+def test_torch(number):
+    torch, p = pytest.importorskip("torch"), zoo.problem(zoo.NAMES[number])
+    how, y = list(perturbed(p))[2 + number % 4]
+    row = measure(implicitdiff, p, y, MODES[number % 2], how, array=torch.asarray)
+    assert row.trusted
+    assert 0.5 <= row.effectivity <= 2, str(row)
+
+
+def test_estimates_are_right_where_y_is_nearly():
+    """All of them, whether trusted or not."""
+    rows = [row for row in measured(False, "float64") if row.off <= 2e-3]
+    assert len(rows) >= 30
+    assert share(rows, 2) == 1, "\n".join(str(row) for row in rows if not 0.5 <= row.effectivity <= 2)
+
+
+@pytest.mark.parametrize("name", ["inequality program", "lasso"])
+def test_an_estimate_across_a_change_of_sides_is_not_trusted(name):
+    """Off in any direction, out of the set and off the support: what is trusted is right all the same."""
+    p, rng = zoo.problem(name), np.random.default_rng(0)
+    rows = []
+    for size in (1e-1, 1e-2, 1e-3, 1e-5):
+        d = rng.normal(size=(2, p.n))
+        rows += survey(implicitdiff, p, [(f"{size:g}", p.y + size * v) for v in d])
+    assert share([row for row in rows if row.trusted], 3) == 1
+    assert any(not row.trusted for row in rows)
+    assert all(row.trusted for row in rows if row.off < 1e-4)
+
+
+@pytest.mark.parametrize("name", ["logistic", "equilibrium layer"])
+@pytest.mark.parametrize(("polish", "order"), [(0, 1), (1, 2)])
+def test_a_polished_gradient_has_its_error_squared(name, polish, order):
+    p = zoo.problem(name)
+    d = next(iter(perturbed(p)))[1] - p.y
+    sizes = np.array([1e-1, 1e-2, 1e-3, 1e-4])
+    values = [call(implicitdiff, p, p.y + size * d, "gradient", polish=polish)[0] for size in sizes]
+    errors = [np.linalg.norm(raveled(p, value, "gradient") - p.truth("gradient")) for value in values]
+    assert np.polyfit(np.log(sizes), np.log(errors), 1)[0] == pytest.approx(order, abs=0.1)
+
+
+def test_a_ridge_gradient_is_exact_after_one_step():
+    p = zoo.problem("ridge")
+    for _, y in islice(perturbed(p), 2):
+        value, _ = call(implicitdiff, p, y, "gradient", polish=1)
+        assert np.linalg.norm(value - p.gradient) <= 1e-12 * np.linalg.norm(p.gradient)
+
+
+def test_a_certificate_costs_less_than_an_adjoint():
+    """Products with A, over the iterations of the adjoint at 1e-8 alone, where CG does not end after n of them."""
+    p, solver, ratios = logistic(60, 150), CG(rtol=1e-8), []
+    for how, y in islice(stopped(p), 3):
+        iterations = call(implicitdiff, p, y, "gradient", solver=solver)[1].iterations
+        ratios.append(measure(implicitdiff, p, y, "gradient", how, solver=solver).products / iterations)
+    assert np.median(ratios) <= 0.6
