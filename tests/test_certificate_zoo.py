@@ -27,7 +27,7 @@ def measured(whole, dtype):
         if whole:
             rows += survey(implicitdiff, p, inexact(p), dtype=dtype)
         else:
-            some = [*islice(perturbed(p), number % 6, PERTURBED, 6), *islice(stopped(p), 1)]
+            some = [*islice(perturbed(p), number % 5, PERTURBED, 5), *islice(stopped(p), 1)]
             rows += [measure(implicitdiff, p, y, MODES[(number + i) % 3], how) for i, (how, y) in enumerate(some)]
     return rows
 
@@ -44,7 +44,7 @@ def test_trusted_estimates_are_right_within_a_factor(whole, dtype, least):
     rows = measured(whole, dtype)
     assert not [str(row) for row in rows if row.refused]
     trusted = [row for row in rows if row.trusted]
-    assert len(trusted) >= 0.8 * len(rows)
+    assert len(trusted) >= 0.75 * len(rows)
     missed = "\n".join(str(row) for row in trusted if row.missed)
     assert {mode for mode in MODES if any(row.mode == mode for row in trusted)} == {*MODES}
     for mode in MODES if whole else ("any",):
