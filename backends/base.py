@@ -98,7 +98,7 @@ class Backend(ABC):
 
     def common_device(self, arrays: Sequence[Array], name: str) -> Any:
         """Return the device of the arrays; raise where there are several."""
-        devices = list(dict.fromkeys(self.device(a) for a in arrays))
+        devices = list(dict.fromkeys(map(self.device, arrays)))
         if len(devices) > 1:
             raise BackendError(f"{name} lies on several devices: {', '.join(map(str, devices))}. Move it to one.")
         return devices[0] if devices else None

@@ -61,34 +61,19 @@ def linearize(condition: ConditionLike, y: Y, theta: T, **options: Unpack[Option
 
 @overload
 def implicit_vjp(
-    condition: ConditionLike,
-    y: Any,
-    theta: T,
-    cotangent: Any,
-    *,
-    return_report: Literal[False] = False,
-    **options: Unpack[StartedOptions],
-) -> T: ...
+    condition: ConditionLike, y: Any, theta: T, cotangent: Any, *,
+    return_report: Literal[False] = False, **options: Unpack[StartedOptions],
+) -> T: ...  # fmt: skip
 @overload
 def implicit_vjp(
-    condition: ConditionLike,
-    y: Any,
-    theta: T,
-    cotangent: Any,
-    *,
-    return_report: Literal[True],
-    **options: Unpack[StartedOptions],
-) -> tuple[T, Report]: ...
+    condition: ConditionLike, y: Any, theta: T, cotangent: Any, *,
+    return_report: Literal[True], **options: Unpack[StartedOptions],
+) -> tuple[T, Report]: ...  # fmt: skip
 @public(StartedOptions, DEFAULTS)
 def implicit_vjp(
-    condition: ConditionLike,
-    y: Any,
-    theta: Any,
-    cotangent: Any,
-    *,
-    return_report: bool = False,
-    **options: Unpack[StartedOptions],
-) -> Any:
+    condition: ConditionLike, y: Any, theta: Any, cotangent: Any, *,
+    return_report: bool = False, **options: Unpack[StartedOptions],
+) -> Any:  # fmt: skip
     """Pull a cotangent of y back to theta: −Bᵀ A⁻ᵀ v.
 
     Parameters
@@ -125,34 +110,19 @@ def implicit_vjp(
 
 @overload
 def implicit_jvp(
-    condition: ConditionLike,
-    y: Y,
-    theta: Any,
-    tangent: Any,
-    *,
-    return_report: Literal[False] = False,
-    **options: Unpack[StartedOptions],
-) -> Y: ...
+    condition: ConditionLike, y: Y, theta: Any, tangent: Any, *,
+    return_report: Literal[False] = False, **options: Unpack[StartedOptions],
+) -> Y: ...  # fmt: skip
 @overload
 def implicit_jvp(
-    condition: ConditionLike,
-    y: Y,
-    theta: Any,
-    tangent: Any,
-    *,
-    return_report: Literal[True],
-    **options: Unpack[StartedOptions],
-) -> tuple[Y, Report]: ...
+    condition: ConditionLike, y: Y, theta: Any, tangent: Any, *,
+    return_report: Literal[True], **options: Unpack[StartedOptions],
+) -> tuple[Y, Report]: ...  # fmt: skip
 @public(StartedOptions, DEFAULTS)
 def implicit_jvp(
-    condition: ConditionLike,
-    y: Any,
-    theta: Any,
-    tangent: Any,
-    *,
-    return_report: bool = False,
-    **options: Unpack[StartedOptions],
-) -> Any:
+    condition: ConditionLike, y: Any, theta: Any, tangent: Any, *,
+    return_report: bool = False, **options: Unpack[StartedOptions],
+) -> Any:  # fmt: skip
     """Derivative of y along a tangent of theta: w with A w = −B θ̇.
 
     Parameters
@@ -240,34 +210,19 @@ def implicit_jacobian(
 
 @overload
 def implicit_grad(
-    condition: ConditionLike,
-    outer: Any,
-    y: Any,
-    theta: T,
-    *,
-    return_report: Literal[False] = False,
-    **options: Unpack[StartedOptions],
-) -> T: ...
+    condition: ConditionLike, outer: Any, y: Any, theta: T, *,
+    return_report: Literal[False] = False, **options: Unpack[StartedOptions],
+) -> T: ...  # fmt: skip
 @overload
 def implicit_grad(
-    condition: ConditionLike,
-    outer: Any,
-    y: Any,
-    theta: T,
-    *,
-    return_report: Literal[True],
-    **options: Unpack[StartedOptions],
-) -> tuple[T, Report]: ...
+    condition: ConditionLike, outer: Any, y: Any, theta: T, *,
+    return_report: Literal[True], **options: Unpack[StartedOptions],
+) -> tuple[T, Report]: ...  # fmt: skip
 @public(StartedOptions, DEFAULTS)
 def implicit_grad(
-    condition: ConditionLike,
-    outer: Any,
-    y: Any,
-    theta: Any,
-    *,
-    return_report: bool = False,
-    **options: Unpack[StartedOptions],
-) -> Any:
+    condition: ConditionLike, outer: Any, y: Any, theta: Any, *,
+    return_report: bool = False, **options: Unpack[StartedOptions],
+) -> Any:  # fmt: skip
     """Total gradient of an outer loss through a solution: dL/dθ = ∂L/∂θ − Bᵀ A⁻ᵀ ∂L/∂y.
 
     Parameters

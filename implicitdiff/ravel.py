@@ -65,8 +65,11 @@ class Raveler:
         self.tree = flatten(tree)
         arrays = [backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)]
         self.items = self._items(arrays, name) if batched else ()
-        self.leaves = [self._leaf(original, array) for original, array in zip(self.tree.leaves, arrays, strict=True)]
-        self.n = sum(leaf.size for leaf in self.leaves)
+        self.leaves: list[Leaf] = []
+        for original, array in zip(self.tree.leaves, arrays, strict=True):
+            shape = tuple(map(int, array.shape[len(self.items) :]))
+            self.leaves.append(Leaf(shape, array.dtype, isinstance(original, float), math.prod(shape)))
+        self.n = sum([leaf.size for leaf in self.leaves])
         self.dtype = backend.common_dtype([leaf.dtype for leaf in self.leaves])
         self.device = backend.common_device(arrays, name)
         # one bare array, by far the most common tree, needs none of the walk over leaves
@@ -86,12 +89,10 @@ class Raveler:
             )
         return (int(arrays[0].shape[0]),)
 
-    def _leaf(self, original: Any, array: Array) -> Leaf:
-        shape = tuple(int(k) for k in array.shape[len(self.items) :])
-        return Leaf(shape, array.dtype, isinstance(original, float), math.prod(shape))
-
     def _join(self, arrays: list[Array], dtype: Any) -> Array:
         backend = self.backend
+        if len(arrays) == 1 and (dtype is None or arrays[0].dtype == dtype):
+            return backend.reshape(arrays[0], self._flat)
         if not arrays:
             return backend.xp.zeros((*self.items, 0), dtype=dtype, device=self.device)
         lead = len(self.items)
