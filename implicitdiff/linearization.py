@@ -245,7 +245,7 @@ class Linearization(Generic[Y, T]):
                 found = None if error is not None or run.diagnostics.unsure(xp) else run.diagnostics.solution.x
                 verify(problem, lambda: run.rules or self._rules, mode, found)
                 self._verified = True
-            if error is None and run.rules is not None:
+            if error is None and run.rules is not None and "finite differences" in run.derivatives.values():
                 self._confirmation.check(run.rules, run.diagnostics.solution, mode, direction, x0)
             if error is None and run.estimate is not None and control.max_error is not None:
                 found = cast("ErrorEstimate", cast("Report", self.report).error)

@@ -20,7 +20,6 @@ from implicitdiff.errors import (
     SingularError,
     SolveError,
     SolveWarning,
-    UnknownNameError,
 )
 from implicitdiff.records import Record, brief, html_table
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from implicitdiff.error_estimate import ErrorEstimate
     from implicitdiff.linalg.operator import Operator
 
-__all__ = ["MODES", "Counts", "Report", "Status", "check_mode", "explain", "settle", "tally", "warn"]
+__all__ = ["MODES", "Counts", "Report", "Status", "explain", "settle", "tally", "warn"]
 
 
 class Status(IntEnum):
@@ -193,12 +192,6 @@ MODES = ("raise", "warn", "nan", "ignore")
 
 _NOT_THE_USER = {"implicitdiff", "contextlib", "functools", "torch"}
 """Between the line that asks for a derivative and ours; Torch calls us from within its backward pass."""
-
-
-def check_mode(on_failure: str) -> None:
-    """Raise where ``on_failure`` is none of the four."""
-    if on_failure not in MODES:
-        raise UnknownNameError(f"on_failure = {on_failure!r}: expected one of {', '.join(MODES)}.")
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from implicitdiff.error_estimate import NOTHING, ErrorControl, Polish
-from implicitdiff.outcome import Report, check_mode
+from implicitdiff.errors import UnknownNameError
+from implicitdiff.outcome import MODES, Report
 from implicitdiff.pytree import copied, map_leaves
 from implicitdiff.registry import backend_for, get_backend, portable
 
@@ -37,7 +38,8 @@ class Settings:
     control: ErrorControl = NOTHING
 
     def __post_init__(self) -> None:
-        check_mode(self.on_failure)
+        if self.on_failure not in MODES:
+            raise UnknownNameError(f"on_failure = {self.on_failure!r}: expected one of {', '.join(MODES)}.")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Confirmation:
         self._other: Any = None
 
     def check(self, rules: Any, solution: Any, mode: str, direction: Any, x0: Any) -> None:
-        """Warn, or raise, where the other result is another one.
+        """Warn, or raise, where the other result of products by differences is another one.
 
         Raises
         ------
@@ -58,8 +58,6 @@ class Confirmation:
             warn(_message(rules, solution, gap), AccuracyWarning)
 
     def _doubtful(self, rules: Any, solution: Any) -> bool:
-        if "finite differences" not in rules.derivatives.values():
-            return False
         A = rules.prepared.operator
         if max(A.accuracy, rules.B.accuracy) > NOISY_DIFFERENCES:
             return True
