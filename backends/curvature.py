@@ -18,6 +18,7 @@ from implicitdiff.backends.base import Backend
 from implicitdiff.backends.differences import Differences, Function, gradient, groups, sweep
 from implicitdiff.backends.sampling import Block
 from implicitdiff.backends.steps import FIRST, SECOND, Plan, search
+from implicitdiff.tolerances import NEARBY
 
 __all__ = ["GradientDifferences", "SecondDerivatives"]
 
@@ -162,7 +163,7 @@ class GradientDifferences(SecondDerivatives, Differences):
         s, xp = self.sampler, self.xp
         if not self.theta.shape[-1]:
             return False
-        beside = s.x + 0.01 * s.whole("y")
+        beside = s.x + NEARBY * s.whole("y")
         here = s.at(beside)
         if not any_true(xp, (s.at(beside + 0.1 * s.whole("theta")) != here) | ~xp.isfinite(here)):
             return False  # f does not see θ at all

@@ -21,7 +21,7 @@ from implicitdiff.backends.base import Backend
 from implicitdiff.backends.sampling import Block, Sampler, leaf_sizes
 from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
 from implicitdiff.errors import DerivativeError
-from implicitdiff.tolerances import AIM_OF_WHOLE, USELESS
+from implicitdiff.tolerances import AIM_OF_WHOLE, TOGETHER, USELESS
 
 __all__ = ["Differences", "groups", "name_of", "not_differentiable", "scalar_gradients", "sweep", "unit_vectors"]
 
@@ -218,7 +218,7 @@ def groups(xp: Any, v: Array, size: Array) -> Iterator[tuple[Array, Array]]:
         largest = xp.max(moved, axis=-1, keepdims=True)
         if not any_true(xp, largest > 0):
             return
-        now = moved >= 1e-3 * largest
+        now = moved >= TOGETHER * largest
         safe = divisor(xp, largest)
         yield xp.where(now, v, 0 * v) / safe, largest
         moved = xp.where(now, 0 * moved, moved)

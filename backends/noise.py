@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true, divisor
+from implicitdiff.tolerances import RESTLESS
 
 __all__ = ["difference_table", "noise_along", "noise_within"]
 
@@ -112,7 +113,7 @@ def noise_within(
         return xp.where(seen & (found < noise), xp.maximum(found, least), noise)
 
     noise = smaller(without, SPACINGS[0], noise)
-    if any_true(xp, noise > 1e-7 * xp.abs(along(POINTS * SPACINGS[0]) - middle)):
+    if any_true(xp, noise > RESTLESS * xp.abs(along(POINTS * SPACINGS[0]) - middle)):
         for spacing in SHORTER:
             noise = smaller(along, spacing, noise)
     return noise

@@ -23,7 +23,7 @@ from implicitdiff.backends.base import Backend
 from implicitdiff.backends.curvature import SecondDerivatives
 from implicitdiff.backends.differences import name_of, not_differentiable, sweep, unit_vectors
 from implicitdiff.backends.sampling import Sampler, leaf_sizes, sizes_of
-from implicitdiff.tolerances import AGREES, COMPLEX_STEP
+from implicitdiff.tolerances import AGREES, COMPLEX_STEP, NEARBY
 
 __all__ = ["ComplexGradientDifferences", "ComplexStep", "complex_gradients", "is_analytic"]
 
@@ -223,7 +223,7 @@ def is_analytic(backend: Backend, function: Function, y: Array, theta: Array, *,
 
 def _beside(x: Array, leaves: tuple[int, ...]) -> Array:
     size, _, unknown = sizes_of(np, x, leaves)
-    return x + np.where(unknown, 0.0, 1e-2 * size * probe_vector(xp, x.shape[-1], x.dtype, None))
+    return x + np.where(unknown, 0.0, NEARBY * size * probe_vector(xp, x.shape[-1], x.dtype, None))
 
 
 def _agrees(sampler: Sampler, function: Function, by: str) -> bool:

@@ -19,7 +19,7 @@ from implicitdiff.backends.noise import noise_along, noise_within
 from implicitdiff.backends.sizes import leaf_sizes, sizes_of
 from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
 from implicitdiff.errors import ImplicitDiffError, NoiseError
-from implicitdiff.tolerances import AGREES, AIM, AIM_OF_WHOLE, NOISE_SHOWN, VISIBLE
+from implicitdiff.tolerances import AGREES, AIM, AIM_OF_WHOLE, NOISE_SHOWN, OFF, SHRUNK, VISIBLE, is_double
 
 __all__ = ["Block", "Sampler", "leaf_sizes", "sizes_of"]
 
@@ -199,7 +199,7 @@ class Sampler:
                 known = (usual > 0) & (own > 0)
                 ratio = xp.where(known, usual, xp.ones_like(usual)) / xp.where(known, own, xp.ones_like(own))
                 ratio = xp.where(ratio > 0, ratio, xp.full_like(ratio, 1e-8))  # f overflows so far away
-                far = lent & ((ratio > 1e4) | (ratio < 1e-4))
+                far = lent & ((ratio > OFF) | (ratio < 1 / OFF))
                 if not any_true(xp, far):
                     break
                 self.size = xp.where(far, self.size * ratio**0.5, self.size)
@@ -323,7 +323,7 @@ class Sampler:
         far = self.along(alone)
         near = self.along(alone, start=self._short(self._relative_noise(far.usual)))
         gap, level = xp.abs(far.value - near.value), far.error + near.error
-        good = (gap <= 10 * level + AGREES * xp.abs(far.value)) & (xp.minimum(far.step, found.step) > 1e-2 * first)
+        good = (gap <= 10 * level + AGREES * xp.abs(far.value)) & (xp.minimum(far.step, found.step) > SHRUNK * first)
         good = xp.all(good, axis=-1, keepdims=True)
         self.lent = self.lent & ~(here & good)
         if not any_true(xp, here & self.lent):
@@ -381,7 +381,7 @@ class Sampler:
         """Whether the values at hand have no more than single precision."""
         values = self.middle
         return (
-            self.eps < 1e-10
+            is_double(self.eps)
             and not any_true(self.xp, self.xp.astype(self.xp.astype(values, self.xp.float32), values.dtype) != values)
             and any_true(self.xp, values != 0)
         )

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor
-from implicitdiff.tolerances import REFINED, VISIBLE
+from implicitdiff.tolerances import KINK, REFINED, VISIBLE
 
 __all__ = ["FIRST", "SECOND", "Estimate", "Plan", "Stencil", "search"]
 
@@ -194,7 +194,7 @@ def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: 
         s = _after(xp, s, look(a, grow | shrink), a, grow & ~shrink, shrink, plan)
     size = _weights(xp, s.best.value, plan)
     # an extreme point has no slope to hold an error against: what it moves by at the first step is one
-    kink = s.stuck & (s.best.spread > s.best.noise) & (s.error > REFINED * size) & (s.best.spread > 1e-2 * first.rate)
+    kink = s.stuck & (s.best.spread > s.best.noise) & (s.error > REFINED * size) & (s.best.spread > KINK * first.rate)
     rate = xp.where(xp.isfinite(s.rate) & (size <= s.error), s.rate, 0 * size)
     return Estimate(s.best.value, s.error, s.step, kink, s.change, xp.maximum(size + _zero(xp, s.error), rate))
 

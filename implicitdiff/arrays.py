@@ -72,7 +72,7 @@ def item_norm(xp: Any, x: Array) -> Array:
     usable = xp.isfinite(largest) & (largest > 0)
     scale = xp.where(usable, largest, xp.ones_like(largest))
     scaled = x / scale[..., None]
-    return scale * xp.sqrt(xp.vecdot(scaled, scaled, axis=-1))
+    return scale * xp.linalg.vector_norm(scaled, axis=-1)
 
 
 def all_finite_items(xp: Any, x: Array) -> Array:

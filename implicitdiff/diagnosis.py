@@ -97,7 +97,7 @@ def _tell_accuracy(diagnostics: Any, rules: Any) -> None:
     rules.unsure = True
     error = float(xp.max(diagnostics.solution.uncertainty(xp, op.rounding)))
     which = f" in {named_items(xp, unsure)}" if rules.point.items else ""
-    single = "" if is_double(xp, op.dtype) else "in double precision (float64), "
+    single = "" if is_double(float(xp.finfo(op.dtype).eps)) else "in double precision (float64), "
     warn(
         f"the derivative may be off by up to about {3 * error:.1%}{which}: {op.label} has a condition number of about "
         f"{error / op.rounding:.1g}, and is known to {op.rounding:.1g} by rounding.\n"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 __all__ = ["ByPrecision", "is_double"]
 
 
-def is_double(xp: Any, dtype: Any) -> bool:
-    """Whether numbers of that dtype have the 16 digits of double precision."""
-    return float(xp.finfo(dtype).eps) < 1e-10
+def is_double(eps: float) -> bool:
+    """Whether numbers of that machine epsilon have the 16 digits of double precision."""
+    return eps < 1e-10
 
 
 class ByPrecision(NamedTuple):
@@ -23,11 +23,11 @@ class ByPrecision(NamedTuple):
 
     def at(self, xp: Any, dtype: Any) -> float:
         """Return the one for a dtype."""
-        return self.double if is_double(xp, dtype) else self.single
+        return self.of(float(xp.finfo(dtype).eps))
 
     def of(self, eps: float) -> float:
         """Return the one for a machine epsilon."""
-        return self.double if eps < 1e-10 else self.single
+        return self.double if is_double(eps) else self.single
 
 
 # -- the accuracy of A -----------------------------------------------------------------------------------
@@ -59,6 +59,10 @@ LOOSE, LOOSE_ITERATIONS = 1e-2, 100
 """Residual and iterations of a solution of which one or two digits are needed."""
 WELL_CONDITIONED = 1e12
 """Times the machine epsilon: rcond from which a direct method is held to a hundred roundings over that, 1e-10."""
+NOISE_LEFT = 1e-2
+"""Most that noise of products may raise the tolerance of an iterative method to: beyond, it says nothing."""
+NULL_VECTOR = ByPrecision(2 * (2.0**-52) ** 0.5, 0.5 * (2.0**-23) ** 0.7)
+"""‖A r‖ / (‖A‖ ‖r‖) of MINRES at which r is a null vector: lost orthogonality keeps it above about sqrt(eps)."""
 PROJECTOR = ByPrecision(1e-9, 1e-4)
 """Relative difference of D D z and D z up to which D is a projection: some roundings of two products."""
 
@@ -105,12 +109,18 @@ DEPENDENT = 1e-4
 # -- what users give of derivatives ----------------------------------------------------------------------
 MISTAKE = 1e-2
 """Relative difference that is no mistake: what users' own approximations by differences come to is less."""
+MISTAKE_OF_PRODUCT = ByPrecision(1e-3, 1e-2)
+"""The same of two products, where no difference is taken."""
 MISTAKE_TRACED = 0.03
 """The same in a compiled program, where a step cannot be tried again."""
 STEP_TRACED = ByPrecision(2e-5, 5e-3)
 """Relative step of the difference there: about the cube root of the machine epsilon, where rounding meets curvature."""
+AWAY = ByPrecision(1e-2, 0.1)
+"""How far from a stationary point, in its units, ∇f is looked at where it is not zero."""
 UNKNOWN = 0.5
 """A comparison that allows more than this says nothing."""
+NEARBY = 1e-2
+"""Part of its size by which a coordinate is moved aside: off what happens to be zero there, and near."""
 
 # -- differences -------------------------------------------------------------------------------------------
 AIM = 1e-9
@@ -125,6 +135,16 @@ NOISE_SHOWN = 1e-2
 """Noise against a change by a coordinate's own size, from which it says nothing of that size."""
 AGREES = 1e-6
 """Relative difference, beside ten times the errors, of two ways to one derivative, or steps, that agree."""
+KINK = 1e-2
+"""Part of the rate of change that two formulas of second order differ by, from which there is a kink."""
+SHRUNK = 1e-2
+"""Part of the usual step below which a step was shortened for some reason, and tells nothing of a unit."""
+OFF = 1e4
+"""Ratio of curvatures from which the size that a zero was lent is taken for wrong."""
+TOGETHER = 1e-3
+"""Entries of a direction within this factor of the largest are moved by one difference."""
+RESTLESS = 1e-7
+"""Noise against the change over the shortest distance, from which still shorter ones are looked at."""
 COMPLEX_STEP = 1e-20
 """Step relative to the size of a coordinate; its square is far below rounding."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import functools
 import importlib
 import inspect
 import re
@@ -86,6 +87,7 @@ CORE_MODULES = [name for name in SOURCES if not name.startswith("implicitdiff.ba
 ADAPTERS = [name for name in SOURCES if name.startswith("implicitdiff.backends.")]
 
 
+@functools.cache
 def parsed(name: str) -> ast.Module:
     """Syntax tree of a module."""
     return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
@@ -361,3 +363,11 @@ def test_every_class_of_faults_has_its_tests() -> None:
         for low, high in re.findall(r"(\d+)(?: to (\d+))?", numbers[1]) if numbers else ():
             about.update(range(int(low), int(high or low) + 1))
     assert about == set(range(1, 79))
+
+
+def test_tolerances_are_in_one_file() -> None:
+    """Nothing is compared with a small number that is written there and then."""
+    for name in (name for name in SOURCES if not name.endswith((".tolerances", ".demo"))):
+        compared = (node for node in ast.walk(parsed(name)) if isinstance(node, ast.Compare))
+        numbers = [n for node in compared for n in ast.walk(node) if isinstance(n, ast.Constant)]
+        assert not [(name, n.lineno) for n in numbers if type(n.value) is float and 0 < n.value < 0.05]

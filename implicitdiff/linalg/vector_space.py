@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from implicitdiff.arrays import Array, all_finite_items, item_norm, probe_vector
+from implicitdiff.tolerances import NEARBY
 
 __all__ = ["ArraySpace", "TreeSpace", "TreeVector", "is_tree_vector"]
 
@@ -138,7 +139,7 @@ class ArraySpace:
         """Return another point, one percent away in each entry."""
         if not self.shape[-1]:
             return x
-        return x + 0.01 * self.probe() * _sizes(self.xp, x, lambda size: self.xp.max(size, axis=-1, keepdims=True))
+        return x + NEARBY * self.probe() * _sizes(self.xp, x, lambda size: self.xp.max(size, axis=-1, keepdims=True))
 
     def worst(self, x: Array) -> Array:
         """Position of the largest entry, per item; -1 where that is not known."""
@@ -339,7 +340,7 @@ class TreeSpace(ArraySpace):
         return x.map(self._leaf_nearby, self.probe())
 
     def _leaf_nearby(self, leaf: Array, z: Array) -> Array:
-        return leaf + 0.01 * z * _sizes(self.xp, leaf, self.top) if math.prod(leaf.shape) else leaf
+        return leaf + NEARBY * z * _sizes(self.xp, leaf, self.top) if math.prod(leaf.shape) else leaf
 
     def worst(self, x: TreeVector) -> Array:
         best, index, start = self.scalar(-1.0), self.counter(), 0

@@ -18,7 +18,7 @@ from implicitdiff.solvers.checks import cancelled
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
 from implicitdiff.solvers.unit import one_step, unit_of
-from implicitdiff.tolerances import LOOSE, LOOSE_ITERATIONS, LOST, RESIDUAL
+from implicitdiff.tolerances import LOOSE, LOOSE_ITERATIONS, LOST, NOISE_LEFT, RESIDUAL
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -256,7 +256,7 @@ class Krylov(Solver):
         # GMRES is the same loop with many cycles; CG and MINRES nearly always take one.
         op, backend = state.operator, state.operator.backend
         space = backend.space(b)
-        noise = min(30 * op.accuracy, 1e-2) if op.matrix is None else 0.0
+        noise = min(30 * op.accuracy, NOISE_LEFT) if op.matrix is None else 0.0
         default = max(RESIDUAL.of(space.eps), noise)
         rtol, maxiter = space.scalar(self.rtol or default), self.most(space.length)
         unit, scale = unit_of(space, b)

@@ -189,7 +189,7 @@ class DenseSolver(Solver):
         rows = self._apply_rows(state, xp.concat([b if many else b[None, ...], z], axis=0))
         x, w = (rows[:-PROBES, ...] if many else rows[0, ...]), rows[-PROBES:, ...]
         r = b - product(x)
-        if not is_double(xp, state.operator.dtype):
+        if not is_double(float(xp.finfo(state.operator.dtype).eps)):
             x = x + self._apply_rows(state, r)
             r = b - product(x)
         return _with_condition(state, z, w), x, r

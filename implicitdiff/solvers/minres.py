@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from implicitdiff.arrays import Array
 from implicitdiff.outcome import Status
 from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, Structure, without_preconditioner
+from implicitdiff.tolerances import NULL_VECTOR
 
 __all__ = ["MINRES"]
 
@@ -119,7 +120,7 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     root = space.sqrt(gbar * gbar + (s.cs * beta) ** 2)
     # (Lost orthogonality keeps root above about sqrt(eps), which is the limit; a regular A of condition 3e7, or
     # 1e5 in single precision, cannot be told from a singular one here.)
-    tiny = 2 * space.eps**0.5 if space.eps < 1e-10 else 0.5 * space.eps**0.7
+    tiny = NULL_VECTOR.of(space.eps)
     running = space.maximum(s.operator_norm, norm)
     go = usable & finite & (root > tiny * running) & (gamma > space.eps * norm)
     safe = space.where(go, gamma, one)

@@ -13,7 +13,7 @@ from implicitdiff.namespaces import namespace
 from implicitdiff.problem import problem_of
 from implicitdiff.records import html_table
 from implicitdiff.rules import Rules
-from implicitdiff.tolerances import MISTAKE, UNKNOWN
+from implicitdiff.tolerances import MISTAKE_OF_PRODUCT, UNKNOWN
 from implicitdiff.typing import ConditionLike
 from implicitdiff.verification.mistakes import Wrong, cause_of
 from implicitdiff.verification.probes import Along, Gap, draw, measured, units
@@ -311,6 +311,6 @@ def _pair(name: str, against: str, a: Array, b: Array, trial: Trial) -> CheckRow
     xp = trial.xp
     size = xp.maximum(xp.abs(a), xp.abs(b))
     difference = xp.abs(a - b) / divisor(xp, size)
-    allowed = MISTAKE if trial.along_z.eps > 1e-10 else 0.1 * MISTAKE
+    allowed = MISTAKE_OF_PRODUCT.of(trial.along_z.eps)
     wrong = _any(difference > allowed)
     return CheckRow(name, against, _largest(difference), allowed, "wrong" if wrong else "ok")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, probe_vector
 from implicitdiff.ravel import Raveler
-from implicitdiff.tolerances import MISTAKE
+from implicitdiff.tolerances import MISTAKE, is_double
 
 __all__ = ["Along", "Gap", "draw", "measured", "settled", "units"]
 
@@ -85,7 +85,7 @@ class Along:
         self.dy, self.dtheta, self.scalar, self.beside = dy, dtheta, scalar, beside
         self._nowhere = float("nan") * (y[..., :width] if scalar is None else y[..., 0])
         self.eps = float(xp.finfo(y.dtype).eps)
-        steps = (_STEPS if scalar is None else _STEPS_OF_VALUES)[self.eps > 1e-10]
+        steps = (_STEPS if scalar is None else _STEPS_OF_VALUES)[not is_double(self.eps)]
         self.steps: tuple[float, ...] = steps if known else (*steps, *_STEPS_WITHOUT_UNIT)
         self._changes: dict[int, Array] = {}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, divisor, quotient
 from implicitdiff.conditions.base import Checked
 from implicitdiff.namespaces import namespace
+from implicitdiff.tolerances import AWAY
 from implicitdiff.verification.probes import Along, draw, units
 
 __all__ = ["Question", "Trial"]
@@ -128,7 +129,7 @@ class Trial:
         if c.values is None or c.what != "grad" or c.function is None:
             return None
         xp, f, grad = self.xp, self.applied(c.values), self.applied(c.function)
-        far = 0.1 if self.along_z.eps > 1e-10 else 1e-2
+        far = AWAY.of(self.along_z.eps)
         y = self.y + far * draw(xp, self.y, 4 * self.number + 3) * self.size
         along = Along(
             xp, lambda y, t: f(y, t)[..., None], y, self.theta, self.z, None, known=self.known, width=1
