@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true, listed, named_items, to_python
-from implicitdiff.certificate import CONTRACTS, Estimate
+from implicitdiff.certificate import Estimate
 from implicitdiff.error_estimate import CAUSES, ErrorEstimate
 from implicitdiff.errors import InaccurateError
 from implicitdiff.pytree import map_leaves
+from implicitdiff.tolerances import CERTIFIED
 
 __all__ = ["inaccuracy", "inaccurate", "nan_items", "shown"]
 
@@ -71,8 +72,8 @@ def _doubt(xp: Any, estimate: Estimate, condition: Any) -> str:
 
     reasons += [
         (open_ & ~estimate.usable, lambda: "its Newton step could not be solved for, or F or L is not finite there"),
-        (open_ & ~(estimate.contraction <= CONTRACTS), far),
-        (open_ & (estimate.contraction <= CONTRACTS) & ~(estimate.adjoint_contraction <= CONTRACTS),
+        (open_ & ~(estimate.contraction <= CERTIFIED), far),
+        (open_ & (estimate.contraction <= CERTIFIED) & ~(estimate.adjoint_contraction <= CERTIFIED),
          lambda: "A changes so much between y and its Newton step that its solve there is not corrected by one at y"),
     ]  # fmt: skip
     said = []

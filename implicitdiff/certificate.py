@@ -34,25 +34,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, item_norm
 from implicitdiff.errors import InputError
+from implicitdiff.tolerances import (
+    ANOTHER_STEP,
+    CAUTIOUS,
+    CERTIFIED,
+    LOOSE_GENERAL,
+    LOOSE_SYMMETRIC,
+    NOISE,
+    PROBES,
+    RESIDUAL,
+    ROUNDED,
+    SPLIT,
+)
 
 if TYPE_CHECKING:
     from implicitdiff.linalg.solve import Solution
     from implicitdiff.rules import Rules
 
-__all__ = ["CONTRACTS", "Estimate", "Product", "certify", "certify_adjoint", "newton_step"]
-
-LOOSE = 0.1
-"""Relative residual of the two systems."""
-CONTRACTS = 0.25
-"""κ up to which an estimate is trusted."""
-PROBES = 4
-"""Random directions for a Jacobian whose A is not factored: within a factor of three in 98 of 100 cases at rank one."""
-SPLIT = 0.03
-"""Part of the residual from which on what is the linear solve's is solved for by itself."""
-ROUNDED = 30
-"""How many times larger than one rounding a residual may be that counts as all rounding."""
-ANOTHER_STEP = 2**0.25
-"""Ratio of steps at which the change of a difference of fourth order is its error."""
+__all__ = ["Estimate", "Product", "certify", "certify_adjoint", "newton_step"]
 
 
 class Product(NamedTuple):
@@ -175,7 +174,21 @@ class _Certificate:
         self.xp, self.items = self.backend.xp, rules.point.items
         self.whole = True
         self.product = self._of_probes(product)
+        self.rtol = self._tolerance()
         self.spent: Any = 0
+
+    def _tolerance(self) -> float:
+        """Relative residual of the two systems: a digit of the solution, and not of its stiff components alone.
+
+        Those of F and of a residual are mostly rough. A residual of 1/κ(A) leaves no more than that of the others.
+        """
+        solution, A = self.product.solution, self.rules.prepared.operator
+        if self.backend.traced or (solution.condition is None and solution.rcond is None):
+            return CAUTIOUS
+        xp, loose = self.xp, LOOSE_SYMMETRIC if A.symmetric else LOOSE_GENERAL
+        known = 1 / xp.asarray(solution.condition) if solution.condition is not None else xp.asarray(solution.rcond)
+        least = float(xp.min(known))
+        return max(min(loose, least), RESIDUAL.at(xp, A.dtype)) if least > 0 else CAUTIOUS
 
     def _of_probes(self, product: Product) -> Product:
         """Return the product along a few directions, where it is a Jacobian by a method without factors."""
@@ -216,7 +229,7 @@ class _Certificate:
 
     def _solved(self, left: Array) -> tuple[Array, Array]:
         """A⁻¹ or A⁻ᵀ of a residual; whether it is that, per item."""
-        w, usable, spent = self.rules.prepared.roughly(left, transposed=self.product.transposed, rtol=LOOSE)
+        w, usable, spent = self.rules.prepared.roughly(left, transposed=self.product.transposed, rtol=self.rtol)
         self.spent += self._most(spent) * self._rhs()
         return w, self._all(usable)
 
@@ -244,25 +257,29 @@ class _Certificate:
         """Make the Newton step and the corrections."""
         xp, rules, product = self.xp, self.rules, self.product
         F = _residual(rules)
-        delta, stepped, spent = rules.prepared.roughly(F, transposed=False, rtol=LOOSE)
+        delta, stepped, spent = rules.prepared.roughly(F, transposed=False, rtol=self.rtol)
         self.spent += self._most(spent)
         there = at_another(rules, delta)
         left, more = self._left(there)
         w, corrected = self._solved(left)
         e = product.value - self._derivative(there, product.solution.x + w, more)
         part, linear = self._linear(left)
-        inner, apart = self._size(e - part), self._apart(part)
-        differences = xp.zeros_like(inner) if apart is None else self._size(apart)
-        e = e if apart is None else e + apart
+        exact, solved, noise = self._rounded(F)
+        inner, differences, apart, unseen = self._size(e - part), xp.zeros_like(linear), None, None
+        if (other := self._at_other_steps()) is not None:
+            apart = self._apart(other, part)
+            differences = self._size(apart)
+            unseen = self._scaled(F, rows=True) <= NOISE * self._scaled(_residual(other) - F, rows=True)
+            e = apart + xp.where(unseen[..., None], part, e)  # where F is all noise, so is the step, and what it does
+            exact, inner = exact | unseen, xp.where(unseen, xp.zeros_like(inner), inner)
         absolute = self._size(e)
         absolute = xp.where(xp.isfinite(absolute), absolute, xp.full_like(absolute, float("inf")))
         kappa, changed = self._contraction(F, there), None if there.maps.changed is None else there.maps.changed()
-        exact, solved, noise = self._rounded(F)
         zero = xp.zeros_like(inner)
         rounding = xp.where(exact, inner, zero) + xp.where(solved, linear, zero)
         good = stepped & corrected & there.inputs & xp.isfinite(absolute)
         again = self._again(there, left, w)
-        trusted = good & ((kappa <= CONTRACTS) | exact) & ((again <= CONTRACTS) | (self._size(left) <= noise))
+        trusted = good & ((kappa <= CERTIFIED) | exact) & ((again <= CERTIFIED) | (self._size(left) <= noise))
         trusted = trusted if changed is None else trusted & ~xp.any(changed, axis=-1)
         return Estimate(
             absolute, self._relative(absolute), xp.where(exact, zero, inner), xp.where(solved, zero, linear),
@@ -299,13 +316,17 @@ class _Certificate:
         self.spent = self.spent + spent
         return part, xp.where(wanted, self._size(part), xp.zeros_like(rho))
 
-    def _apart(self, linear: Array) -> Array | None:
-        """The change of the derivative with the steps of its differences; None where it is not made of any."""
-        rules, product = self.rules, self.product
+    def _at_other_steps(self) -> Rules | None:
+        """The rules at ŷ with other steps of their differences; None where they are not made of any."""
+        rules = self.rules
         if self.backend.traced or not any("finite differences" in kind for kind in rules.derivatives.values()):
             return None
         problem = replace(rules.problem, backend=self.backend.varied(ANOTHER_STEP))
-        other = type(rules)(problem, flat=True, choices=rules.maps.choices, trial=True)
+        return type(rules)(problem, flat=True, choices=rules.maps.choices, trial=True)
+
+    def _apart(self, other: Rules, linear: Array) -> Array:
+        """The change of the derivative with the steps of its differences."""
+        product = self.product
         left, more = self._left(other)
         w, _ = self._solved(left)
         return product.value - self._derivative(other, product.solution.x + w, more) - linear

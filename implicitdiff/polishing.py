@@ -12,13 +12,9 @@ from implicitdiff.error_estimate import ErrorControl
 from implicitdiff.errors import AccuracyWarning, InaccurateError, InputError, SolveError
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
+from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
-__all__ = ["CONTRACTS", "MOST", "no_numbers", "polished"]
-
-MOST = 20
-"""Steps of ``polish="auto"``: Newton's method that contracts at all is done by then."""
-CONTRACTS = 0.5
-"""‖F‖ after a step over ‖F‖ before it, above which Newton's method gets nowhere."""
+__all__ = ["no_numbers", "polished"]
 
 
 def no_numbers() -> InputError:
@@ -57,7 +53,7 @@ def _until_met(lin: Any, mode: str, direction: Any, x0: Any, control: ErrorContr
     """Polish until the error is what it may be, or Newton's method stops contracting."""
     xp, limit = lin._problem.backend.xp, control.max_error
     control = control._replace(error=True)
-    for step in range(MOST + 1):
+    for step in range(MOST_POLISH + 1):
         lin.by_newton = True  # of a y that is on its way nothing is told but at the end
         found = lin.attempt(mode, direction, x0, control)
         estimate = lin.estimate
@@ -66,8 +62,8 @@ def _until_met(lin: Any, mode: str, direction: Any, x0: Any, control: ErrorContr
         if found[1] is not None and not isinstance(found[1], InaccurateError):
             break
         open_ = xp.ones_like(estimate.trusted) if limit is None else ~(estimate.relative <= limit)
-        moving = open_ & (estimate.contraction <= CONTRACTS) & estimate.usable & (estimate.inner > 0)
-        if step == MOST or not any_true(xp, moving):
+        moving = open_ & (estimate.contraction <= CONTRACTING) & estimate.usable & (estimate.inner > 0)
+        if step == MOST_POLISH or not any_true(xp, moving):
             break
         lin = lin.moved(estimate.y)
     if found[1] is None and any_true(xp, ~estimate.trusted):

@@ -16,10 +16,11 @@ from implicitdiff.backends.jax.reports import hand_out
 from implicitdiff.backends.jax.rules import arrays_of, functions_of, run_rules
 from implicitdiff.backends.jax.tracers import is_traced, is_transformed
 from implicitdiff.mode import Mode
-from implicitdiff.polishing import CONTRACTS, MOST, no_numbers
+from implicitdiff.polishing import no_numbers
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules, Run
+from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
 __all__ = ["Runner", "looked_at", "newtons"]
 
@@ -190,9 +191,9 @@ def newtons(problem: Problem, steps: Any, inline: Any) -> Any:
     if is_traced(problem.y, problem.theta, problem.args, arrays_of(problem.condition)):
         raise no_numbers()
     size = float("inf")
-    for _ in range(MOST):
+    for _ in range(MOST_POLISH):
         found = float(jnp.max(looked_at(runner.problem, sure=False).size))
-        if not found <= CONTRACTS * size or found == 0:
+        if not found <= CONTRACTING * size or found == 0:
             break
         size, runner = found, Runner(replace(runner.problem, y=runner.newton()), inline)
     return runner.problem.y

@@ -77,7 +77,7 @@ class Prepared:
     counted: int = 0
     """Products for matrices and scales that a solve has told already."""
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
-    _undamped: Prepared | None = None
+    _undamped: tuple[float, Prepared] | None = None
 
     @property
     def damping(self) -> float:
@@ -157,12 +157,13 @@ class Prepared:
         tuple
             The solution, whether it is one, per right-hand side and item, and the number of products.
         """
-        if self._undamped is None:
+        if self._undamped is None or self._undamped[0] != rtol:
             solver = self.solver.roughly(rtol) if hasattr(self.solver, "roughly") else self.solver
             shared = {} if self.damping else self._states
-            self._undamped = Prepared(self.operator, solver, _states=shared)
-        used, state = self._undamped.state(transposed)
-        x, status, counts = self._undamped.solver.solve(state, b, None)
+            self._undamped = rtol, Prepared(self.operator, solver, _states=shared)
+        prepared = self._undamped[1]
+        used, state = prepared.state(transposed)
+        x, status, counts = prepared.solver.solve(state, b, None)
         xp = used.backend.xp
         usable = xp.asarray(status, device=used.device) <= int(Status.APPROXIMATE)
         return x, usable & used.backend.space(x).finite(x), counts.matvecs
