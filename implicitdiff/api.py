@@ -105,7 +105,8 @@ def implicit_vjp(
     >>> np.round(g, 6)
     array([2., 4.])
     """
-    return _derivative("vjp", cotangent, condition, y, theta, return_report, options)
+    lin, x0 = _at(condition, y, theta, cotangent, options)
+    return _with_report(lin, lin._product("vjp", cotangent, x0, lin.control), return_report)
 
 
 @overload
@@ -153,7 +154,8 @@ def implicit_jvp(
     >>> np.round(dy, 6)
     array([2.])
     """
-    return _derivative("jvp", tangent, condition, y, theta, return_report, options)
+    lin, x0 = _at(condition, y, theta, tangent, options)
+    return _with_report(lin, lin._product("jvp", tangent, x0, lin.control), return_report)
 
 
 @overload
@@ -205,7 +207,8 @@ def implicit_jacobian(
     array([[-0.333333,  0.      ],
            [ 0.      , -0.666667]])
     """
-    return _derivative("jacobian", None, condition, y, theta, return_report, options)
+    lin, x0 = _at(condition, y, theta, None, options)
+    return _with_report(lin, lin._product("jacobian", None, x0, lin.control), return_report)
 
 
 @overload
@@ -258,15 +261,15 @@ def implicit_grad(
     12.0
     """
     mode = "gradient" if callable(outer) else "vjp"
-    return _derivative(mode, outer, condition, y, theta, return_report, options)
+    lin, x0 = _at(condition, y, theta, None if mode == "gradient" else outer, options)
+    return _with_report(lin, lin._product(mode, outer, x0, lin.control), return_report)
 
 
-def _derivative(
-    mode: str, direction: Any, condition: Any, y: Any, theta: Any, return_report: bool, options: Any
-) -> Any:
-    """Linearise, take one product, and add the report where it is asked for."""
+def _at(condition: Any, y: Any, theta: Any, vector: Any, options: Any) -> tuple[Linearization[Any, Any], Any]:
+    """Return what is linearised there, and the start of the solve."""
     x0 = options.pop("x0", None)
-    vector = None if mode == "gradient" else direction
-    lin = linearized(problem_of(condition, y, theta, vector=vector, **options))
-    value = lin._product(mode, direction, x0, lin.control)
-    return (value, lin.report) if return_report else value
+    return linearized(problem_of(condition, y, theta, vector=vector, **options)), x0
+
+
+def _with_report(lin: Linearization[Any, Any], value: Any, wanted: bool) -> Any:
+    return (value, lin.report) if wanted else value
