@@ -16,7 +16,7 @@ from cupyx.scipy import linalg
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
-from implicitdiff.backends.lending import Lender
+from implicitdiff.backends.lending import BorrowedAutodiff
 from implicitdiff.errors import BackendError, DerivativeError, DTypeError, UnknownNameError
 from implicitdiff.linalg.vector_space import ArraySpace
 
@@ -119,7 +119,7 @@ class CupyBackend(ArrayAPIBackend):
         """Derive by Torch; None where finite differences are wanted, or all that is left."""
         if self.autodiff == "torch" or (self.autodiff == "auto" and find_spec("torch") is not None):
             try:
-                return getattr(Lender(self, "torch"), what)(*at)
+                return getattr(BorrowedAutodiff(self, "torch"), what)(*at)
             except (DerivativeError, DTypeError):  # as far as this one may look, it calls CuPy by name
                 if self.autodiff == "torch":
                     raise

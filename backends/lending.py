@@ -16,21 +16,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from implicitdiff.arrays import Array
-from implicitdiff.conditions.point import Flat, Point
+from implicitdiff.conditions.point import Point, VectorFunction
 from implicitdiff.errors import BackendError, DerivativeError, DTypeError
 from implicitdiff.pytree import map_leaves
 from implicitdiff.ravel import Raveler
 from implicitdiff.registry import get_backend
 
-__all__ = ["LENDERS", "Lender", "Lent"]
+__all__ = ["AUTODIFF_SOURCES", "BorrowedAutodiff", "BorrowedDerivatives"]
 
 Function = Callable[[Array, Array], Array]
 
-LENDERS = ("torch", "jax")
+AUTODIFF_SOURCES = ("torch", "jax")
 """Backends whose autodiff can be lent."""
 
 
-class Lender:
+class BorrowedAutodiff:
     """The autodiff of another framework, for functions made at a point of a borrowing backend.
 
     Parameters
@@ -48,11 +48,11 @@ class Lender:
             raise BackendError(f"autodiff = {name!r}, and there is no {error.name}: install it.") from error
         self.engine.vmap = None  # the functions are the borrower's, and take the leading axis of items themselves
 
-    def differentiate(self, function: Function, y: Array, theta: Array) -> Lent:
+    def differentiate(self, function: Function, y: Array, theta: Array) -> BorrowedDerivatives:
         """Derivatives of a vector function."""
         return self._lent(self.engine.differentiate, function, y, theta)
 
-    def differentiate_gradient(self, function: Function, y: Array, theta: Array) -> Lent:
+    def differentiate_gradient(self, function: Function, y: Array, theta: Array) -> BorrowedDerivatives:
         """Derivatives of ∇_y f for a scalar function f."""
         return self._lent(self.engine.differentiate_gradient, function, y, theta)
 
@@ -65,20 +65,20 @@ class Lender:
             self._check_kind(function, kind)
             return self.back(by_y), self.back(by_theta), kind
 
-    def _lent(self, derive: Callable[..., Any], function: Function, y: Array, theta: Array) -> Lent:
+    def _lent(self, derive: Callable[..., Any], function: Function, y: Array, theta: Array) -> BorrowedDerivatives:
         function = _remade(function)
         with self.working(function, y, theta):
             found = derive(*self._handed_over(function, y, theta))
             self._check_kind(function, found.kind)
-        return Lent(self, found, function, y, theta)
+        return BorrowedDerivatives(self, found, function, y, theta)
 
-    def _check_kind(self, function: Flat, kind: str) -> None:
+    def _check_kind(self, function: VectorFunction, kind: str) -> None:
         if kind != "autodiff":
             raise _UnfitError(f"{self.name} could not record it, since it leaves {self.name} on the way")
 
     # -- the function, there ---------------------------------------------------------------------------
-    def _handed_over(self, function: Flat, y: Array, theta: Array) -> tuple[Any, Array, Array]:
-        """Return the function made anew on the lender's arrays, and the vectors there."""
+    def _handed_over(self, function: VectorFunction, y: Array, theta: Array) -> tuple[Any, Array, Array]:
+        """Return the function made anew on the arrays of the other framework, and the vectors there."""
         point = self._point(function.point, y, theta)
         there = function.on(point)
         self._compare(function, there, y, theta)
@@ -91,7 +91,7 @@ class Lender:
         )
         return Point(self.engine, y_raveler, theta_raveler, map_leaves(self.over, here.args))
 
-    def _compare(self, here: Flat, there: Any, y: Array, theta: Array) -> None:
+    def _compare(self, here: VectorFunction, there: Any, y: Array, theta: Array) -> None:
         """Raise where the function gives other numbers there."""
         xp = self.borrower.xp
         # not at y itself, where F is zero and only rounding could be compared
@@ -116,7 +116,7 @@ class Lender:
     def _shared(self, array: Array) -> Array:
         try:
             return self.engine.xp.from_dlpack(array)
-        except Exception:  # a layout that the lender does not take: each has its own type for that
+        except Exception:  # a layout that the other does not take: each has its own type for that
             return self.engine.xp.from_dlpack(array.copy())
 
     def _same_dtype(self, array: Array, found: Array) -> Array:
@@ -135,8 +135,8 @@ class Lender:
 
     # -- errors ----------------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def working(self, function: Flat, y: Array, theta: Array) -> Iterator[None]:
-        """Compute as the lender does; tell a function that does not take its arrays from one that is wrong anyway."""
+    def working(self, function: VectorFunction, y: Array, theta: Array) -> Iterator[None]:
+        """Compute as the other framework does; tell a function that does not take its arrays from one that is wrong."""
         try:
             with self.engine.computing():
                 yield
@@ -154,25 +154,25 @@ class Lender:
             ) from error
 
 
-def _remade(function: Function) -> Flat:
+def _remade(function: Function) -> VectorFunction:
     """Return a function that can be made anew in another framework."""
-    if not isinstance(function, Flat):
+    if not isinstance(function, VectorFunction):
         raise DerivativeError("this condition is not one function of the user's, and its autodiff cannot be lent.")
     return function
 
 
 class _UnfitError(Exception):
-    """The function ran on the lender's arrays, and not as it should."""
+    """The function ran on the arrays of the other framework, and not as it should."""
 
 
-class Lent:
+class BorrowedDerivatives:
     """Derivatives of a vector function that another framework made.
 
     Parameters
     ----------
-    lender : Lender
+    source : BorrowedAutodiff
     found : Derivatives
-        The lender's.
+        The other framework's.
     function : Flat
         Of the borrower.
     y, theta : array
@@ -181,14 +181,14 @@ class Lent:
 
     kind = "autodiff"
 
-    def __init__(self, lender: Lender, found: Any, function: Flat, y: Array, theta: Array) -> None:
-        self._lender, self._found, self._at = lender, found, (function, y, theta)
+    def __init__(self, source: BorrowedAutodiff, found: Any, function: VectorFunction, y: Array, theta: Array) -> None:
+        self._source, self._found, self._at = source, found, (function, y, theta)
         self.accuracy = found.accuracy
 
     def _product(self, name: str, *vectors: Array) -> Array:
-        lender = self._lender
-        with lender.working(*self._at):
-            return lender.back(getattr(self._found, name)(*map(lender.over, vectors)))
+        source = self._source
+        with source.working(*self._at):
+            return source.back(getattr(self._found, name)(*map(source.over, vectors)))
 
     def value(self) -> Array:
         """G(y, θ)."""

@@ -12,7 +12,7 @@ from scipy.linalg import lapack
 from implicitdiff.arrays import Array
 from implicitdiff.arrays import numpy_namespace as xp
 from implicitdiff.backends.array_api import ArrayAPIBackend, triangular_solve
-from implicitdiff.backends.lending import LENDERS, Lender
+from implicitdiff.backends.lending import AUTODIFF_SOURCES, BorrowedAutodiff
 from implicitdiff.backends.numpy_complex import (
     ComplexGradientDifferences,
     ComplexStep,
@@ -24,7 +24,7 @@ from implicitdiff.errors import DerivativeError, InputError, UnknownNameError
 
 __all__ = ["NumpyBackend"]
 
-_MODES = ("auto", "autograd", "complex_step", "finite_differences", *LENDERS)
+_MODES = ("auto", "autograd", "complex_step", "finite_differences", *AUTODIFF_SOURCES)
 
 
 class NumpyBackend(ArrayAPIBackend):
@@ -98,8 +98,8 @@ class NumpyBackend(ArrayAPIBackend):
     # -- derivatives ---------------------------------------------------------------------------------
     def differentiate(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
         self._refuse_to_derive("a product")
-        if self.autodiff in LENDERS:
-            return Lender(self, self.autodiff).differentiate(function, y, theta)
+        if self.autodiff in AUTODIFF_SOURCES:
+            return BorrowedAutodiff(self, self.autodiff).differentiate(function, y, theta)
         if self._tape():
             from implicitdiff.backends import autograd as tape
 
@@ -112,8 +112,8 @@ class NumpyBackend(ArrayAPIBackend):
 
     def differentiate_gradient(self, function: Callable[..., Array], y: Array, theta: Array) -> Any:
         self._refuse_to_derive("a product")
-        if self.autodiff in LENDERS:
-            return Lender(self, self.autodiff).differentiate_gradient(function, y, theta)
+        if self.autodiff in AUTODIFF_SOURCES:
+            return BorrowedAutodiff(self, self.autodiff).differentiate_gradient(function, y, theta)
         if self._tape():
             from implicitdiff.backends import autograd as tape
 
@@ -126,8 +126,8 @@ class NumpyBackend(ArrayAPIBackend):
 
     def gradients(self, function: Callable[..., Array], y: Array, theta: Array) -> tuple[Array, Array, str]:
         self._refuse_to_derive("the gradient of outer")
-        if self.autodiff in LENDERS:
-            return Lender(self, self.autodiff).gradients(function, y, theta)
+        if self.autodiff in AUTODIFF_SOURCES:
+            return BorrowedAutodiff(self, self.autodiff).gradients(function, y, theta)
         if self._tape():
             from implicitdiff.backends import autograd as tape
 

@@ -173,14 +173,16 @@ class Rules:
         """−Bᵀ A⁻ᵀ v."""
         raveler = self.point.y
         v = raveler.like(cotangent, "cotangent", dtype=raveler.dtype)
-        g, diagnostics = self._pull(v, x0, self.inputs & self._finite(v, raveler, "cotangent"))
+        g, diagnostics = self._reverse(v, x0, self.inputs & self._finite(v, raveler, "cotangent"))
         return self.product.tree(g), diagnostics
 
     def jvp(self, tangent: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
         """The solution w of A w = −B θ̇."""
         raveler = self.point.theta
         t = raveler.like(tangent, "tangent", dtype=raveler.dtype)
-        w, diagnostics = self._push(lambda at: at.B.matvec(t), x0, self.inputs & self._finite(t, raveler, "tangent"), t)
+        w, diagnostics = self._forward(
+            lambda at: at.B.matvec(t), x0, self.inputs & self._finite(t, raveler, "tangent"), t
+        )
         return self.product.tree(w), diagnostics
 
     def tangent(self, tangent: Any, *, solution_checked: bool = False) -> Any:
@@ -223,7 +225,7 @@ class Rules:
         if not p.backend.traced and bool(p.y.space.is_zero(by_y)) and bool(p.theta.space.is_zero(by_theta)):
             check_loss(p, loss)
         right = p.y.space.finite(by_y) & p.theta.space.finite(by_theta)
-        g, diagnostics = self._pull(by_y, x0, self.inputs, right)
+        g, diagnostics = self._reverse(by_y, x0, self.inputs, right)
         g = by_theta + g
         self.product = self.product._replace(
             right=lambda at: (at.embedded((found := slopes(at))[0]), found[1]), value=g, beside=by_theta,
@@ -242,11 +244,11 @@ class Rules:
                     return xp.moveaxis(at.B.dense(), -1, 0)
                 return xp.zeros((m, *items, at.B.rows), dtype=p.y.dtype, device=p.y.device)
 
-            w, diagnostics = self._push(columns, None, self.inputs, p.theta.vector + 1)
+            w, diagnostics = self._forward(columns, None, self.inputs, p.theta.vector + 1)
             return self._nested(w, lambda w: p.nest(xp.moveaxis(w, 0, -1))), diagnostics
         unit = xp.eye(n, dtype=p.y.dtype, device=p.y.device)
         unit = xp.broadcast_to(xp.reshape(unit, (n, *(1,) * len(items), n)), (n, *items, n))
-        rows, diagnostics = self._pull(unit, None, self.inputs)
+        rows, diagnostics = self._reverse(unit, None, self.inputs)
         return self._nested(rows, lambda rows: p.nest(xp.moveaxis(rows, 0, -2))), diagnostics
 
     def _nested(self, value: Array, nest: Callable[[Array], Any]) -> Any:
@@ -263,7 +265,7 @@ class Rules:
 
     def pullback(self, v: Any, x0: None = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v for raveled vectors."""
-        return self._pull(v, None, self.inputs & self._per_item(self._finite(v, self.point.y, "cotangent")))
+        return self._reverse(v, None, self.inputs & self._per_item(self._finite(v, self.point.y, "cotangent")))
 
     def _solved(self, b: Any, *, transposed: bool) -> tuple[Any, Diagnostics]:
         inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))
@@ -274,7 +276,7 @@ class Rules:
         return value if self.scale is None else self.scale * value, diagnostics
 
     # -- vectors -------------------------------------------------------------------------------------
-    def _push(self, image: Callable[[Rules], Any], x0: Any, inputs: Array, t: Any) -> tuple[Any, Diagnostics]:
+    def _forward(self, image: Callable[[Rules], Any], x0: Any, inputs: Array, t: Any) -> tuple[Any, Diagnostics]:
         """−A⁻¹ b, with b what B makes of t."""
         p, b = self.point, image(self)
         space = p.backend.space(b)
@@ -294,7 +296,7 @@ class Rules:
         """A cotangent of y as a right-hand side of the transposed system."""
         return v if self.embedding is None else self.embedding.embed(v)
 
-    def _pull(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Diagnostics]:
+    def _reverse(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v."""
         space = self.point.backend.space
         b = self.embedded(v)

@@ -19,13 +19,13 @@ from implicitdiff import FixedPoint, Root, Stationary
 from implicitdiff.backends.numpy import NumpyBackend
 
 ROOT = Path(__file__).resolve().parents[1]
-LENDERS = [
+AUTODIFF_SOURCES = [
     pytest.param(name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f"needs {name}"))
     for name in ("torch", "jax")
 ]
 
 
-@pytest.fixture(params=LENDERS)
+@pytest.fixture(params=AUTODIFF_SOURCES)
 def lent(request: pytest.FixtureRequest) -> Iterator[NumpyBackend]:
     """Return the backend with each lender in turn; JAX in double precision, as a user would have switched it on."""
     if request.param == "torch":

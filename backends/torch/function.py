@@ -8,8 +8,8 @@ Let y*(θ) solve F(y, θ) = 0, with A = ∂F/∂y and B = ∂F/∂θ. Two functi
 are b̄ = z and (ȳ, θ̄) = −∇_(y,θ) ⟨z, A(y, θ) x⟩, where z is a `Solve` again: any order follows.
 
 Their ``forward`` sees plain tensors, whatever transforms are at work, and solves by the core. Their derivatives are
-made of products that compose (`Composable`). The first derivative alone needs none of that: `Pull` is −Bᵀ A⁻ᵀ v by the
-core, from one graph and one solve.
+made of products that compose (`Composable`). The first derivative alone needs none of that: `Cotangent` is
+−Bᵀ A⁻ᵀ v by the core, from one graph and one solve.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from implicitdiff.backends.torch.captured import by_arguments, captured
 from implicitdiff.backends.torch.composable import vjp
 from implicitdiff.backends.torch.problem import RecordedProblem
 
-__all__ = ["Implicit", "Known", "Solve", "pull", "push"]
+__all__ = ["Implicit", "Known", "Solve", "cotangent_of_theta", "tangent_of_y"]
 
 Tensors = Sequence[Array]
 
 
-def pull(problem: RecordedProblem, y: Array, v: Array, tensors: Tensors) -> Array:
+def cotangent_of_theta(problem: RecordedProblem, y: Array, v: Array, tensors: Tensors) -> Array:
     """−Bᵀ A⁻ᵀ v, raveled, differentiable in y, v and θ."""
     maps = problem.composed(y, tensors)[1]
     u = Solve.apply(problem, True, y, maps.raw(v if maps.embedding is None else maps.embedding.embed(v)), *tensors)
     return -maps.B.rmatvec(maps.raw(u))
 
 
-def push(problem: RecordedProblem, y: Array, t: Array, tensors: Tensors) -> Array:
+def tangent_of_y(problem: RecordedProblem, y: Array, t: Array, tensors: Tensors) -> Array:
     """−A⁻¹ B t, differentiable in y, t and θ."""
     maps = problem.composed(y, tensors)[1]
     w = maps.raw(Solve.apply(problem, False, y, maps.raw(-maps.B.matvec(t)), *tensors))
@@ -63,14 +63,14 @@ class Implicit(torch.autograd.Function):
         problem, recording = ctx.problem, torch.is_grad_enabled()  # recording: a derivative of this one is wanted
         if recording and problem.captures:  # y* and the products depend on them, of which this would see the products
             raise captured()
-        g = pull(problem, y, v, tensors) if recording else Pull.apply(problem, y, v, *tensors)
+        g = cotangent_of_theta(problem, y, v, tensors) if recording else Cotangent.apply(problem, y, v, *tensors)
         return None, *_wanted(problem.unraveled(g, tensors), ctx.needs_input_grad[1:])
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Array | None) -> Array:
         with _forward_of_forward():
             y, *tensors = _primals(ctx)
-            return push(ctx.problem, y, ctx.problem.theta_vector(tensors, tangents), tensors)
+            return tangent_of_y(ctx.problem, y, ctx.problem.theta_vector(tensors, tangents), tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], problem: RecordedProblem, *tensors: Array) -> tuple[Array, int]:
@@ -132,7 +132,7 @@ class Solve(torch.autograd.Function):
         return _many(info, in_dims[2:], tensors, lambda *each: Solve.apply(problem, adjoint, *each)), 0
 
 
-class Pull(torch.autograd.Function):
+class Cotangent(torch.autograd.Function):
     """−Bᵀ A⁻ᵀ v, raveled, in numbers: what a backward pass wants of which no derivative is asked."""
 
     @staticmethod
@@ -145,7 +145,7 @@ class Pull(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], problem: RecordedProblem, *tensors: Array) -> tuple[Array, int]:
-        return _many(info, in_dims[1:], tensors, lambda *each: Pull.apply(problem, *each)), 0
+        return _many(info, in_dims[1:], tensors, lambda *each: Cotangent.apply(problem, *each)), 0
 
 
 class Known(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch.captured import captured
 from implicitdiff.backends.torch.composable import Composable
-from implicitdiff.backends.torch.function import Known, Solve, pull, push
+from implicitdiff.backends.torch.function import Known, Solve, cotangent_of_theta, tangent_of_y
 from implicitdiff.backends.torch.problem import (
     RecordedProblem,
     Slots,
@@ -69,11 +69,11 @@ class TorchLinearization(Linearization[Any, Any]):
     # -- the modes, of functions that compose ----------------------------------------------------------
     def _vjp(self, _: Any, point: Point, tensors: Tensors, cotangent: Any) -> Any:
         v = point.y.like(cotangent, "cotangent", dtype=point.y.dtype)
-        return point.theta.unravel(pull(self._recording, point.y.vector, v, tensors))
+        return point.theta.unravel(cotangent_of_theta(self._recording, point.y.vector, v, tensors))
 
     def _jvp(self, _: Any, point: Point, tensors: Tensors, tangent: Any) -> Any:
         t = point.theta.like(tangent, "tangent", dtype=point.theta.dtype)
-        return point.y.unravel(push(self._recording, point.y.vector, t, tensors))
+        return point.y.unravel(tangent_of_y(self._recording, point.y.vector, t, tensors))
 
     def _jacobian(self, _: Any, point: Point, tensors: Tensors, __: Any) -> Any:
         maps = self._recording.composed(point.y.vector, tensors)[1]
@@ -84,7 +84,7 @@ class TorchLinearization(Linearization[Any, Any]):
     def _gradient(self, outer: Any, point: Point, tensors: Tensors, _: Any) -> Any:
         loss = point.scalar_function(outer, "outer", args=())
         by_y, by_theta, _ = point.backend.gradients(loss, point.y.vector, point.theta.vector)
-        return point.theta.unravel(by_theta + pull(self._recording, point.y.vector, by_y, tensors))
+        return point.theta.unravel(by_theta + cotangent_of_theta(self._recording, point.y.vector, by_y, tensors))
 
     def _recorded(
         self, rule: Callable[..., Any], vector: Any, numbers: Callable[[], Any], control: ErrorControl

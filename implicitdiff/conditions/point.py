@@ -17,11 +17,11 @@ from implicitdiff.ravel import Raveler, foreign
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["Flat", "Point"]
+__all__ = ["Point", "VectorFunction"]
 
 
 @dataclass(frozen=True, eq=False)
-class Flat:
+class VectorFunction:
     """A user's function as one of two vectors.
 
     Parameters
@@ -39,7 +39,7 @@ class Flat:
     call: Callable[[Array, Array], Array]
     point: Point
     name: str
-    on: Callable[[Point], Flat]
+    on: Callable[[Point], VectorFunction]
 
     def __call__(self, y: Array, theta: Array) -> Array:
         return self.call(y, theta)
@@ -97,9 +97,9 @@ class Point:
         """Number of leading axes of items that the user's functions see."""
         return 0 if self.backend.vmap is not None else len(self.items)
 
-    def vector_function(self, function: Callable[..., Any], name: str) -> Flat:
+    def vector_function(self, function: Callable[..., Any], name: str) -> VectorFunction:
         """``f(y, theta, *args) -> like y`` as a function of two vectors."""
-        return Flat(self._vectors(function, name), self, name, lambda point: point.vector_function(function, name))
+        return VectorFunction(self._vectors(function, name), self, name, lambda p: p.vector_function(function, name))
 
     def numbered_function(
         self, function: Callable[..., Any], name: str, number: Any
@@ -115,14 +115,16 @@ class Point:
         many = self._vmap(of_one_item)
         return lambda y, theta: many(y, theta, number)
 
-    def scalar_function(self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None = None) -> Flat:
+    def scalar_function(
+        self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None = None
+    ) -> VectorFunction:  # fmt: skip
         """``f(y, theta, *args) -> scalar`` (one per item) as a function of two vectors."""
         flat = self._scalars(function, name, args)
-        return Flat(flat, self, name, lambda point: point.scalar_function(function, name, args))
+        return VectorFunction(flat, self, name, lambda p: p.scalar_function(function, name, args))
 
-    def raveled_function(self, function: Callable[..., Any], name: str) -> Flat:
+    def raveled_function(self, function: Callable[..., Any], name: str) -> VectorFunction:
         """``f(y, theta, *args) -> tree of arrays`` as a function of two vectors with values of shape (*items, k)."""
-        return Flat(self._raveled(function, name), self, name, lambda point: point.raveled_function(function, name))
+        return VectorFunction(self._raveled(function, name), self, name, lambda p: p.raveled_function(function, name))
 
     def _raveled(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
         if self._one is not None:
