@@ -72,10 +72,12 @@ class Backend(ABC):
     in both, and its form cannot depend on what is seen here alone."""
     xp: Any
 
-    @property
-    def traced(self) -> bool:
-        """Whether values are not seen, only their shapes: nothing can be branched on, raised or warned about."""
-        return self.mode is not Mode.EAGER
+    traced: ClassVar[bool] = False
+    """Whether values are not seen, only their shapes: nothing can be branched on, raised or warned about."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.traced = cls.mode is not Mode.EAGER
 
     # -- arrays of the user ------------------------------------------------------------------------
     @abstractmethod

@@ -234,16 +234,22 @@ class Raveler:
 
     def finite(self, vector: Any) -> Array:
         """Whether a vector is finite, per item."""
-        return functools.reduce(operator.and_, [self.backend.space(x).finite(x) for x in self._looked_at(vector)])
+        parts = self._apart(vector)
+        if parts is None:
+            return self.backend.space(vector).finite(vector)
+        return functools.reduce(operator.and_, [self.backend.space(x).finite(x) for x in parts])
 
     def is_zero(self, vector: Any) -> Array:
         """Whether a vector is exactly zero in every item."""
-        return functools.reduce(operator.and_, [self.backend.space(x).is_zero(x) for x in self._looked_at(vector)])
+        parts = self._apart(vector)
+        if parts is None:
+            return self.backend.space(vector).is_zero(vector)
+        return functools.reduce(operator.and_, [self.backend.space(x).is_zero(x) for x in parts])
 
-    def _looked_at(self, vector: Any) -> list[Any]:
+    def _apart(self, vector: Any) -> list[Any] | None:
         # In a compiled program the leaves are looked at one by one, and need not be concatenated for it.
         apart = self.backend.traced and not is_tree_vector(vector) and 1 < len(self.leaves) <= 16
-        return [x for x in self.parts(vector) if x.shape[-1]] or [vector] if apart else [vector]
+        return [x for x in self.parts(vector) if x.shape[-1]] or None if apart else None
 
     def coordinate(self, index: int, item: int | None = None) -> str:
         """How a user would write entry ``index`` of the vector: ``y['pressure'][3]``, of that item in a batch."""
