@@ -7,6 +7,7 @@ functions of the package that run and the frames between the user's call and the
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -84,6 +85,7 @@ def _frames(frame: FrameType | None) -> int:
     return count
 
 
+@functools.cache
 def _is_ours(path: str) -> bool:
     return Path(path).is_relative_to(CORE) or Path(path).is_relative_to(ADAPTERS)
 

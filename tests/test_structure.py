@@ -17,6 +17,7 @@ from types import FunctionType
 import pytest
 
 import implicitdiff
+from benchmarks.structure import walk
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE, BACKENDS = ROOT / "implicitdiff", ROOT / "backends"
@@ -371,3 +372,11 @@ def test_tolerances_are_in_one_file() -> None:
         compared = (node for node in ast.walk(parsed(name)) if isinstance(node, ast.Compare))
         numbers = [n for node in compared for n in ast.walk(node) if isinstance(n, ast.Constant)]
         assert not [(name, n.lineno) for n in numbers if type(n.value) is float and 0 < n.value < 0.05]
+
+
+def test_the_way_of_a_gradient_is_short() -> None:
+    """What `benchmarks.structure` counts does not grow unseen."""
+    found = walk()
+    assert found["frames to a product"] <= 16
+    assert found["functions in a gradient"] <= 240
+    assert found["files in a gradient"] <= 34
