@@ -8,14 +8,19 @@ from itertools import islice
 import numpy as np
 import pytest
 import zoo
+from zoo.equations import EQUATIONS
 from zoo.measure import MODES, call, measure, raveled, share, survey
-from zoo.minima import logistic
+from zoo.minima import MINIMA, logistic
 from zoo.stopped import inexact, perturbed, stopped
 
 import implicitdiff
-from implicitdiff import CG
+from implicitdiff import CG, GMRES
 
 PERTURBED = 18
+SYMMETRIC, GENERAL = (
+    tuple(make.__name__.replace("_", " ") for make in makers if make.__name__ != "barrier")
+    for makers in (MINIMA, EQUATIONS)
+)
 
 
 @cache
@@ -51,6 +56,26 @@ def test_trusted_estimates_are_right_within_a_factor(whole, dtype, least):
         mine = [row for row in trusted if mode in {row.mode, "any"}]
         assert share(mine, 3) >= least[0], f"{mode}:\n{missed}"
         assert share(mine, 2) >= least[1], f"{mode}:\n{missed}"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("page rank", "multinomial"), pytest.param((*SYMMETRIC, *GENERAL), marks=pytest.mark.exhaustive)],
+    ids=len,
+)
+def test_iterative_solvers(names):
+    """Their residuals are mostly rough, and what counts in a derivative is smooth."""
+    rows = []
+    for name in names:
+        p = zoo.problem(name)
+        solver = CG() if name in SYMMETRIC else GMRES()
+        solutions = [(how, y) for how, y in perturbed(p) if how.startswith("random")] if len(names) == 2 else inexact(p)
+        rows += survey(implicitdiff, p, solutions, ["gradient"], solver=solver)
+    trusted = [row for row in rows if row.trusted]
+    missed = "\n".join(str(row) for row in trusted if row.missed)
+    assert len(trusted) >= 0.75 * len(rows)
+    assert share(trusted, 3) >= 0.97, missed
+    assert share(trusted, 2) >= 0.95, missed
 
 
 @pytest.mark.parametrize("number", range(0, len(zoo.NAMES), 3))
