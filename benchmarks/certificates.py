@@ -17,14 +17,15 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import zoo
+from zoo.equations import EQUATIONS
 from zoo.measure import MODES, Measured, call, measure, raveled, share, survey
-from zoo.minima import logistic, multinomial
+from zoo.minima import MINIMA, logistic, multinomial
 from zoo.stopped import inexact, perturbed, stopped
 
 import implicitdiff
 from benchmarks.measure import Setting, Spread
 from benchmarks.report import Row
-from implicitdiff import CG
+from implicitdiff import CG, GMRES
 
 __all__ = ["certificates"]
 
@@ -37,20 +38,30 @@ DECADES = tuple(3 * 10.0**-k for k in range(2, 6))
 def certificates(setting: Setting) -> list[Row]:
     """Estimates against true errors, their products against those of an adjoint, and polished gradients."""
     names: Sequence[str] = ("ridge", "kepler") if setting.short else zoo.NAMES
+    size = f"{len(names)} problems"
+    trusted = _trusted(names, MODES, setting)
+    rows = [row for mode in MODES for row in _effectivity(mode, [r for r in trusted if r.mode == mode], size)]
+    for solver, makers in (CG(), MINIMA), (GMRES(), EQUATIONS):
+        mine = [name for name in names if name in {make.__name__.replace("_", " ") for make in makers} - {"barrier"}]
+        rows += _effectivity(
+            f"gradient by {solver.name}", _trusted(mine, ("gradient",), setting, solver=solver), f"{len(mine)} problems"
+        )
+    gains = [row for row in trusted if row.mode == "gradient" and row.counts and row.off <= 0.1]
+    return [*rows, *_costs(setting), _gain(gains, size), *_slopes(SLOPES[:1] if setting.short else SLOPES)]
+
+
+def _trusted(names: Sequence[str], modes: Sequence[str], setting: Setting, **options: Any) -> list[Measured]:
+    """Estimates that are marked as trusted; those that should not be are printed."""
     found: list[Measured] = []
     for name in names:
         solutions: Iterable[Any] = inexact(zoo.problem(name))
         if setting.short:
             solutions = [(how, y) for how, y in solutions if how.endswith("0.01")]
-        found += survey(implicitdiff, zoo.problem(name), solutions)
-    trusted = [row for row in found if row.trusted]
-    for row in trusted:
-        if row.missed:
+        found += survey(implicitdiff, zoo.problem(name), solutions, modes, **options)
+    for row in found:
+        if row.trusted and row.missed:
             print(f"missed: {row}")
-    size = f"{len(names)} problems"
-    rows = [row for mode in MODES for row in _effectivity(mode, [r for r in trusted if r.mode == mode], size)]
-    gains = [row for row in trusted if row.mode == "gradient" and row.counts and row.off <= 0.1]
-    return [*rows, *_costs(setting), _gain(gains, size), *_slopes(SLOPES[:1] if setting.short else SLOPES)]
+    return [row for row in found if row.trusted]
 
 
 def _spread(sample: Sequence[float], low: float = 0.0, high: float = 1.0) -> Spread:
