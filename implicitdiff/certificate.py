@@ -142,7 +142,7 @@ def certify(rules: Rules) -> Estimate:
 
 def certify_adjoint(rules: Rules, solution: Any, b: Array) -> Estimate:
     """Estimate the error of −Bᵀu from a solution of Aᵀu = b, b of the system."""
-    value = -rules.B.rmatvec(solution.x)
+    value = -rules.maps.B.rmatvec(solution.x)
     product = Product(True, lambda at: (b, 0), b, solution, value, lambda value: value)
     return _Certificate(rules, product).estimate()
 
@@ -234,7 +234,7 @@ class _Certificate:
         return w, self._all(usable)
 
     def _derivative(self, at: Rules, x: Array, more: Any) -> Array:
-        return more - at.B.rmatvec(x) if self.product.transposed else at.restricted(x)
+        return more - at.maps.B.rmatvec(x) if self.product.transposed else at.restricted(x)
 
     def _all(self, mask: Array) -> Array:
         return self.xp.all(mask, axis=0) if len(mask.shape) > len(self.items) else mask
@@ -309,7 +309,7 @@ class _Certificate:
             before, self.spent = self.spent, 0
             w = self._solved(self._left(self.rules)[0])[0]
             spent, self.spent = self.spent, before
-            part = self.rules.B.rmatvec(w) if product.transposed else -self.rules.restricted(w)
+            part = self.rules.maps.B.rmatvec(w) if product.transposed else -self.rules.restricted(w)
             return part, xp.asarray(spent)
 
         part, spent = self.backend.if_any(wanted, solve, (xp.zeros_like(product.value), xp.asarray(0)))

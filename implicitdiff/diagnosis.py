@@ -91,10 +91,10 @@ def _look_at_curvature(diagnostics: Any, rules: Any) -> None:
 
 def _tell_accuracy(diagnostics: Any, rules: Any) -> None:
     """Warn, once for a point, where the condition number leaves few digits of what rounding left of A."""
-    xp, unsure, op = rules.point.backend.xp, diagnostics.uncertain, rules.prepared.operator
+    xp, unsure = rules.point.backend.xp, diagnostics.uncertain
     if unsure is None or rules.unsure or not any_true(xp, unsure & diagnostics.inputs):
         return
-    rules.unsure = True
+    rules.unsure, op = True, rules.prepared.operator
     error = float(xp.max(diagnostics.solution.uncertainty(xp, op.rounding)))
     which = f" in {named_items(xp, unsure)}" if rules.point.items else ""
     single = "" if is_double(float(xp.finfo(op.dtype).eps)) else "in double precision (float64), "
@@ -142,7 +142,7 @@ def _check_dependence(rules: Any) -> None:
     A derivative that happens to be zero is fine, so F itself is asked: at another θ, is it the same to the bit,
     here and at another y? (y = 0 may be a solution for every θ, and then F(0, θ) tells nothing.)
     """
-    p, at = rules.point, rules.at
+    p, at = rules.point, rules.maps.at
     if 0 in (p.theta.n, p.y.n, *p.items):
         return
     y, theta, xp = p.y.vector, p.theta.vector, p.backend.xp
@@ -152,7 +152,7 @@ def _check_dependence(rules: Any) -> None:
     if at is not None and all(bool(space.is_zero(space.copy(at(z, moved)) - at(z, theta))) for z in here):
         raise independent("it is the same to the last bit at another theta")
     # by differences ∇f is not the same to the last bit, since their steps look at θ, too; but f is
-    f = None if rules.checked is None else rules.checked.values
+    f = None if rules.maps.checked is None else rules.maps.checked.values
     if f is not None and not any(any_true(xp, xp.asarray(f(z, moved), copy=True) != f(z, theta)) for z in here):
         raise independent("f is the same to the last bit at another theta")
 

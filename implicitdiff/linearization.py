@@ -305,7 +305,7 @@ class Linearization(Generic[Y, T]):
 
     @cached_property
     def _rules(self) -> Rules:
-        return Rules(self._problem, flat=True)
+        return Rules(self._problem, flat=True, later=True)  # of JAX each operation would be compiled by itself
 
     def _report(self, run: Run) -> Report:
         e, problem = run.diagnostics, self._problem

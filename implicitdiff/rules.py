@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 from implicitdiff.arrays import Array, any_true, needed
 from implicitdiff.certificate import Estimate, Product, certify, newton_step
 from implicitdiff.conditions import as_condition
+from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
 from implicitdiff.diagnosis import check_loss, reject_non_finite
@@ -101,21 +102,16 @@ class Run(NamedTuple):
 class Rules:
     """The rules at one point; made where the arrays are, inside a compiled program or out of it.
 
-    Parameters
-    ----------
-    problem : Problem
-    flat : bool
-        Whether to concatenate the leaves even where the method could do without.
-    choices : object, optional
-        Of another point, whose form of the system this one is to have (`Maps.choices`).
-    trial : bool
-        Whether this is a point of our own, at which nothing is to be raised.
+    ``flat`` concatenates the leaves in any case. ``choices``: of another point, whose form of A is kept.
+    A ``trial`` is a point of our own: nothing is raised. With ``later`` F is evaluated when A or B is asked for.
     """
 
-    def __init__(self, problem: Problem, *, flat: bool = False, choices: Any = None, trial: bool = False) -> None:
-        engine, settings, condition = problem.backend, problem.settings, as_condition(problem.condition)
-        solver = get_solver(settings.solver)
-        keep = not flat and _may_stay_trees(problem, condition, solver)
+    def __init__(
+        self, problem: Problem, *, flat: bool = False, choices: Any = None, trial: bool = False, later: bool = False
+    ) -> None:
+        engine, settings = problem.backend, problem.settings
+        self.condition, self.solver = as_condition(problem.condition), get_solver(settings.solver)
+        keep = not flat and _may_stay_trees(problem, self.condition, self.solver)
         self.problem, self.nan_on_failure = problem, engine.mode is Mode.INLINE and settings.on_failure != "ignore"
 
         def raveled(tree: Any, name: str) -> Raveler:
@@ -126,23 +122,33 @@ class Rules:
         y.check_partner(theta)
         self.point = Point(engine, y, theta, tuple(problem.args))
         self.point.choices, self.trial = choices, trial
-        self.inputs = self._finite(y.vector, y, "y") & self._finite(condition.without_bounds(theta), theta, "theta")
-        maps = engine.combined(condition.maps(self.point), y.vector, theta.vector)
-        self.condition, self.B, self.at = condition, maps.B, maps.at
-        self.maps, self.product = maps, cast("Product", None)
-        self.embedding, self.scale = maps.embedding, maps.scale
-        self.observations, self.checked = maps.observations, maps.checked
-        self.prepared = prepare(maps.A, condition.routed(solver), nan_on_failure=self.nan_on_failure)
-        self.kinds: dict[str, str] = {}
+        numbers = self.condition.without_bounds(theta)
+        self.inputs = self._finite(y.vector, y, "y") & self._finite(numbers, theta, "theta")
+        self.kinds, self.product = dict[str, str](), cast("Product", None)
         self.solution_warned = self.warned = self.curved = self.unsure = False
-        self.check = SolutionCheck(self.point, maps, self.prepared)
         self._seen: Step | None = None
         self.latest: tuple[str, Any] | None = None  # "theta" or "y", and the latest derivative by or of it
+        if not later:
+            _ = self.check
+
+    @cached_property
+    def maps(self) -> Maps:
+        """A and B, and what the condition saw: the user's functions are evaluated."""
+        y, theta = self.point.y.vector, self.point.theta.vector
+        return self.point.backend.combined(self.condition.maps(self.point), y, theta)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        return prepare(self.maps.A, self.condition.routed(self.solver), nan_on_failure=self.nan_on_failure)
+
+    @cached_property
+    def check(self) -> SolutionCheck:
+        return SolutionCheck(self.point, self.maps, self.prepared)
 
     @property
     def derivatives(self) -> dict[str, str]:
         """Where the products came from that were used so far."""
-        return {"A": self.prepared.operator.sources, "B": self.B.sources, **self.kinds}
+        return {"A": self.prepared.operator.sources, "B": self.maps.B.sources, **self.kinds}
 
     def _finite(self, x: Any, raveler: Raveler, name: str) -> Array:
         """Whether the items of a vector are finite; where values are seen, one that is not is told at once."""
@@ -180,9 +186,8 @@ class Rules:
         """The solution w of A w = −B θ̇."""
         raveler = self.point.theta
         t = raveler.like(tangent, "tangent", dtype=raveler.dtype)
-        w, diagnostics = self._forward(
-            lambda at: at.B.matvec(t), x0, self.inputs & self._finite(t, raveler, "tangent"), t
-        )
+        finite = self.inputs & self._finite(t, raveler, "tangent")
+        w, diagnostics = self._forward(lambda at: at.maps.B.matvec(t), x0, finite, t)
         return self.product.tree(w), diagnostics
 
     def tangent(self, tangent: Any, *, solution_checked: bool = False) -> Any:
@@ -191,7 +196,7 @@ class Rules:
         ``solution_checked`` says that y was looked at as a solution before.
         """
         raveler = self.point.theta
-        b = self.B.matvec(raveler.like(tangent, "tangent", dtype=raveler.dtype))
+        b = self.maps.B.matvec(raveler.like(tangent, "tangent", dtype=raveler.dtype))
         mask = self._mask(solution_checked) if self.nan_on_failure else None
         if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
             b = self.point.backend.space(b).scale(mask, b)
@@ -203,7 +208,7 @@ class Rules:
         """One, and NaN in items where y or θ is not finite, y is far from a solution, or it has no derivative."""
         backend, p = self.point.backend, self.point
         one = backend.xp.ones(p.items, dtype=p.y.dtype, device=p.y.device)
-        usable = self.inputs if self.observations is None else self.inputs & self.observations.usable
+        usable = self.inputs if self.maps.observations is None else self.inputs & self.maps.observations.usable
         if not solution_checked:
             step, wrong = self.check.look(), self._contradicted
             one, usable = 1 + 0 * step.step, usable & ~step.far
@@ -241,8 +246,8 @@ class Rules:
 
             def columns(at: Rules) -> Array:
                 if n and m:
-                    return xp.moveaxis(at.B.dense(), -1, 0)
-                return xp.zeros((m, *items, at.B.rows), dtype=p.y.dtype, device=p.y.device)
+                    return xp.moveaxis(at.maps.B.dense(), -1, 0)
+                return xp.zeros((m, *items, at.maps.B.rows), dtype=p.y.dtype, device=p.y.device)
 
             w, diagnostics = self._forward(columns, None, self.inputs, p.theta.vector + 1)
             return self._nested(w, lambda w: p.nest(xp.moveaxis(w, 0, -1))), diagnostics
@@ -269,11 +274,11 @@ class Rules:
 
     def _solved(self, b: Any, *, transposed: bool) -> tuple[Any, Diagnostics]:
         inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))
-        b = b if self.scale is None else self.scale * b
+        b = b if self.maps.scale is None else self.maps.scale * b
         solution = self._solve(b, None, inputs, transposed=transposed)
         no = ~self.point.backend.xp.any(inputs | ~inputs)
         value, diagnostics = self._nan_where_failed(solution.x, self._diagnostics(solution, b, transposed, inputs, no))
-        return value if self.scale is None else self.scale * value, diagnostics
+        return value if self.maps.scale is None else self.maps.scale * value, diagnostics
 
     # -- vectors -------------------------------------------------------------------------------------
     def _forward(self, image: Callable[[Rules], Any], x0: Any, inputs: Array, t: Any) -> tuple[Any, Diagnostics]:
@@ -290,11 +295,11 @@ class Rules:
 
     def restricted(self, x: Any) -> Any:
         """The part of the system's unknowns that is y."""
-        return x if self.embedding is None else self.embedding.restrict(x)
+        return x if self.maps.embedding is None else self.maps.embedding.restrict(x)
 
     def embedded(self, v: Any) -> Any:
         """A cotangent of y as a right-hand side of the transposed system."""
-        return v if self.embedding is None else self.embedding.embed(v)
+        return v if self.maps.embedding is None else self.maps.embedding.embed(v)
 
     def _reverse(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v."""
@@ -302,7 +307,7 @@ class Rules:
         b = self.embedded(v)
         solution = self._solve(b, x0, inputs, transposed=True)
         u = solution.x
-        g = -self.B.rmatvec(u)
+        g = -self.maps.B.rmatvec(u)
         theta = self.point.theta
         zero_product = theta.is_zero(g) & ~space(u).is_zero(u)
         diagnostics = self._diagnostics(solution, b, True, inputs, zero_product)
@@ -333,7 +338,7 @@ class Rules:
     @cached_property
     def _contradicted(self) -> Array | None:
         """Items in which what was given of derivatives is wrong; None where nobody looks, or others do."""
-        return contradicted(self.checked) if self.nan_on_failure and self.condition.to_verify else None
+        return contradicted(self.maps.checked) if self.nan_on_failure and self.condition.to_verify else None
 
     def _wrong(self, solution: Solution, b: Any) -> Array | None:
         """Items in which what the user says is not so, where nothing can be told of it."""
@@ -351,7 +356,7 @@ class Rules:
     def _nan_where_failed(self, value: Any, diagnostics: Diagnostics) -> tuple[Any, Diagnostics]:
         """NaN in the failed items, where that is asked for, or where nothing can be raised."""
         mode, backend, solution = self.problem.settings.on_failure, self.point.backend, diagnostics.solution
-        failed = solution.failed if self.observations is None else solution.failed | ~self.observations.usable
+        failed = solution.failed if self.maps.observations is None else solution.failed | ~self.maps.observations.usable
         failed = failed | diagnostics.step.far if self.nan_on_failure else failed
         if not (self.nan_on_failure or mode == "nan") or not needed(backend, failed):
             return value, diagnostics
@@ -382,7 +387,7 @@ class Rules:
             suspect = suspicion(self.condition.point_kind, self.prepared, solution, b)
         error = solution.uncertainty(self.point.backend.xp, self.prepared.operator.rounding)
         uncertain = None if error is None else error > UNCERTAIN
-        return Diagnostics(solution, inputs, yes, yes, zero, step, self.observations, suspect, uncertain)
+        return Diagnostics(solution, inputs, yes, yes, zero, step, self.maps.observations, suspect, uncertain)
 
 
 def _may_stay_trees(problem: Problem, condition: Any, solver: Any) -> bool:

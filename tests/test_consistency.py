@@ -41,7 +41,7 @@ WRONG: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def wrong(condition: Any, y: Any = Y, theta: Any = T) -> bool:
-    found = contradicted(Rules(Problem(get_backend("numpy"), condition, y, theta)).checked)
+    found = contradicted(Rules(Problem(get_backend("numpy"), condition, y, theta)).maps.checked)
     assert found is not None
     return bool(found)
 

@@ -150,7 +150,7 @@ def _checked(
         rules = Rules(problem, flat=True)
         if not rules.point.y.n:
             return DerivativeCheck([])
-        rows = [] if rules.checked is None else list(_of_given(rules, rules.checked))
+        rows = [] if rules.maps.checked is None else list(_of_given(rules, rules.maps.checked))
         rows += _of_parts(rules)
     return DerivativeCheck(rows)
 

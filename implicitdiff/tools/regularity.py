@@ -169,7 +169,7 @@ def _found(rules: Rules, op: Any, stationarity: float) -> Regularity:
     eigenvalues, own = _eigenvalues(xp, matrix), _eigenvalues(xp, given)
     inertia, order = _signs(xp, eigenvalues, noise * largest), _order(xp, eigenvalues, noise * largest)
     problems = ("the Hessian is singular",) if order == "degenerate" else ()
-    if rules.observations is not None and not bool(rules.observations.usable):
+    if rules.maps.observations is not None and not bool(rules.maps.observations.usable):
         problems = ("y is not inside of the barrier", *problems)
     facts = (op.n - inertia[2], float(own[0]), ratio, inertia, order, stationarity)
     return Regularity(op.n, *facts, problems=problems)
@@ -234,7 +234,8 @@ def _of_saddle(rules: Rules, op: SaddleOperator, stationarity: float) -> Regular
 
 
 def _active_set(rules: Rules) -> Any:
-    details = rules.observations.details
+    observations: Any = rules.maps.observations
+    details = observations.details
     return details if hasattr(details, "active") else details[0]
 
 

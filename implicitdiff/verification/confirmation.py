@@ -59,7 +59,7 @@ class Confirmation:
 
     def _doubtful(self, rules: Any, solution: Any) -> bool:
         A = rules.prepared.operator
-        if max(A.accuracy, rules.B.accuracy) > NOISY_DIFFERENCES:
+        if max(A.accuracy, rules.maps.B.accuracy) > NOISY_DIFFERENCES:
             return True
         error = solution.uncertainty(rules.point.backend.xp, A.accuracy)
         return error is not None and any_true(rules.point.backend.xp, error > DOUBTFUL)
@@ -127,4 +127,4 @@ _NEXT = "give the derivatives (grad, hvp, jvp, vjp), or write the function so th
 
 
 def _accuracy(rules: Any) -> str:
-    return f"{max(rules.prepared.operator.accuracy, rules.B.accuracy):.1g}"
+    return f"{max(rules.prepared.operator.accuracy, rules.maps.B.accuracy):.1g}"
