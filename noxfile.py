@@ -117,6 +117,26 @@ def fuzz(session: nox.Session) -> None:
     run_tests(session, "--exhaustive", "tests/test_fuzz.py", "tests/test_units.py")
 
 
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Report the lines and branches that the test suite runs; what follows ``--`` goes to pytest."""
+    install(session, "-e", ".[test,torch,jax]", "pytest-cov")
+    run_tests(session, "--cov", "--cov-report=term-missing:skip-covered")
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Change the solvers and the rules, an operator or a number at a time, and list what no test notices.
+
+    ``-- implicitdiff/solvers/cg.py`` names the files, ``-- 100`` how many changes are tried of each, drawn by chance.
+    """
+    install(session, "-e", ".[test]", "cosmic-ray")
+    limits = [word for word in session.posargs if word.isdigit()]
+    files = [word for word in session.posargs if word not in limits]
+    python = str(Path(session.virtualenv.bin) / "python")
+    session.run("python", "tests/mutation.py", python, session.create_tmp(), *limits[:1] or ["0"], *files)
+
+
 # The oldest NumPy supported has no wheels for Python 3.13.
 @nox.session(python=None if sys.version_info < (3, 13) else "3.11")
 def minimums(session: nox.Session) -> None:
