@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, any_true, times
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.differences import Differences, Function, gradient, groups, sweep
-from implicitdiff.backends.sampling import Block
-from implicitdiff.backends.steps import FIRST, SECOND, Plan, search
+from implicitdiff.backends.steps import FIRST, SECOND, Block, Plan, search
 from implicitdiff.tolerances import NEARBY
 
 __all__ = ["GradientDifferences", "SecondDerivatives"]

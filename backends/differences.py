@@ -18,8 +18,8 @@ from typing import Any
 
 from implicitdiff.arrays import Array, any_true, divisor
 from implicitdiff.backends.base import Backend
-from implicitdiff.backends.sampling import Block, Sampler, leaf_sizes
-from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
+from implicitdiff.backends.sampling import Sampler, leaf_sizes
+from implicitdiff.backends.steps import FIRST, Block, Estimate, Plan, Stencil, search
 from implicitdiff.errors import DerivativeError
 from implicitdiff.tolerances import AIM_OF_WHOLE, TOGETHER, USELESS
 
@@ -101,10 +101,6 @@ class Differences:
         """What is known of the derivatives by y or θ, where they stand above the noise."""
         s = self.sampler
         block = s.by_y if by == "y" else s.by_theta
-        xp, known = self.xp, 1e3 * s.eps * self.xp.abs(s.middle)
-        level = s.stencil.order == 1 and not any_true(xp, s.noise > known) and any_true(xp, known > 0)
-        if block.moves and not block.visible and level:
-            return block._replace(moves=False)  # zero to rounding beside the value: of a map T, say, that ignores y
         s.check(block, by)
         if self.strict and len(s.middle.shape) == 1 and any_true(self.xp, block.kink) and not s.random:
             raise not_differentiable(s, by, None)
@@ -146,10 +142,13 @@ class Differences:
         """Raise where there is no derivative; in a batch it is NaN, and told as such, item by item."""
         if not self.strict or not any_true(self.xp, found.kink):
             return found
-        if len(found.value.shape) > 1:
-            nan = self.xp.full_like(found.value, float("nan"))
-            return found._replace(value=self.xp.where(found.kink, nan, found.value))
-        raise not_differentiable(self.sampler, by, number)
+        xp, s = self.xp, self.sampler
+        kink = found.kink & (s.by_y if by == "y" else s.by_theta).shown  # what is below rounding bends, too
+        if not any_true(xp, kink):
+            return found
+        if len(found.value.shape) > 1 and not (s.random or any_true(xp, s.noisy & kink)):
+            return found._replace(value=xp.where(kink, xp.full_like(found.value, float("nan")), found.value))
+        raise not_differentiable(s, by, number)
 
     def columns(self, by: str) -> Iterator[Array]:
         """Columns of ∂G/∂y or ∂G/∂θ, one after the other."""
@@ -218,7 +217,7 @@ def groups(xp: Any, v: Array, size: Array) -> Iterator[tuple[Array, Array]]:
         largest = xp.max(moved, axis=-1, keepdims=True)
         if not any_true(xp, largest > 0):
             return
-        now = moved >= TOGETHER * largest
+        now = (moved >= TOGETHER * largest) & (moved > 0)  # an item may be done, and others not
         safe = divisor(xp, largest)
         yield xp.where(now, v, 0 * v) / safe, largest
         moved = xp.where(now, 0 * moved, moved)

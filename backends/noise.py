@@ -81,10 +81,14 @@ def noise_along(xp: Any, function: Callable[[float], Array], middle: Array, leas
     least : array
         What the arithmetic makes anyhow, and what counts where the values say nothing.
     """
-    noise, wanted = least, xp.ones_like(least) > 0
+    noise, wanted, flat, before = least, xp.ones_like(least) > 0, least < 0, 0.0
     for spacing in SPACINGS:
         values = [function(spacing * (j + 1)) for j in range(POINTS)]  # beside the point, which may be a jump
         found, seen, sure = difference_table(xp, values)
+        # what a smooth function changes by was not there at the last distance: it is rounded, in steps of that or more
+        step = xp.abs(values[-1] - values[0]) * (before / spacing / POINTS)
+        found = xp.where(flat & (step > 10 * least), xp.maximum(found, 0.3 * step), found)
+        flat, before = ~seen, spacing
         usable = wanted & xp.isfinite(found) & (sure | (spacing == SPACINGS[0]))
         # a jump between values that are equal was noise, even if later ones are apart by so many jumps each
         noise = xp.where(usable, xp.maximum(found, noise), noise)

@@ -11,53 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from implicitdiff.arrays import Array, any_true, divisor, probe_vector
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.noise import noise_along, noise_within
 from implicitdiff.backends.sizes import leaf_sizes, sizes_of
-from implicitdiff.backends.steps import FIRST, Estimate, Plan, Stencil, search
+from implicitdiff.backends.steps import FIRST, Block, Estimate, Plan, Stencil, search
 from implicitdiff.errors import ImplicitDiffError, NoiseError
 from implicitdiff.tolerances import AGREES, AIM, AIM_OF_WHOLE, NOISE_SHOWN, OFF, SHRUNK, VISIBLE, is_double
 
-__all__ = ["Block", "Sampler", "leaf_sizes", "sizes_of"]
+__all__ = ["Sampler", "leaf_sizes", "sizes_of"]
 
 Function = Callable[[Array, Array], Array]
 
 CURVED = 8
 """Sizes that are tried for a zero: each halves the logarithm of what the one before was off by, or better."""
-
-
-class Block(NamedTuple):
-    """What is known of the derivatives by y, or by θ."""
-
-    rows: Array
-    """Their usual size, for a step of each coordinate's own size."""
-    error: Array
-    """And their error."""
-    start: Array
-    """Step to begin with."""
-    short: Array
-    """That of a zero whose size is that of its leaf, and may be far too long for it."""
-    tolerance: Array
-    """Relative error of a derivative that is within reach."""
-    moves: bool
-    """Whether the function depends on them at all."""
-    visible: bool
-    """Whether it shows above the noise that it does."""
-    shown: Array
-    """Which components show it."""
-    kink: Array
-    """Which of them have no derivative."""
-
-    def cleaned(self, xp: Any, found: Estimate) -> Array:
-        """Derivatives, with a zero for what is noise of a component that does not move above it at all.
-
-        Scaled up, a row of noise would look like any other; a row of zeros makes a system singular, which is told.
-        """
-        noise = ~self.shown & (xp.abs(found.value) <= 3 * found.error)
-        return xp.where(noise, xp.zeros_like(found.value), found.value)
 
 
 class Sampler:
@@ -273,15 +242,17 @@ class Sampler:
 
     def _block(self, start: int, stop: int) -> Block:
         xp, here = self.xp, self._inside(start, stop)
-        found = self._agreed(xp.where(here, self._probe * self.size, 0 * self.size), here)
+        w = xp.where(here, self._probe * self.size, 0 * self.size)
+        found = self._repeated(self._doubted(self._agreed(w, here), w), w)
         first = self.stencil.start(self.eps)
         # what moves nothing until it is moved by far more than its size: its size says nothing of its unit
-        known = xp.abs(found.value) > found.error
+        known = xp.abs(found.value) > 10 * found.error
         reach = xp.max(xp.where(known, found.step, 0 * found.step), axis=-1, keepdims=True) / first
         reach = xp.where(reach > 1e3, reach, xp.ones_like(reach))
         moves = xp.any(found.change > 0, axis=-1, keepdims=True)
         shown = found.change > VISIBLE
         visible = xp.any(shown, axis=-1, keepdims=True)
+        faint = moves & ~visible & self._quiet
         error = xp.where(xp.isfinite(found.error), found.error, xp.zeros_like(found.error))
         rows, ratio = found.usual, self._relative_noise(found.usual)
         grown = xp.where(here, self.leaf * reach, self.leaf)
@@ -289,13 +260,55 @@ class Sampler:
         self.leaf = grown
         usual = xp.maximum(xp.max(ratio, axis=-1, keepdims=True), xp.full_like(reach, self.eps))
         begin = xp.where(reach > 1, reach * 0 + first, self.stencil.start(usual))
-        safe = divisor(xp, rows)
-        tolerance = xp.maximum(3 * error / safe, AIM + 0 * rows)
-        hidden = any_true(xp, moves & ~visible)
+        tolerance = xp.maximum(3 * error / divisor(xp, rows), AIM + 0 * rows)
+        hidden = any_true(xp, moves & ~visible & ~faint)
         return Block(
-            rows * reach, error * reach, begin, xp.minimum(begin, self._short(ratio)), tolerance, any_true(xp, moves),
-            not hidden, shown, found.kink,
+            rows * reach, error * reach, begin, xp.minimum(begin, self._short(ratio)), tolerance,
+            any_true(xp, moves & ~faint), not hidden, shown, found.kink & shown,
         )  # fmt: skip
+
+    @cached_property
+    def _quiet(self) -> Array:
+        """Items whose noise is rounding: what does not show above it is zero beside the value; of a map T, say."""
+        xp, known = self.xp, 1e3 * self.eps * self.xp.abs(self.middle)
+        level = xp.all(self.noise <= known, axis=-1, keepdims=True) & xp.any(known > 0, axis=-1, keepdims=True)
+        return level & (self.stencil.order == 1 and not self._scalar)
+
+    def _repeated(self, found: Estimate, w: Array) -> Estimate:
+        """Compare with a step that is no multiple of the first one: what they disagree by is noise, not seen yet.
+
+        A function that is rounded is flat where noise is looked for, and often lies on one line at a and 2a.
+        """
+        if self._scalar or any_true(xp := self.xp, self.lent & (w != 0)):  # two steps were compared already
+            return found
+        for _ in range(3):
+            again = self.along(w, start=0.618 * xp.max(found.step, axis=-1, keepdims=True))
+            gap = xp.abs(again.value - found.value)
+            off = gap > 10 * (found.error + again.error) + AGREES * found.usual
+            if not any_true(xp, off):
+                break
+            noise = xp.maximum(self.noise, gap * xp.minimum(found.step, again.step))
+            self.noise = xp.where(off, noise, self.noise)
+            self.__dict__.pop("noisy", None)
+            found = self.along(w)
+        return found
+
+    def _doubted(self, found: Estimate, w: Array) -> Estimate:
+        """Hold what only steps far beyond the sizes of coordinates show against the noise so far away.
+
+        Terms that cancel, as y does in y − F where T ignores it, grow with the step, and so does their rounding.
+        """
+        xp, beyond = self.xp, found.step > 1e3 * self.stencil.start(self.eps)
+        if not any_true(xp, beyond):
+            return found
+        step = xp.max(found.step, axis=-1, keepdims=True)
+        far = self.at(self.x + step * w)
+        noise = noise_along(xp, lambda t: self.at(self.x + (1 + t) * step * w), far, self._rounding_of(far))
+        more = xp.isfinite(noise) & (noise > self.noise) & beyond
+        safe = xp.where(more, noise, xp.ones_like(noise))
+        change, error = found.change * self.noise / safe, 3 * safe / found.step**self.stencil.order
+        error = xp.where(more, xp.maximum(found.error, error), found.error)
+        return found._replace(change=xp.where(more, change, found.change), error=error)
 
     def _relative_noise(self, rows: Array) -> Array:
         """Noise relative to what a step of each coordinate's own size changes, where it is small."""

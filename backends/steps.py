@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, any_true, divisor
 from implicitdiff.tolerances import KINK, REFINED, VISIBLE
 
-__all__ = ["FIRST", "SECOND", "Estimate", "Plan", "Stencil", "search"]
+__all__ = ["FIRST", "SECOND", "Block", "Estimate", "Plan", "Stencil", "search"]
 
 ROUNDS = 24
 """Steps that are tried at most."""
@@ -141,6 +141,37 @@ class Estimate(NamedTuple):
     """How far the values moved, in units of the noise."""
     usual: Array
     """A size that such a derivative might have."""
+
+
+class Block(NamedTuple):
+    """What is known of the derivatives by y, or by θ."""
+
+    rows: Array
+    """Their usual size, for a step of each coordinate's own size."""
+    error: Array
+    """And their error."""
+    start: Array
+    """Step to begin with."""
+    short: Array
+    """That of a zero whose size is that of its leaf, and may be far too long for it."""
+    tolerance: Array
+    """Relative error of a derivative that is within reach."""
+    moves: bool
+    """Whether the function depends on them at all, by more than rounding."""
+    visible: bool
+    """Whether it shows above the noise that it does."""
+    shown: Array
+    """Which components show it."""
+    kink: Array
+    """Which of them have no derivative."""
+
+    def cleaned(self, xp: Any, found: Estimate) -> Array:
+        """Derivatives, with a zero for what is noise of a component that does not move above it at all.
+
+        Scaled up, a row of noise would look like any other; a row of zeros makes a system singular, which is told.
+        """
+        noise = ~self.shown & (xp.abs(found.value) <= 3 * found.error)
+        return xp.where(noise, xp.zeros_like(found.value), found.value)
 
 
 class _Search(NamedTuple):

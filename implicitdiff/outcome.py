@@ -219,7 +219,7 @@ def explain(operator: Operator, solution: Any, solver: str) -> SolveError:
     codes = xp.asarray(solution.status)
     worst = Status(int(xp.max(codes)))
     kind, says = _TABLE[worst]
-    if worst not in _NOT_ZERO and _is_zero(operator, solution.x):
+    if worst not in _NOT_ZERO and _is_zero(operator):
         kind, head, hint = SingularError, *_ZERO
     else:
         head, cause, following = says(operator, solver)
@@ -251,12 +251,12 @@ def _products(solution: Any) -> str:
     return getattr(solution, "products", "") or "the product"
 
 
-def _is_zero(operator: Operator, x: Array) -> bool:
+def _is_zero(operator: Operator) -> bool:
     """Whether A maps a vector without structure to exactly zero (costs one product, after a failure only)."""
-    if operator.like is not None:  # x may come of a program whose vectors are of another kind
-        one = operator.backend.space(operator.like)
-    else:
-        one = operator.backend.space(x[0, ...] if len(x.shape) > len(operator.items) + 1 else x)
+    like, xp = operator.like, operator.backend.xp
+    if like is None:  # x may come of a program whose vectors are of another kind or order
+        like = xp.zeros((*operator.items, operator.n), dtype=operator.dtype, device=operator.device)
+    one = operator.backend.space(like)
     return bool(one.is_zero(operator.matvec(one.probe())))
 
 

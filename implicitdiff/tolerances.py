@@ -31,18 +31,20 @@ class ByPrecision(NamedTuple):
 
 
 # -- the accuracy of A -----------------------------------------------------------------------------------
-ROUNDING = 0.1
-"""Part of the machine epsilon that counts as the error of a product: ten entries of one size average to less."""
+ROUNDING, ROUNDING_LEAST = 0.25, 0.05
+"""Part of the machine epsilon that counts as the error of an entry of A, of which √n average; and the least of A's."""
 NOISY_PRODUCTS = 1e-9
 """Relative error of products from which A is assembled: rounding does not explain it."""
 NOISY_DIFFERENCES = 1e-8
 """The same of differences, which are then taken again at other steps: their own estimate of it is up to tenfold."""
 LOST = 0.03
 """Estimated relative error of a solution, by that of A, from which A is called singular: no digit can be relied on."""
-UNCERTAIN = 4e-3
+UNCERTAIN = 3.9e-3
 """The same error, from which it is told: times the factor of a few that the estimate may be off by, one percent."""
 DOUBTFUL, TELLING, USELESS = 1e-4, 3e-3, 0.1
 """Estimated relative errors of a result by differences: to be looked at, to be told, and from which none is given."""
+ALONG = 1e-2
+"""Part of a solution along the weakest direction from which it is none of a singular, consistent system."""
 SKEW = ByPrecision(1e-5, 1e-3)
 """Asymmetry up to which a matrix counts as symmetric: noise of finite differences passes."""
 SKEW_SEEN = ByPrecision(1e-6, 1e-3)
@@ -155,6 +157,10 @@ TINY = 32
 """Up to this order it is, where values are not seen."""
 DENSE = 4096
 """Up to this order a matrix is factored after an iterative method failed, or looked at as a whole: 134 MB."""
+FACTORED = 128
+"""Up to this order a matrix at hand is factored beside an iterative method: less work than the iterations are."""
+LARGEST = 2**33
+"""Bytes of a Jacobian of constraints that is still made."""
 EXACT_ASSEMBLY = 1024
 """Up to this order a missing product is assembled from its exact transpose rather than differenced."""
 

@@ -61,3 +61,16 @@ def test_a_kink_is_no_mistake() -> None:
     """The derivative of one side, at the kink."""
     bent = lambda y, t: np.where(y > 1, 3 * y - 2, y) - t
     assert not wrong(Root(bent, jvp=lambda y, t, v: 3 * v, vjp=lambda y, t, u: 3 * u), np.ones(2), np.ones(2))
+
+
+def test_no_mistake_is_hidden_by_what_cancels() -> None:
+    """In single precision, where curvature hides a little; and of I − ∂T, of which little may be left in y − T."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        M, K = rng.normal(size=(3, 3)), rng.normal(size=(3, 2))
+        y, t = rng.normal(size=3), rng.normal(size=2)
+        bent = lambda y, t, M=M, K=K: M @ y + np.sin(y) - K @ t**2
+        sign = lambda y, t, u, K=K: 2 * t * (K.T @ u)
+        assert wrong(Root(bent, mixed_vjp=sign), y.astype("float32"), t.astype("float32"))
+        T = lambda y, t, M=M, K=K: y - M @ y / 9 - K @ t
+        assert wrong(FixedPoint(T, jvp=lambda y, t, v, M=M: v - 2 * (M @ v) / 9), y, t)

@@ -8,7 +8,7 @@ import autograd.numpy as anp
 import numpy as np
 import pytest
 
-from implicitdiff import KKT, implicit_vjp
+from implicitdiff import KKT, InputError, implicit_vjp
 from implicitdiff.backends.numpy import NumpyBackend
 
 N, P = 400, 15
@@ -88,3 +88,10 @@ def test_constraints_are_differenced_once(mode: str) -> None:
         np.testing.assert_allclose(got, expected, atol=1e-6)
         counts[k] = calls[0]
     assert counts[n - 1] <= 1.1 * counts[1]
+
+
+def test_bounds_on_very_many_unknowns_are_refused_before_memory_is_gone() -> None:
+    n = 25_000
+    bounds = KKT(lambda y, t: anp.sum((y - t) ** 2), ineq=lambda y, t: anp.concatenate([y - 1, -1 - y]))
+    with pytest.raises(InputError, match=r"50000 constraints .* GiB"):
+        implicit_vjp(bounds, np.zeros(n), np.zeros(n), np.ones(n))

@@ -250,3 +250,12 @@ def test_products_that_cancel_round_more(solver: str) -> None:
         symmetric = None if solver == "gmres" else True
         x = linear_solve(lambda v, W=W: np.float32(7) * v - W @ v, right, solver=solver, symmetric=symmetric)
         assert np.linalg.norm(x - np.linalg.solve(A, right)) <= 1e-2 * np.linalg.norm(x)
+
+
+@pytest.mark.parametrize("solver", ["cg", "gmres"])
+def test_small_matrix_that_the_space_does_not_show(solver: str) -> None:
+    """In single precision b has hardly a part along the weakest direction, and that part is most of the solution."""
+    values, Q = np.linalg.eigh(with_eigenvalues([1.0, 0.5, 0.1, 1e-7], 3))
+    A, b = ((Q * values) @ Q.T).astype("float32"), (Q @ [1e-5, 1.0, 1.0, 1.0]).astype("float32")
+    with pytest.raises(SingularError):
+        linear_solve(A, b, solver=solver)

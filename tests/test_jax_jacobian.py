@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from problems import with_eigenvalues
 
 jax = pytest.importorskip("jax")
 
-from implicitdiff import Root, implicit_jacobian  # noqa: E402
+from implicitdiff import MINRES, NotConvergedError, Root, implicit_jacobian, implicit_vjp  # noqa: E402
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -26,3 +27,27 @@ def test_more_right_hand_sides_may_mean_that_a_is_assembled_after_all(symmetric,
     condition = fun if symmetric else Root(lambda y, t: A @ y - C @ t)
     found = jax.jit(lambda y, t: implicit_jacobian(condition, y, t))(y, t)
     assert np.allclose(found, np.linalg.solve(A, C), atol=1e-3)
+
+
+def test_a_failed_batch_is_explained():
+    """Its solutions come out of the program item by item, of several right-hand sides each."""
+    A = jax.numpy.asarray(with_eigenvalues([1.0, 2.0, 4.0, 9.0]))
+    condition = Root(lambda y, t: A @ y - t, jacobian=lambda y, t: A)
+    y = jax.numpy.ones((3, 4))
+    with pytest.raises(NotConvergedError, match="items 0, 1, 2"):
+        implicit_jacobian(condition, y, y @ A, batched=True, solver=MINRES(maxiter=1))
+
+
+def test_what_would_be_a_warning_about_accuracy_is_nan_in_a_program():
+    """Unless numbers are asked for, whatever they are."""
+    A = jax.numpy.asarray(with_eigenvalues([1.0, 0.5, 0.1, 3e-7]), dtype="float32")
+    condition = Root(lambda y, t: A @ y - t, jacobian=lambda y, t: A)
+
+    @jax.jit
+    def both(y, t):
+        return [implicit_vjp(condition, y, t, y, solver="lu", on_failure=what) for what in ("raise", "ignore")]
+
+    y = jax.numpy.ones(4, dtype="float32")
+    told, numbers = both(y, A @ y)
+    assert np.all(np.isnan(told))
+    assert np.all(np.isfinite(numbers))

@@ -67,7 +67,11 @@ def run_rules(
         return value, diagnostics, certify(rules) if estimate else None
 
     vector = None if mode == "gradient" else direction
-    return *jax.vmap(one)(problem.y, problem.theta, vector, x0, each), made[-1]
+    value, diagnostics, *rest = jax.vmap(one)(problem.y, problem.theta, vector, x0, each)
+    if mode == "jacobian":  # solutions of several right-hand sides are (*rhs, *items, n) everywhere
+        x = jax.numpy.moveaxis(diagnostics.solution.x, 0, 1)
+        diagnostics = diagnostics._replace(solution=diagnostics.solution._replace(x=x))
+    return value, diagnostics, *rest, made[-1]
 
 
 def _check_items(problem: Problem, mode: str, direction: Any, x0: Any) -> int:

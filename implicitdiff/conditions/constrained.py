@@ -46,6 +46,7 @@ from implicitdiff.namespaces import item_sum, namespace, without
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler
 from implicitdiff.solvers.saddle import NullSpace, Schur
+from implicitdiff.tolerances import LARGEST
 
 __all__ = ["ROUTES", "Constrained", "FirstOrder", "Route"]
 
@@ -123,6 +124,7 @@ class Constrained(Condition):
         sizes = {name: c.shape[-1] for name, c in zip(self.constraints, values, strict=True)}
         if not sum(sizes.values()):
             raise _unconstrained()
+        _check_size(point, sum(sizes.values()))
         found = backend.differentiate(point.raveled_function(self._all, " and ".join(sizes)), y, theta)
         k = sum(sizes.values())
         unit = backend.xp.eye(k, dtype=point.y.dtype, device=point.y.device)
@@ -297,6 +299,19 @@ class Constrained(Condition):
         if text:
             error.args = (f"{error}\n{text}",)
         return error
+
+
+def _check_size(point: Point, k: int) -> None:
+    """Refuse what would not fit: J is dense, and so are the k unit vectors that it is made of."""
+    n = point.y.n
+    size = k * (k + n) * math.prod(point.items) * point.backend.xp.finfo(point.y.dtype).bits / 8
+    if size > LARGEST:
+        raise InputError(
+            f"{k} constraints on {n} unknowns: their gradients are kept as a dense matrix, and making it takes "
+            f"{size / 2**30:.3g} GiB.\n"
+            "Next: leave out inequalities that are not active at y, which change nothing; for bounds alone "
+            "ProjectedGradient needs no matrix."
+        )
 
 
 def _unconstrained() -> InputError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.arrays import Array, divisor
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.root import Root
@@ -46,14 +45,14 @@ class FixedPoint(Root):
         return Maps(
             None if value is None else (lambda: y - value()),
             None if at is None else (lambda z, theta: z - at(z, theta)),
-            identity_minus(t.A, y),
+            identity_minus(t.A),
             _negated(t.B),
             checked=None if t.checked is None else t.checked._replace(solved=1),
         )
 
 
-def identity_minus(a: Any, y: Array | None = None) -> Any:
-    """I − A of products, matrix and sparse matrix; y gives the units of what A acts on, where they are known."""
+def identity_minus(a: Any) -> Any:
+    """I − A of products, matrix and sparse matrix."""
     matrix, sparse = a.matrix, a.sparse
     if matrix is not None:
         matrix = a.backend.xp.eye(a.n, dtype=a.dtype, device=a.device) - matrix
@@ -61,26 +60,9 @@ def identity_minus(a: Any, y: Array | None = None) -> Any:
         import scipy.sparse
 
         sparse = (scipy.sparse.eye_array(a.n, dtype=sparse.dtype) - sparse).tocsc()
-    xp, noise = a.backend.xp, 30 * a.accuracy
 
     def wrap(product: Product) -> Product:
-        if not noise:
-            return lambda x: x - product(x)
-
-        # Where ∂T comes from differences, what is left of I − ∂T below their noise is zero: a singular system has
-        # to come out singular. T_i has the unit of y_i: its noise is that of the largest move, in units, times y_i.
-        def cleaned(x: Array) -> Array:
-            d, moved = x - product(x), xp.abs(x)
-            if y is None:
-                level = noise * xp.max(moved, axis=-1, keepdims=True)
-            else:
-                size = xp.abs(y)
-                parts = xp.where(size > 0, moved / divisor(xp, size), xp.zeros_like(moved))
-                level = noise * size * xp.max(parts, axis=-1, keepdims=True)
-                level = xp.where(level > noise * moved, level, noise * moved)
-            return xp.where(xp.abs(d) <= level, xp.zeros_like(d), d)
-
-        return cleaned
+        return lambda x: x - product(x)
 
     return a.rewrapped(wrap, matrix=matrix, sparse=sparse, offset=1.0)
 

@@ -280,7 +280,7 @@ def equilibrated(op: Operator, scaling: Scaling | None) -> Operator:
 
     matrix, sparse = op.matrix, op.sparse
     if matrix is None and not op.backend.traced:
-        matrix = op._cache.get("matrix")
+        matrix = op.at_hand
     if matrix is not None:
         matrix = rows[..., :, None] * matrix * columns[..., None, :]
     if sparse is not None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError, DerivativeError, ShapeError
-from implicitdiff.tolerances import NOISY_PRODUCTS, ROUNDING, SMALL
+from implicitdiff.tolerances import NOISY_PRODUCTS, ROUNDING, ROUNDING_LEAST, SMALL
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -187,7 +187,8 @@ class Operator(LinearMap):
         It is not the worst that rounding may do, but what it usually does: a product may be exact (of a matrix, say),
         but for the rounding of its entries. What cancels in I − ∂T is known to the rounding of 1.
         """
-        return (0.5 if self.offset else ROUNDING) * float(self.backend.xp.finfo(self.dtype).eps)
+        part = max(ROUNDING / max(self.n, 1) ** 0.5, ROUNDING_LEAST)
+        return (0.5 if self.offset else part) * float(self.backend.xp.finfo(self.dtype).eps)
 
     @property
     def resolution(self) -> float:

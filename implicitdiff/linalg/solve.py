@@ -14,7 +14,8 @@ from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Report, Status
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.base import methods_of
-from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN
+from implicitdiff.solvers.rank import ranked
+from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
 
 __all__ = ["Prepared", "Solution", "make_report", "method_of", "poison", "prepare"]
 
@@ -44,6 +45,13 @@ class Solution(NamedTuple):
             return None
         rcond = xp.asarray(self.rcond)
         return quotient(xp, accuracy, rcond, rcond > 0)
+
+    def without_doubt(self, xp: Any, accuracy: float) -> Solution:
+        """Return it with items as failed that would be told to be uncertain, if anything could be told."""
+        error, code = self.uncertainty(xp, accuracy), xp.full_like(self.status, int(Status.SINGULAR))
+        if error is None:
+            return self
+        return self._replace(status=xp.where((error > UNCERTAIN) & ~self.failed, code, self.status))
 
     @property
     def failed(self) -> Array:
@@ -107,6 +115,8 @@ class Prepared:
         used, state = self.state(transposed)
         x, status, counts = self.solver.solve(state, b, x0)
         status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
+        consistent = getattr(self.solver, "consistent", False)
+        x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
         broken = status == int(Status.NON_FINITE)
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
             space = op.backend.space(x)
@@ -114,6 +124,7 @@ class Prepared:
         self.methods = methods_of(self.solver, state)
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.nan_on_failure:
+            solution = solution.without_doubt(xp, op.rounding)
             space = op.backend.space(x)
             failed = xp.broadcast_to(solution.failed, space.items)
             solution = solution._replace(x=space.select(failed, space.nan(), x))
@@ -251,6 +262,8 @@ def _compare(
     relative = SKEW_SEEN.of(eps) + xp.where(failing, 0 * residual, residual)
     allowed = one.size(z) * space.size(image) * relative + 1e3 * eps * one.size(az) * space.size(x)
     asymmetric = xp.isfinite(gap) & (gap > allowed) & (space.size(b) > 0)
+    if len(gap.shape) > len(op.items):  # what one right-hand side shows is so for all
+        asymmetric = asymmetric | xp.any(asymmetric, axis=0)
     asymmetric = asymmetric & (status != int(Status.BAD_PRECONDITIONER))
     return xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
 

@@ -18,7 +18,7 @@ from implicitdiff.solvers.checks import cancelled
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
 from implicitdiff.solvers.unit import one_step, unit_of
-from implicitdiff.tolerances import LOOSE, LOOSE_ITERATIONS, LOST, NOISE_LEFT, RESIDUAL
+from implicitdiff.tolerances import FACTORED, LOOSE, LOOSE_ITERATIONS, LOST, NOISE_LEFT, RESIDUAL
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -206,6 +206,7 @@ class Krylov(Solver):
     stall: ClassVar[float] = 0.5
     """A cycle that leaves more than this part of the true residual has stagnated."""
     monotone: ClassVar[bool] = False  # whether ‖r‖ cannot grow but for rounding
+    consistent: ClassVar[bool] = False  # whether it is meant for singular systems, too, if they are consistent
 
     def init(self, operator: Operator) -> KrylovState:
         operator = operator.settled()
@@ -245,7 +246,8 @@ class Krylov(Solver):
             return self._solve(state, b, x0)
         right, op = scaling.scaled(b), state.operator
         found = self._solve(state, right, None if x0 is None else scaling.start(x0))
-        if op.matrix is not None or op.sparse is not None:
+        factored = op.backend.traced and op.n <= FACTORED  # then the matrix is solved with afterwards
+        if (op.matrix is not None and not factored) or op.sparse is not None:
             found = refined(op, lambda r: self._solve(state, r, None), right, found)
         return (scaling.restored(found[0]), *found[1:])
 
@@ -276,7 +278,7 @@ class Krylov(Solver):
         condition = end.condition if state.preconditioner.identity else None
         if condition is not None and op.offset and state.scaling is not None and not is_tree_vector(b):
             norm = backend.xp.asarray(known, device=op.device) * op.n**0.5
-            more = space.xp.asarray(cancelled(backend.xp, op, state.scaling, norm) / op.rounding)
+            more = space.xp.asarray(cancelled(backend.xp, op, state.scaling, norm, end.x) / op.rounding)
             condition = condition * space.maximum(space.scalar(1.0), more)
         counts = Counts(end.iterations, end.matvecs, residual, known, None, end.tolerance, condition)
         return space.scale(scale, end.x), status, counts

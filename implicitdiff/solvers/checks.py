@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from implicitdiff.arrays import Array, divisor, nowhere, quotient
+from implicitdiff.arrays import Array, divisor, item_norm, nowhere, quotient
 from implicitdiff.outcome import Status
 from implicitdiff.tolerances import SKEW, WELL_CONDITIONED
 
 __all__ = ["PROBES", "amplification", "asymmetry", "cancelled", "classify", "skew_tolerance"]
-
 
 PROBES = 4
 """Vectors on which ‖A⁻¹‖ is seen."""
@@ -33,19 +32,19 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
     return xp.where((failed == 0) & xp.isnan(residual), xp.full_like(status, int(Status.NON_FINITE)), status), tolerance
 
 
-def cancelled(xp: Any, operator: Any, scaling: Any, norm: Array) -> Array:
-    """Relative error of an equilibrated I − ∂T: what is left of the diagonal is known to the rounding of 1."""
+def cancelled(xp: Any, operator: Any, scaling: Any, norm: Array, x: Array) -> Array:
+    """Relative error of an equilibrated I − ∂T on x: what is left of the diagonal is known to the rounding of 1."""
     error = operator.offset * max(operator.accuracy, 0.5 * float(xp.finfo(operator.dtype).eps))
-    scale = 1.0 if scaling is None else xp.max(scaling.rows * scaling.columns, axis=-1)
-    size = norm / math.sqrt(operator.n)
-    return error * scale / divisor(xp, size)
+    length = item_norm(xp, x)
+    moved = length if scaling is None else item_norm(xp, scaling.rows * scaling.columns * x)
+    return error * moved / divisor(xp, norm / math.sqrt(operator.n) * length)
 
 
-def amplification(xp: Any, operator: Any, scaling: Any, norm: Array, rcond: Array) -> Array | None:
+def amplification(xp: Any, operator: Any, scaling: Any, norm: Array, rcond: Array, x: Array) -> Array | None:
     """What rounding of A is multiplied by, where that is more than 1/rcond: A is what is left of I − ∂T; else None."""
     if not operator.offset:
         return None
-    error, usable = cancelled(xp, operator, scaling, norm) / operator.rounding, rcond > 0
+    error, usable = cancelled(xp, operator, scaling, norm, x) / operator.rounding, rcond > 0
     error = xp.where(error > 1, error, xp.ones_like(error))
     return quotient(xp, error, rcond, usable)
 

@@ -29,7 +29,7 @@ from implicitdiff.tolerances import LOST, is_double
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["DenseSolver", "DenseState"]
+__all__ = ["DenseSolver", "DenseState", "weakest"]
 
 
 class DenseState(NamedTuple):
@@ -105,11 +105,11 @@ class DenseSolver(Solver):
         if backend.traced:
             return state
         z = _probes(state)
-        w = self._apply_rows(state, z)
+        w = self.rows(state, z)
         # one step of the power method for (Aᵀ A)⁻¹: few vectors may all be nearly orthogonal to a singular one
         v = xp.sum(w, axis=0)
         size = item_norm(xp, v)[..., None]
-        v = self._apply_rows(state._replace(transposed=True), v / divisor(xp, size))
+        v = self.rows(state._replace(transposed=True), v / divisor(xp, size))
         return _with_condition(state, z, w, item_norm(xp, v))
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
@@ -131,6 +131,7 @@ class DenseSolver(Solver):
         if state.scaling is not None:
             converged = status == int(Status.CONVERGED)
             residual = state.scaling.reported_residual(backend, converged, (residual, tolerance), r, wide / scale)
+        condition = amplification(xp, state.operator, state.scaling, state.norm, state.rcond, x)
         if needed(backend, zero):
             residual = xp.where(zero, xp.zeros_like(residual), residual)
             status = xp.where(zero, xp.zeros_like(status), status)
@@ -138,7 +139,6 @@ class DenseSolver(Solver):
         x = x if state.scaling is None else state.scaling.restored(x)
         x = backend.astype(x * scale, b.dtype)
         norm = state.size / math.sqrt(state.operator.n)
-        condition = amplification(xp, state.operator, state.scaling, state.norm, state.rcond)
         return x, status, Counts(0, 0, residual, norm, state.rcond, tolerance, condition)
 
     def factored(self, state: Any) -> bool:
@@ -150,7 +150,7 @@ class DenseSolver(Solver):
         backend = state.operator.backend  # a second estimate of the condition number would only cost compilation
         xp = backend.xp
         wide = backend.to_double(b)
-        x = self._apply_rows(state, wide if state.scaling is None else state.scaling.scaled(wide))
+        x = self.rows(state, wide if state.scaling is None else state.scaling.scaled(wide))
         x = x if state.scaling is None else state.scaling.restored(x)
         failed = xp.broadcast_to(state.failed, tuple(b.shape[:-1]))
         status = xp.where(xp.isfinite(item_norm(xp, x)), failed, int(Status.NON_FINITE))
@@ -161,14 +161,14 @@ class DenseSolver(Solver):
         backend = state.operator.backend
         xp = backend.xp
         product = matrix_product(xp, state.matrix, transposed=state.transposed)
-        x = self._apply_rows(state, b)
+        x = self.rows(state, b)
         r = b - product(x)
         residual = xp.sqrt(xp.vecdot(r, r))
         # The size of b − A x that rounding explains is eps ‖A‖ ‖x‖; factors that are stable leave no more.
         rounding = float(xp.finfo(r.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
 
         def refine(found: tuple[Array, Array]) -> tuple[Array, Array]:
-            x = found[0] + self._apply_rows(state, found[1])
+            x = found[0] + self.rows(state, found[1])
             return x, b - product(x)
 
         return backend.if_any(~(residual <= 100 * rounding), refine, (x, r))
@@ -186,15 +186,15 @@ class DenseSolver(Solver):
         product = matrix_product(xp, state.matrix, transposed=state.transposed)
         many = len(b.shape) > lead + 1
         z = _probes(state)
-        rows = self._apply_rows(state, xp.concat([b if many else b[None, ...], z], axis=0))
+        rows = self.rows(state, xp.concat([b if many else b[None, ...], z], axis=0))
         x, w = (rows[:-PROBES, ...] if many else rows[0, ...]), rows[-PROBES:, ...]
         r = b - product(x)
         if not is_double(float(xp.finfo(state.operator.dtype).eps)):
-            x = x + self._apply_rows(state, r)
+            x = x + self.rows(state, r)
             r = b - product(x)
         return _with_condition(state, z, w), x, r
 
-    def _apply_rows(self, state: DenseState, b: Array) -> Array:
+    def rows(self, state: DenseState, b: Array) -> Array:
         """Solve for b of shape (*rhs, *items, n), whose right-hand sides are columns to LAPACK."""
         backend, items = state.operator.backend, state.operator.items
         xp = backend.xp
@@ -223,6 +223,16 @@ def _probes(state: DenseState) -> Array:
     return xp.broadcast_to(z, (PROBES, *op.items, op.n)) if op.items else z
 
 
+def weakest(solver: DenseSolver, op: Operator, matrix: Array) -> tuple[DenseState, Array]:
+    """Return the factors of an equilibrated matrix with its condition, and vectors near where ‖A x‖ is least."""
+    matrix, failed = _screened(op, matrix)
+    norm = _frobenius(op.backend.xp, matrix)
+    state = DenseState(op, matrix, None, solver.factor(op.backend, matrix), False, norm, norm, None, failed)
+    z = _probes(state)
+    w = solver.rows(state, z)
+    return _with_condition(state, z, w), w
+
+
 def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> DenseState:
     """Estimate 1/(‖A‖ ‖A⁻¹‖) from w, the images of the probe vectors z under A⁻¹, and from a gain of A⁻ᵀ.
 
@@ -237,7 +247,8 @@ def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> D
     rcond = quotient(xp, 1.0, product, usable)
     failed = _mark(xp, state.failed, rcond < _least(state), Status.SINGULAR)
     if state.operator.offset:
-        failed = _mark(xp, failed, rcond < cancelled(xp, state.operator, state.scaling, state.norm), Status.SINGULAR)
+        lost = xp.max(cancelled(xp, state.operator, state.scaling, state.norm, w), axis=0)
+        failed = _mark(xp, failed, rcond < lost, Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
 
 

@@ -66,6 +66,7 @@ class MINRES(Krylov):
     name: ClassVar[str] = "minres"
     structure: ClassVar[Structure] = "symmetric"
     monotone: ClassVar[bool] = True
+    consistent: ClassVar[bool] = True
 
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run MINRES from x with residual r until φ reaches the target."""

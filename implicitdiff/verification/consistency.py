@@ -39,19 +39,22 @@ def contradicted(checked: Checked | None) -> Array | None:
     by_y = along(z, 0.0)
     by_theta = along(0.0, t) if checked.point.theta.n else (0 * middle, 0 * middle)
     rows = xp.abs(by_y[0]) + xp.abs(by_theta[0])
-    u = _dual(checked, rows)
-    rounding = 30 * float(xp.finfo(y.dtype).eps) / h * xp.vecdot(xp.abs(u), rows + xp.abs(middle))
-    wrong = xp.vecdot(u, u) < 0
-    for (change, bend), number in _numbers(checked, u, z, t, by_y, by_theta):
-        seen, unknown = xp.vecdot(u, change), rounding + 10 * xp.vecdot(xp.abs(u), bend)
-        wrong = wrong | (xp.abs(number - seen) > MISTAKE_TRACED * xp.maximum(xp.abs(number), xp.abs(seen)) + unknown)
+    shift = z if checked.solved == 1 else 0 * z  # of F = y − T
+    duals = [_dual(checked, rows, change) for change in (by_y[0] - shift, by_theta[0])]
+    wrong = xp.vecdot(z, z) < 0
+    for u, (change, bend), number, less in _numbers(checked, duals, z, t, shift, by_y, by_theta):
+        seen, unknown = xp.vecdot(u, change), 10 * xp.vecdot(xp.abs(u), bend)
+        unknown = unknown + 30 * float(xp.finfo(y.dtype).eps) / h * xp.vecdot(xp.abs(u), rows + xp.abs(middle))
+        size, rest = (xp.maximum(xp.abs(number - x), xp.abs(seen - x)) for x in (0.0, xp.vecdot(u, less)))
+        wrong = wrong | (xp.abs(number - seen) > MISTAKE_TRACED * xp.minimum(size, rest) + unknown)
     return wrong
 
 
-def _dual(checked: Checked, rows: Array) -> Array:
-    """A vector without structure in the units of 1/G, up to a common factor."""
+def _dual(checked: Checked, rows: Array, change: Array) -> Array:
+    """A vector in the units of 1/G, up to a common factor, on which no two parts of a change cancel each other."""
     xp, y = checked.point.backend.xp, checked.point.y.vector
-    s = draw(xp, y, 2)
+    s = xp.abs(draw(xp, y, 2))
+    s = xp.where(change < 0, -s, s)
     if checked.symmetric:  # y_i G_i has the unit of f
         return s * xp.abs(y)
     rows = xp.abs(y) if checked.solved == 1 else rows  # T has the units of y
@@ -59,17 +62,19 @@ def _dual(checked: Checked, rows: Array) -> Array:
     return quotient(xp, s, rows, usable)
 
 
-def _numbers(checked: Checked, u: Array, z: Array, t: Array, by_y: Any, by_theta: Any) -> list[tuple[Any, Array]]:
-    """Each product that was given, as a number, with the changes of G that it has to give."""
+def _numbers(
+    checked: Checked, duals: list[Array], z: Array, t: Array, shift: Array, by_y: Any, by_theta: Any
+) -> list[tuple[Array, Any, Array, Array]]:
+    """Each product that was given, as a number: u, the changes of G that it has to give, it, and what F has beside."""
     dot: Callable[[Array, Array], Array] = checked.point.backend.xp.vecdot
-    c, found = checked, []
+    c, found, (u, w), none = checked, [], duals, 0 * shift
     for product in (None if c.matrix[1] is None else c.matrix[1].forward, c.forward[1]):
         if product is not None:
-            found.append((by_y, dot(u, product(z))))
+            found.append((u, by_y, dot(u, product(z)), shift))
     if c.adjoint[1] is not None:
-        found.append((by_y, dot(c.adjoint[1](u), z)))
+        found.append((u, by_y, dot(c.adjoint[1](u), z), shift))
     if c.point.theta.n and c.mixed_jvp is not None:
-        found.append((by_theta, dot(u, c.mixed_jvp(t))))
+        found.append((w, by_theta, dot(w, c.mixed_jvp(t)), none))
     if c.point.theta.n and c.mixed_vjp is not None:
-        found.append((by_theta, dot(c.mixed_vjp(u), t)))
+        found.append((w, by_theta, dot(c.mixed_vjp(w), t), none))
     return found
