@@ -169,7 +169,7 @@ class RecordedProblem:
         self.condition, self.batched = as_condition(problem.condition), problem.batched
         self.theta, self.data = Slots(problem.theta), Slots((problem.args, kwargs))
         self.tensors = (*self.theta.tensors, *self.data.tensors)
-        self.y: Any = None  # a Ravel: the structure of y, once it is known
+        self.y: Any = None  # a Raveler: the structure of y, once it is known
         self.aux: Any = None
         self.report: Any = None
         self._recording = torch.is_grad_enabled()
