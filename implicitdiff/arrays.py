@@ -23,6 +23,7 @@ __all__ = [
     "item_numbers",
     "listed",
     "named_items",
+    "nan_where",
     "needed",
     "nowhere",
     "numpy_namespace",
@@ -116,6 +117,12 @@ def quotient(xp: Any, a: Any, b: Array, usable: Array) -> Array:
 def needed(backend: Backend, mask: Array) -> bool:
     """Whether work on the items of a mask is needed, or may be: where values are not seen, it has to be done."""
     return backend.traced or any_true(backend.xp, mask)
+
+
+def nan_where(backend: Backend, mask: Array, x: Any) -> Any:
+    """Return a vector with NaN in the items of a mask, in all of its right-hand sides."""
+    space = backend.space(x)
+    return space.select(backend.xp.broadcast_to(mask, space.items), space.nan(), x)
 
 
 def probe_vector(xp: Any, n: int, dtype: Any, device: Any, start: int = 0) -> Array:

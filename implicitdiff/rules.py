@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
-from implicitdiff.arrays import Array, any_true, needed
+from implicitdiff.arrays import Array, any_true, nan_where, needed
 from implicitdiff.certificate import Estimate, Product, certify, newton_step
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.base import Maps
@@ -325,9 +325,8 @@ class Rules:
         solution: Solution = solve(self.prepared, b, x0, transposed)
         bad = ~inputs
         if needed(backend, bad):  # NaN out, whatever a solver made of NaN in
-            space = backend.space(solution.x)
             code = xp.full_like(solution.status, int(Status.NON_FINITE))
-            x = space.select(xp.broadcast_to(bad, space.items), space.nan(), solution.x)
+            x = nan_where(backend, bad, solution.x)
             solution = solution._replace(status=xp.where(bad, code, solution.status), x=x)
         wrong = self._wrong(solution, b)
         if wrong is None:
@@ -360,8 +359,7 @@ class Rules:
         failed = failed | diagnostics.step.far if self.nan_on_failure else failed
         if not (self.nan_on_failure or mode == "nan") or not needed(backend, failed):
             return value, diagnostics
-        space = backend.space(value)
-        return space.select(backend.xp.broadcast_to(failed, space.items), space.nan(), value), diagnostics
+        return nan_where(backend, failed, value), diagnostics
 
     def _start(self, x0: Any, b: Any) -> Any:
         raveler, backend = self.point.y, self.point.backend

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicitdiff.accuracy import inaccurate
+from implicitdiff.arrays import nan_where
 from implicitdiff.backends.base import Backend
 from implicitdiff.backends.jax.auxiliary import unknown_tangent
 from implicitdiff.backends.jax.contents import captures_differentiated
@@ -264,8 +265,7 @@ def _limited(rules: Rules, max_error: float, solution: Solution, b: Any, transpo
     if not transposed:
         return solution
     bad = inaccurate(certify_adjoint(rules, solution, b), max_error)
-    space = rules.point.backend.space(solution.x)
-    return solution._replace(x=space.select(jnp.broadcast_to(bad, space.items), space.nan(), solution.x))
+    return solution._replace(x=nan_where(rules.point.backend, bad, solution.x))
 
 
 def _look_at_point(problem: Problem) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, divisor, item_norm, needed, quotient, to_python
+from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient, to_python
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Report, Status
@@ -17,7 +17,7 @@ from implicitdiff.solvers.base import methods_of
 from implicitdiff.solvers.rank import ranked
 from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
 
-__all__ = ["Prepared", "Solution", "make_report", "method_of", "poison", "prepare"]
+__all__ = ["Prepared", "Solution", "make_report", "method_of", "prepare"]
 
 
 class Solution(NamedTuple):
@@ -119,15 +119,12 @@ class Prepared:
         x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
         broken = status == int(Status.NON_FINITE)
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
-            space = op.backend.space(x)
-            x = space.select(xp.broadcast_to(broken, space.items), space.nan(), x)
+            x = nan_where(op.backend, broken, x)
         self.methods = methods_of(self.solver, state)
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.nan_on_failure:
             solution = solution.without_doubt(xp, op.rounding)
-            space = op.backend.space(x)
-            failed = xp.broadcast_to(solution.failed, space.items)
-            solution = solution._replace(x=space.select(failed, space.nan(), x))
+            solution = solution._replace(x=nan_where(op.backend, solution.failed, x))
         self.seconds = time.perf_counter() - start
         return solution
 
@@ -348,8 +345,3 @@ def method_of(solution: Solution, methods: Sequence[tuple[str, str]]) -> tuple[s
     if hasattr(codes, "shape") and codes.shape:
         return methods[max(int(codes[i]) for i in range(codes.shape[0]))]
     return methods[int(codes)]
-
-
-def poison(xp: Any, solution: Solution, x: Array) -> Array:
-    """NaN in the failed items."""
-    return xp.where(solution.failed[..., None], xp.full_like(x, float("nan")), x)

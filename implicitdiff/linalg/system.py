@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
-from implicitdiff.arrays import Array, any_true
+from implicitdiff.arrays import Array, any_true, nan_where
 from implicitdiff.compilers import public
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
-from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, poison, prepare
+from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, prepare
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, explain, settle
 from implicitdiff.problem import Settings
@@ -165,7 +165,7 @@ def solve_system(system: System) -> tuple[Array, Report]:
         x, error = solution.x, None
         if mode is not Mode.INLINE and any_true(engine.xp, solution.failed):
             error = _explained(system, solution, facts)
-            x = poison(engine.xp, solution, x) if on_failure == "nan" else x
+            x = nan_where(engine, solution.failed, x) if on_failure == "nan" else x
         x = engine.xp.matrix_transpose(x) if len(x.shape) == 2 and not system.batched else x
         report = make_report(solution, stationarity=float("nan"), mode=mode, **facts)
     if error is not None:
