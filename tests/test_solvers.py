@@ -11,10 +11,13 @@ import pytest
 import scipy.linalg
 import scipy.sparse
 import scipy.sparse.linalg
-from conftest import LIBRARIES, Library, relative_error
+from conftest import ITERATIVE, LIBRARIES, Library, relative_error
 from problems import RIGHT_FOR, TIGHT, Counted, N, close, linear_root, matrix, solve_both, vector, with_eigenvalues
 
-from implicitdiff import implicit_vjp, linear_solve
+from implicitdiff import Status, implicit_vjp, linear_solve
+from implicitdiff.linalg.operator import Operator, matrix_map
+from implicitdiff.registry import get_backend
+from implicitdiff.solvers import get_solver
 
 CASES = [(structure, solver) for structure, solvers in RIGHT_FOR.items() for solver in solvers]
 LIBS = pytest.mark.parametrize("lib", LIBRARIES[:2], ids=lambda lib: lib.name)
@@ -192,3 +195,23 @@ def test_batch_is_its_items(lib: Library, structure: str, solver: str, form: str
     if solver in {"cg", "minres", "gmres"}:
         counts = lib.numpy(report.iterations)
         assert counts[0] == 1 < min(counts[1], counts[2])
+
+
+# -- what iterative methods tell of A --------------------------------------------------------------------
+LAPLACIAN = 6 * np.eye(6) - np.ones((6, 6))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_the_norm_and_the_condition_number_are_estimated_from_below(name: str, scale: float) -> None:
+    """Whatever the units, and not far below; a singular A is told from one that is indefinite."""
+    systems = (matrix("pos"), vector()), (LAPLACIAN, np.eye(6)[0]), (np.diag([1.0, -1.0]), np.ones(2))
+    ends = Status.CONVERGED, Status.SINGULAR, Status.NOT_POSITIVE_DEFINITE if name == "cg" else Status.CONVERGED
+    for (a, b), end in zip(systems, ends, strict=True):
+        operator = matrix_map(Operator, get_backend("numpy"), scale * a, (), a.dtype, "cpu", symmetric=True)
+        solver = get_solver(name)
+        _, status, counts = solver.solve(solver.init(operator), b / scale)
+        assert status == end
+        assert 0.7 <= counts.operator_norm / (scale * np.linalg.norm(a, 2)) <= 1 + 1e-9
+        if end is Status.CONVERGED:
+            assert 0.15 <= counts.condition / np.linalg.cond(a) <= 1 + 1e-9
