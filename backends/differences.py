@@ -21,7 +21,7 @@ from implicitdiff.backends.base import Backend
 from implicitdiff.backends.sampling import Sampler, leaf_sizes
 from implicitdiff.backends.steps import FIRST, Block, Estimate, Plan, Stencil, search
 from implicitdiff.errors import DerivativeError
-from implicitdiff.tolerances import AIM_OF_WHOLE, TOGETHER, USELESS
+from implicitdiff.tolerances import AIM_OF_WHOLE, SAFETY, TOGETHER, USELESS
 
 __all__ = ["Differences", "groups", "name_of", "not_differentiable", "scalar_gradients", "sweep", "unit_vectors"]
 
@@ -143,7 +143,9 @@ class Differences:
         if not self.strict or not any_true(self.xp, found.kink):
             return found
         xp, s = self.xp, self.sampler
-        kink = found.kink & (s.by_y if by == "y" else s.by_theta).shown  # what is below rounding bends, too
+        block = s.by_y if by == "y" else s.by_theta
+        bends = found.error * found.step**s.stencil.order  # rounding of terms as large as the row bends, too
+        kink = found.kink & block.shown & (bends > SAFETY * s.eps * block.rows)
         if not any_true(xp, kink):
             return found
         if len(found.value.shape) > 1 and not (s.random or any_true(xp, s.noisy & kink)):

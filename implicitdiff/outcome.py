@@ -22,6 +22,7 @@ from implicitdiff.errors import (
     SolveWarning,
 )
 from implicitdiff.records import Record, brief, html_table
+from implicitdiff.tolerances import SAFETY
 
 if TYPE_CHECKING:
     from implicitdiff.error_estimate import ErrorEstimate
@@ -252,12 +253,19 @@ def _products(solution: Any) -> str:
 
 
 def _is_zero(operator: Operator) -> bool:
-    """Whether A maps a vector without structure to exactly zero (costs one product, after a failure only)."""
+    """Whether A maps a vector without structure to zero (costs one product, after a failure only)."""
     like, xp = operator.like, operator.backend.xp
     if like is None:  # x may come of a program whose vectors are of another kind or order
         like = xp.zeros((*operator.items, operator.n), dtype=operator.dtype, device=operator.device)
-    one = operator.backend.space(like)
-    return bool(one.is_zero(operator.matvec(one.probe())))
+    z = operator.backend.space(like).probe()
+    level = SAFETY * operator.offset * max(operator.accuracy, float(xp.finfo(operator.dtype).eps))
+
+    def left(image: Array, z: Array) -> Array:  # I − ∂T is zero to the rounding of 1
+        return xp.where(xp.abs(image) <= level * xp.abs(z), xp.zeros_like(image), image)
+
+    image = operator.matvec(z)
+    image = image.map(left, z) if hasattr(image, "map") else left(image, z)
+    return bool(operator.backend.space(like).is_zero(image))
 
 
 _NOT_ZERO = {Status.NON_FINITE, Status.NOT_SYMMETRIC, Status.BAD_PRECONDITIONER}

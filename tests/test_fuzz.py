@@ -90,6 +90,8 @@ ONCE = {
         716977: "singular by rounding, and gmres", 1049156: "rounded, one unit at every step",
         1020318: "an item that needs fewer steps than others",
         1002530: "what cancels in I - T where the solution is small", 1023754: "not symmetric, seen by some columns",
+        1202177: "noise of products above a limit", 1208613: "singular to what cancels in I - T",
+        1305660: "rounding of a row is no kink of an entry",
     },
     "torch": {
         500094: "singular in single precision", 501514: "the same", 504001: "off, in a unit of its own",

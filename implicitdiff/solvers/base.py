@@ -298,7 +298,9 @@ class Krylov(Solver):
         improved = residual < space.where(flat, number(min(0.9, self.stall)), number(self.stall)) * s.residual
         # Terms of the product that cancel, as in (I - W) x, round more than ‖A‖ shows: seen where nothing improves.
         level = floor * space.where(improved | (16 * floor >= limit), number(4.0), number(16.0))
-        tolerance = space.where((level > rtol) & (level < limit), level, rtol)
+        noisy = state.operator.accuracy > space.eps  # differences: up to that limit
+        level = space.where((level >= limit) & noisy, limit, level)
+        tolerance = space.where((level > rtol) & ((level < limit) | noisy), level, rtol)
         done = residual <= tolerance
         status = space.where(improved | (iterations >= maxiter), int(Status.MAX_ITERATIONS), int(Status.STAGNATED))
         status = space.where(flat, int(Status.SINGULAR), status)

@@ -248,7 +248,7 @@ def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> D
     failed = _mark(xp, state.failed, rcond < _least(state), Status.SINGULAR)
     if state.operator.offset:
         lost = xp.max(cancelled(xp, state.operator, state.scaling, state.norm, w), axis=0)
-        failed = _mark(xp, failed, rcond < lost, Status.SINGULAR)
+        failed = _mark(xp, failed, rcond < lost / LOST, Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
 
 
