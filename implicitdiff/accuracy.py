@@ -47,12 +47,8 @@ def shown(backend: Any, estimate: Estimate, condition: Any, *, visible: bool) ->
         parts={name: read(part) for name, part in zip(CAUSES, parts, strict=True)}, cause=cause,
         contraction=read(estimate.contraction), trusted=read(estimate.trusted),
         doubt=_doubt(xp, estimate, condition) if visible else "", correction=estimate.correction,
-        value=None if estimate.value is None else read(estimate.value), products=read(_whole(xp, estimate.products)),
+        value=None if estimate.value is None else read(estimate.value), products=read(estimate.products),
     )  # fmt: skip
-
-
-def _whole(xp: Any, products: Array) -> Array:
-    return xp.astype(products, xp.int32)
 
 
 def _doubt(xp: Any, estimate: Estimate, condition: Any) -> str:

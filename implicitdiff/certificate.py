@@ -155,7 +155,7 @@ def _nothing(rules: Rules, product: Product) -> Estimate:
     value = None if product.loss is None else product.loss(rules)
     correction = product.tree(xp.zeros_like(product.value))
     numbers: list[Array] = [zero] * 8
-    rest = zero == 0, zero == 0, zero, correction, value, p.y.unravel(p.y.vector), None
+    rest = zero == 0, zero == 0, xp.astype(zero, xp.int32), correction, value, p.y.unravel(p.y.vector), None
     return Estimate._make((*numbers, *rest))
 
 
@@ -244,6 +244,11 @@ class _Certificate:
         count = self.xp.asarray(count, device=self.rules.point.y.device)
         return self.xp.max(count, axis=0) if len(count.shape) > len(self.items) else count
 
+    def _counted(self, like: Array) -> Array:
+        """Products that were spent, per item."""
+        spent = self.xp.asarray(self.spent, dtype=self.xp.int32, device=self.rules.point.y.device)
+        return self.xp.broadcast_to(spent, like.shape)
+
     def _size(self, x: Array) -> Array:
         """2-norm per item; over right-hand sides that of the whole, or its mean over random directions."""
         size = item_norm(self.xp, x)
@@ -283,7 +288,7 @@ class _Certificate:
         trusted = trusted if changed is None else trusted & ~xp.any(changed, axis=-1)
         return Estimate(
             absolute, self._relative(absolute), xp.where(exact, zero, inner), xp.where(solved, zero, linear),
-            differences, rounding, kappa, again, trusted, good, self.spent + 0 * kappa,
+            differences, rounding, kappa, again, trusted, good, self._counted(kappa),
             product.tree(e) if self.whole else None, self._value(F), rules.point.y.unravel(there.point.y.vector),
             changed,
         )  # fmt: skip

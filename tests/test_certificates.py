@@ -1,0 +1,438 @@
+"""``error``, ``max_error`` and ``polish`` as they are called: every entry, every library, every failure."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import LIBRARIES, NUMPY, Library
+
+from implicitdiff import (
+    CG,
+    KKT,
+    AccuracyWarning,
+    ErrorEstimate,
+    FixedPoint,
+    ImplicitDiffError,
+    InaccurateError,
+    InputError,
+    ProximalGradient,
+    Root,
+    SolveWarning,
+    Stationary,
+    implicit_grad,
+    implicit_jacobian,
+    implicit_jvp,
+    implicit_vjp,
+    linearize,
+    proxes,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::implicitdiff.NotASolutionWarning")
+THETA = np.array([0.5, 2.0, 1.0])
+A = np.array([[3.0, 1.0, 0.2], [0.5, 2.0, -1.0], [0.0, 0.4, 2.5]])
+OFF = np.array([0.02, -0.01, 0.03])
+
+
+def solution(theta: np.ndarray = THETA) -> np.ndarray:
+    """Of A y + y³/4 = θ, by Newton's method."""
+    y = np.zeros(3)
+    for _ in range(50):
+        y = y - np.linalg.solve(A + np.diag(0.75 * y**2), A @ y + y**3 / 4 - theta)
+    return y
+
+
+def root(lib: Library) -> Root:
+    """The condition, with its products: asymmetric."""
+    M, Mt = lib.array(A), lib.array(A.T.copy())
+    return Root(
+        lambda y, t: M @ y + y**3 / 4 - t,
+        jvp=lambda y, t, v: M @ v + 0.75 * y**2 * v,
+        vjp=lambda y, t, u: Mt @ u + 0.75 * y**2 * u,
+        mixed_jvp=lambda y, t, d: -d,
+        mixed_vjp=lambda y, t, u: -u,
+    )
+
+
+def truth() -> dict[str, np.ndarray]:
+    """The derivatives at the exact solution."""
+    y = solution()
+    J = np.linalg.inv(A + np.diag(0.75 * y**2))
+    return {"gradient": y + J.T @ (y - 1 + THETA), "jvp": J @ np.ones(3), "vjp": J.T @ np.ones(3), "jacobian": J}
+
+
+def outer(lib: Library) -> Any:
+    xp = lib.xp
+    return lambda y, t: xp.sum((y - 1) ** 2) / 2 + xp.sum(t * y)
+
+
+def call(lib: Library, mode: str, y: np.ndarray | None = None, **options: Any) -> Any:
+    """A derivative at a y that is off."""
+    y = lib.array(solution() + OFF if y is None else y)
+    theta, one = lib.array(THETA), lib.array(np.ones(3))
+    if mode == "gradient":
+        return implicit_grad(root(lib), outer(lib), y, theta, **options)
+    if mode == "jacobian":
+        return implicit_jacobian(root(lib), y, theta, **options)
+    return (implicit_vjp if mode == "vjp" else implicit_jvp)(root(lib), y, theta, one, **options)
+
+
+modes = pytest.mark.parametrize("mode", ["gradient", "vjp", "jvp", "jacobian"])
+
+
+# -- the estimate --------------------------------------------------------------------------------------------------
+@modes
+@pytest.mark.parametrize("solver", ["lu", "gmres", "auto"])
+def test_the_error_is_estimated_and_its_correction_squares_it(lib, mode, solver):
+    exact = truth()[mode]
+    found, report = call(lib, mode, solver=solver, error=True, return_report=True)
+    e, value = report.error, lib.numpy(found)
+    off = np.linalg.norm(value - exact)
+    assert isinstance(e, ErrorEstimate)
+    assert 0.8 <= e.absolute / off <= 1.25
+    assert e.relative == pytest.approx(e.absolute / np.linalg.norm(value))
+    assert e.trusted is True
+    assert e.doubt == ""
+    assert 0 < e.contraction <= 0.25
+    assert e.cause == "inner solution"
+    assert list(e.parts) == ["inner solution", "linear solve", "finite differences", "rounding"]
+    assert e.parts["inner solution"] == pytest.approx(e.absolute, rel=0.1)
+    assert e.products > 0
+    assert lib.owns(e.correction)
+    assert np.linalg.norm(value - lib.numpy(e.correction) - exact) < 0.15 * off
+
+
+def test_without_being_asked_there_is_none():
+    assert call(NUMPY, "vjp", return_report=True)[1].error is None
+
+
+def test_the_loss_is_corrected(lib):
+    """L − uᵀF is the loss at the solution to second order."""
+    f, y = outer(NUMPY), solution()
+    value = call(lib, "gradient", error=True, return_report=True)[1].error.value
+    first = abs(f(y + OFF, THETA) - f(y, THETA))
+    assert abs(value - f(y, THETA)) < 0.05 * first
+
+
+@modes
+def test_polished_derivatives(lib, mode):
+    exact, errors = truth()[mode], []
+    for steps in (0, 1, 2):
+        value, report = call(lib, mode, polish=steps, return_report=True)
+        errors.append(np.linalg.norm(lib.numpy(value) - exact))
+        if steps:
+            assert np.linalg.norm(lib.numpy(report.polished_y) - solution()) < np.linalg.norm(OFF) ** (2**steps)
+    assert errors[1] < 0.05 * errors[0]
+    assert errors[2] < 1e-3 * errors[1]
+
+
+@modes
+def test_polish_until_the_error_is_met(lib, mode):
+    value, report = call(lib, mode, polish="auto", max_error=1e-3, return_report=True)
+    assert report.error.relative <= 1e-3
+    assert 1e-9 < np.linalg.norm(lib.numpy(value) - truth()[mode]) / np.linalg.norm(truth()[mode]) < 2e-3
+    value = call(lib, mode, polish="auto")
+    np.testing.assert_allclose(lib.numpy(value), truth()[mode], rtol=1e-12, atol=1e-12)
+
+
+def test_polish_that_does_not_contract_is_told():
+    """At y = 0 the derivative of y³ − θ vanishes: Newton's method goes astray from next to it."""
+    cube = Root(lambda y, t: y**3 - t, jvp=lambda y, t, v: 3 * y**2 * v, mixed_jvp=lambda y, t, d: -d)
+    with pytest.warns(AccuracyWarning, match="polish='auto' stopped where Newton's method does not contract"):
+        implicit_jvp(cube, np.array([0.1]), np.array([8.0]), np.ones(1), polish="auto")
+
+
+# -- a limit -------------------------------------------------------------------------------------------------------
+def test_a_limit_is_a_failure_like_others(lib):
+    with pytest.raises(
+        InaccurateError, match=r"off by an estimated 0\.0\d+ of its size, above max_error = 0\.001"
+    ) as e:
+        call(lib, "vjp", max_error=1e-3)
+    assert "Likely cause: inner solution.\nNext: solve the inner problem further" in str(e.value)
+    assert e.value.report.error.relative > 1e-3
+    value = call(lib, "vjp")
+    np.testing.assert_array_equal(lib.numpy(e.value.value), lib.numpy(value))
+    np.testing.assert_array_equal(lib.numpy(call(lib, "vjp", max_error=0.5)), lib.numpy(value))
+    np.testing.assert_array_equal(lib.numpy(call(lib, "vjp", max_error=1e-3, on_failure="ignore")), lib.numpy(value))
+    assert np.isnan(lib.numpy(call(lib, "vjp", max_error=1e-3, on_failure="nan"))).all()
+    with pytest.warns(SolveWarning, match="InaccurateError"):
+        call(lib, "vjp", max_error=1e-3, on_failure="warn")
+
+
+def test_a_limit_in_a_batch(lib):
+    """Each item has an estimate of its own; NaN in the one that is off."""
+    y = np.stack([solution(), solution() + 5 * OFF, solution() + 1e-3 * OFF])
+    theta, one = lib.array(np.stack([THETA] * 3)), lib.array(np.ones((3, 3)))
+    M, xp = lib.array(A), lib.xp
+    if lib.per_item:
+        condition = root(lib)
+    else:
+        times = lambda K, v: (K @ v[..., None])[..., 0]
+        Mt = lib.array(A.T.copy())
+        condition = Root(
+            lambda y, t: times(M, y) + y**3 / 4 - t,
+            jvp=lambda y, t, v: times(M, v) + 0.75 * y**2 * v,
+            vjp=lambda y, t, u: times(Mt, u) + 0.75 * y**2 * u,
+            mixed_jvp=lambda y, t, d: -d, mixed_vjp=lambda y, t, u: -u,
+        )  # fmt: skip
+    options = {"batched": True, "max_error": 1e-2, "return_report": True}
+    found, report = implicit_vjp(condition, lib.array(y), theta, one, on_failure="nan", **options)
+    bad = np.isnan(lib.numpy(found))
+    assert bad.tolist() == [[False] * 3, [True] * 3, [False] * 3]
+    relative = lib.numpy(report.error.relative)
+    assert relative[0] < 1e-12 < 1e-6 < relative[2] < 1e-2 < relative[1] < 1
+    assert report.error.cause == ("rounding", "inner solution", "inner solution")
+    assert lib.numpy(report.error.trusted).all()
+    assert xp.isnan(found).shape == (3, 3)
+    with pytest.raises(InaccurateError, match="item 1: the derivative is off"):
+        implicit_vjp(condition, lib.array(y), theta, one, **options)
+
+
+# -- causes --------------------------------------------------------------------------------------------------------
+def test_the_linear_solve_is_the_cause():
+    """Two steps of CG, accepted: the error is that of the solve, and what is left of it is corrected."""
+    H = np.diag([1.0, 3.0, 10.0, 30.0]) + 0.3
+    condition = Stationary(grad=lambda y, t: H @ y - t, hvp=lambda y, t, v: H @ v, mixed_vjp=lambda y, t, u: -u)
+    theta, v = np.array([1.0, -2.0, 0.5, 3.0]), np.array([1.0, 1.0, -1.0, 2.0])
+    options = {"solver": CG(maxiter=2), "on_failure": "ignore", "error": True, "return_report": True}
+    found, report = implicit_vjp(condition, np.linalg.solve(H, theta), theta, v, **options)
+    exact = np.linalg.solve(H, v)
+    assert report.error.cause == "linear solve"
+    assert report.error.trusted
+    assert 0.7 < report.error.absolute / np.linalg.norm(found - exact) < 1.4
+    assert np.linalg.norm(found - report.error.correction - exact) < 0.3 * np.linalg.norm(found - exact)
+
+
+def test_rounding_is_the_cause_at_the_exact_solution(lib):
+    error = call(lib, "vjp", y=solution(), error=True, return_report=True)[1].error
+    assert error.cause == "rounding"
+    assert error.relative < 1e-14
+    assert error.trusted
+
+
+def test_differences_are_the_cause():
+    """F by hand, no derivative: A and B are differences."""
+    f = Root(lambda y, t: A @ y + np.abs(y) ** 3 / 4 - np.exp(t))
+    y = np.array([0.4, 1.1, 0.9])
+    theta = np.log(A @ y + y**3 / 4)
+    found, report = implicit_vjp(f, y, theta, np.ones(3), backend=_differences(), error=True, return_report=True)
+    exact = np.exp(theta) * np.linalg.solve((A + np.diag(0.75 * y**2)).T, np.ones(3))
+    assert report.error.cause == "finite differences"
+    assert np.linalg.norm(found - exact) / 5 < report.error.absolute < 20 * np.linalg.norm(found - exact)
+
+
+def _differences() -> Any:
+    from implicitdiff.backends.numpy import NumpyBackend
+
+    return NumpyBackend("finite_differences")
+
+
+# -- what changes sides --------------------------------------------------------------------------------------------
+def test_a_change_of_the_active_set_is_named():
+    """From y = 0.2 the Newton step leaves the half-line y <= 0.25: the bound is active at the solution, not at y."""
+    kkt = KKT(lambda y, t: ((y - t) ** 2).sum() / 2, ineq=lambda y, t: y - 0.25)
+    report = implicit_jacobian(kkt, np.array([0.2, 0.1]), np.array([1.0, 0.1]), error=True, return_report=True)[1]
+    assert report.error.trusted is False
+    assert "the active set changes (ineq[0]) between y and its Newton step" in report.error.doubt
+
+
+def test_a_change_of_the_support_is_named():
+    Q = np.array([[1.0, 0.2], [0.2, 1.0]])
+    lasso = ProximalGradient(
+        grad=lambda y, t: Q @ y - t, hvp=lambda y, t, v: Q @ v, mixed_jvp=lambda y, t, d: -d,
+        mixed_vjp=lambda y, t, u: -u, prox=lambda x, t, step: proxes.lasso(x, 0.5, step),
+    )  # fmt: skip
+    y, theta = np.array([1.8, 0.0]), np.array([2.0, 0.85])  # where the first entry is 1.49, the second one is 0.05
+    report = implicit_jacobian(lasso, y, theta, error=True, return_report=True)[1]
+    assert report.error.trusted is False
+    assert "a kink of prox lies (in coordinate 1" in report.error.doubt
+
+
+def test_far_from_a_solution_nothing_is_trusted():
+    report = call(NUMPY, "vjp", y=solution() + 30 * OFF * [1, 40, 1], error=True, return_report=True)[1]
+    assert report.error.trusted is False
+    assert "solve the inner problem further" in report.error.doubt
+
+
+def test_constraints_that_hold_are_followed():
+    """On the circle of radius θ, off along it and across: multipliers take part in the Newton step."""
+    c = np.array([2.0, 1.0])
+    kkt = KKT(lambda y, t: -(c * y).sum(), eq=lambda y, t: (y**2).sum() - t[0] ** 2)
+    theta = np.array([1.5])
+    exact = c / np.linalg.norm(c)
+    y = 1.5 * exact + [0.01, -0.02]
+    options = {
+        "error": True,
+        "return_report": True,
+        "on_failure": "ignore",
+    }
+    found, report = implicit_jvp(kkt, y, theta, np.ones(1), **options)
+    off = np.linalg.norm(found - exact)
+    assert report.error.trusted
+    assert 0.9 < report.error.absolute / off < 1.1
+    assert np.linalg.norm(found - report.error.correction - exact) < 0.05 * off
+    polished = implicit_jvp(kkt, y, theta, np.ones(1), polish=2)
+    np.testing.assert_allclose(polished, exact, rtol=1e-6)
+
+
+def test_multipliers_that_are_given_belong_to_one_point():
+    """They are not those of the polished y, which recovers its own."""
+    c = np.array([2.0, 1.0])
+    condition = KKT(
+        lambda y, t: -(c * y).sum(), eq=lambda y, t: (y**2).sum() - t[0] ** 2, multipliers=(np.array([0.7]), None)
+    )
+    y = 1.5 * c / np.linalg.norm(c) + [0.01, -0.02]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = implicit_jvp(condition, y, np.array([1.5]), np.ones(1), polish=3)
+    np.testing.assert_allclose(found, c / np.linalg.norm(c), rtol=1e-8)
+
+
+# -- the object ----------------------------------------------------------------------------------------------------
+def test_of_a_linearization():
+    lin = linearize(root(NUMPY), solution() + OFF, THETA, error=True)
+    lin.vjp(np.ones(3))
+    first = lin.report.error
+    lin.jvp(np.ones(3))
+    assert lin.report.error.absolute != first.absolute
+    lin.jacobian(error=False)
+    assert lin.report.error is None
+    lin.vjp(np.ones(3), polish=1, error=False)
+    assert lin.report.polished_y is not None
+    with pytest.raises(InaccurateError):
+        lin.jvp(np.ones(3), max_error=1e-6)
+    again = pickle.loads(pickle.dumps(linearize(FixedPoint(halved), np.ones(2), np.ones(2), max_error=0.1)))
+    with pytest.raises(InaccurateError):
+        again.vjp(np.ones(2), max_error=1e-12, polish=0)
+
+
+def halved(y: Any, t: Any) -> Any:
+    return 0.4 * y + t + 0.01 * y**2
+
+
+def test_how_it_looks():
+    error = call(NUMPY, "gradient", error=True, return_report=True)[1].error
+    assert repr(error).startswith("ErrorEstimate(relative=0.0")
+    assert "inner solution" in str(error)
+    assert "trusted" in error._repr_html_()
+    assert error == pickle.loads(pickle.dumps(error))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"error": 1}, "error = 1: expected True or False"),
+        ({"max_error": -1.0}, "max_error = -1.0: expected a positive number"),
+        ({"max_error": True}, "max_error = True"),
+        ({"polish": -1}, "polish = -1: expected a number of Newton steps, or 'auto'"),
+        ({"polish": "more"}, "polish = 'more'"),
+    ],
+)
+def test_options_that_mean_nothing(options, says):
+    with pytest.raises(InputError, match=says):
+        call(NUMPY, "vjp", **options)
+    with pytest.raises(InputError, match=says):
+        linearize(root(NUMPY), solution(), THETA).vjp(np.ones(3), **options)
+
+
+@pytest.mark.parametrize("options", [{"error": True}, {"max_error": 0.1}, {"polish": 1}])
+def test_f_has_to_be_known(options):
+    condition = Stationary(hvp=lambda y, t, v: 2 * v, mixed_vjp=lambda y, t, u: -u)
+    with pytest.raises(InputError, match=r"error, max_error and polish need F\(y, theta\)"):
+        implicit_vjp(condition, np.ones(2), np.ones(2), np.ones(2), **options)
+
+
+def test_nothing_to_estimate():
+
+    condition = Root(lambda y, t: y - t.sum(), jvp=lambda y, t, v: v, mixed_jvp=lambda y, t, d: -d.sum() + 0 * y)
+    found, report = implicit_jvp(condition, np.zeros(0), np.ones(2), np.ones(2), error=True, return_report=True)
+    assert found.shape == (0,)
+    assert report.error.absolute == 0
+    assert report.error.trusted
+
+
+# -- in the frameworks ---------------------------------------------------------------------------------------------
+def test_backward_pass_of_torch():
+    torch = pytest.importorskip("torch")
+    from implicitdiff import DerivativeError, implicit_function
+
+    lib = next(lib for lib in LIBRARIES if lib.name == "torch")
+    theta = torch.tensor(THETA, requires_grad=True)
+
+    def solver(theta: Any) -> Any:
+        return lib.array(solution() + OFF)
+
+    limited = implicit_function(root(lib), max_error=1e-3)(solver)
+    with pytest.raises(InaccurateError, match="above max_error"):
+        limited(theta).sum().backward()
+    loose = implicit_function(root(lib), max_error=0.5)(solver)
+    (found,) = torch.autograd.grad(loose(theta).sum(), theta)
+    plain = implicit_vjp(root(lib), lib.array(solution() + OFF), theta.detach(), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(found, plain)
+    polished = implicit_function(root(lib), polish=2)(solver)
+    (found,) = torch.autograd.grad(polished(theta).sum(), theta)
+    np.testing.assert_allclose(found.numpy(), truth()["vjp"], rtol=1e-6)
+    with pytest.raises(DerivativeError, match="a second derivative"):
+        torch.autograd.grad(polished(theta).sum(), theta, create_graph=True)
+    g = implicit_vjp(root(lib), lib.array(solution()), theta, torch.ones(3, dtype=torch.float64), error=True)
+    with pytest.raises(DerivativeError, match="a derivative of the derivative is asked for"):
+        g.sum().backward()
+
+
+@pytest.fixture(scope="module")
+def jax_root() -> Any:
+    """JAX, and the condition there."""
+    jax = pytest.importorskip("jax")
+    import jax.numpy as jnp
+
+    M = jnp.asarray(A)
+    return jax, Root(lambda y, t: M @ y + y**3 / 4 - t)
+
+
+def test_jax_eager_and_compiled(jax_root):
+    jax, condition = jax_root
+    y, theta, f = jax.numpy.asarray(solution() + OFF), jax.numpy.asarray(THETA), lambda y, t: ((y - 1) ** 2).sum() / 2
+    J = truth()["jacobian"]
+    exact = J.T @ (solution() - 1)
+    found, report = implicit_grad(condition, f, y, theta, error=True, return_report=True)
+    off = np.linalg.norm(np.asarray(found) - exact)
+    assert 0.8 < report.error.absolute / off < 1.25
+    assert report.error.cause == "inner solution"
+
+    @jax.jit
+    def compiled(y: Any, theta: Any) -> Any:
+        g, report = implicit_grad(condition, f, y, theta, error=True, return_report=True)
+        e = report.error
+        return g, e.relative, e.trusted, e.contraction, e.cause, e.correction
+
+    g, relative, trusted, contraction, cause, correction = compiled(y, theta)
+    assert float(relative) == pytest.approx(report.error.relative, rel=0.2)
+    assert bool(trusted)
+    assert float(contraction) < 0.25
+    assert int(cause) == 0
+    assert np.linalg.norm(np.asarray(g - correction) - exact) < 0.1 * off
+    limited = jax.jit(lambda y, t: implicit_grad(condition, f, y, t, max_error=1e-4))
+    assert np.isnan(limited(y, theta)).all()
+    with pytest.raises(InputError, match="polish='auto' looks at numbers"):
+        jax.jit(lambda y, t: implicit_grad(condition, f, y, t, polish="auto"))(y, theta)
+
+
+def test_backward_pass_of_jax(jax_root):
+    jax, condition = jax_root
+    from implicitdiff import DerivativeError, implicit_function
+
+    y, theta = jax.numpy.asarray(solution() + OFF), jax.numpy.asarray(THETA)
+    limited = implicit_function(condition, max_error=1e-3)(lambda theta: y)
+    with pytest.raises(InaccurateError, match="above max_error"):
+        jax.grad(lambda t: limited(t).sum())(theta)
+    with pytest.raises(InaccurateError, match="above max_error"):
+        jax.jvp(limited, (theta,), (theta,))
+    assert np.isnan(jax.jit(jax.grad(lambda t: limited(t).sum()))(theta)).all()
+    polished = implicit_function(condition, polish=2)(lambda theta: y)
+    found = jax.grad(lambda t: polished(t).sum())(theta)
+    np.testing.assert_allclose(np.asarray(found), truth()["vjp"], rtol=1e-6)
+    with pytest.raises((DerivativeError, ImplicitDiffError), match="a second derivative"):
+        jax.jacrev(jax.grad(lambda t: polished(t).sum()))(theta)
