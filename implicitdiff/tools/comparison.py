@@ -56,6 +56,9 @@ class SolverRow:
         Most that the call held at once beside its arguments, in bytes; None where it cannot be seen.
     message : str
         First line of the error, where the solve failed.
+    estimate : float
+        Estimated relative error of the gradient (`ErrorEstimate.relative`), the largest over the items: that of y as a
+        solution, which all solvers share, and what the solver adds. NaN where it was not asked for, or F is not known.
     """
 
     solver: str
@@ -70,6 +73,7 @@ class SolverRow:
     error: float
     memory: int | None
     message: str = ""
+    estimate: float = math.nan
 
 
 class Comparison(Sequence[SolverRow]):
@@ -119,11 +123,12 @@ class Comparison(Sequence[SolverRow]):
         return ", ".join(f"{name} {value}" for name, value in self.facts.items())
 
     def _cells(self) -> Iterator[list[str]]:
-        yield ["solver", "used", "status", "time", "first call", "products", "residual", "error", "memory"]
+        yield ["solver", "used", "status", "time", "first call", "products", "residual", "error", "estimate", "memory"]
         for row in self.rows:
             yield [
                 row.solver, row.used, row.status, _time(row.seconds), _time(row.first), str(row.products),
                 f"{row.residual:.1e}", "reference" if row.error == 0 and row.converged else f"{row.error:.1e}",
+                "-" if math.isnan(row.estimate) else f"{row.estimate:.1e}",
                 "-" if row.memory is None else _bytes(row.memory),
             ]  # fmt: skip
 
@@ -168,7 +173,7 @@ class Comparison(Sequence[SolverRow]):
 def compare_solvers(
     condition: ConditionLike, outer: Any, y: Any, theta: Any, *, solvers: Sequence[Any] | None = None,
     args: tuple[Any, ...] = (),
-    backend: Any = None, batched: bool = False, repeats: int = 3, memory: bool = True,
+    backend: Any = None, batched: bool = False, repeats: int = 3, memory: bool = True, error: bool = True,
 ) -> Comparison:  # fmt: skip
     """Compute the gradient of a loss through a solution with several linear solvers, and compare them.
 
@@ -184,6 +189,8 @@ def compare_solvers(
         Timed calls after the first; the median counts.
     memory : bool
         Whether to measure memory, by one more call. It is seen for NumPy on the CPU, and for Torch and CuPy on a GPU.
+    error : bool
+        Whether to estimate the error of each gradient, by one more call.
 
     Returns
     -------
@@ -213,21 +220,21 @@ def compare_solvers(
     if repeats < 1:
         raise InputError(f"repeats = {repeats!r}: expected a positive integer.")
     options = {"args": args, "backend": backend, "batched": batched}
-    return _compared((condition, outer, y, theta), solvers, repeats, memory, options)
+    return _compared((condition, outer, y, theta), solvers, (repeats, memory, error), options)
 
 
 @untraced
 def _compared(
-    what: tuple[Any, ...], solvers: Sequence[Any], repeats: int, memory: bool, options: dict[str, Any]
+    what: tuple[Any, ...], solvers: Sequence[Any], measures: tuple[int, bool, bool], options: dict[str, Any]
 ) -> Comparison:
-    _, _, y, theta = what
+    (_, _, y, theta), repeats = what, measures[0]
     engine = options["backend"]
     engine = get_backend(engine) if engine is not None else backend_for({"y": y, "theta": theta})
     batched, trials = options["batched"], []
     for i, solver in enumerate(solvers):
         get_solver(solver)  # an unknown name is told before anything runs
         call = _Call(engine, what, {**options, "backend": engine}, solver)
-        trials.append((_label(solver), *call.measured(repeats, memory, quiet=i > 0)))
+        trials.append((_label(solver), *call.measured(*measures, quiet=i > 0)))
     ravelers = [Raveler(engine, tree, name, batched) for name, tree in (("y", y), ("theta", theta))]
     facts = {"backend": engine.name, "n": ravelers[0].n, "m": ravelers[1].n, "repeats": repeats}
     if batched:
@@ -260,8 +267,19 @@ class _Call:
         self.engine.synchronize(value)
         return value, report, ""
 
-    def measured(self, repeats: int, memory: bool, *, quiet: bool) -> tuple[Any, Report, str, float, float, int | None]:
-        """Return the gradient, the report, the message, the seconds of later calls and of the first, and bytes."""
+    def _estimate(self) -> float:
+        """Estimated relative error of the gradient; NaN where F is not known."""
+        options = {**self.options, "solver": self.solver, "on_failure": "ignore", "error": True}
+        try:
+            report = implicit_grad(*self.arguments, **options, return_report=True)[1]
+        except InputError:
+            return math.nan
+        return _largest(report.error.relative) if report.error is not None else math.nan
+
+    def measured(
+        self, repeats: int, memory: bool, error: bool, *, quiet: bool
+    ) -> tuple[Any, Report, str, float, float, int | None, float]:
+        """Return gradient, report, message, seconds of later calls and of the first, bytes, and the estimated error."""
         with warnings.catch_warnings():
             if quiet:  # told with the first solver
                 warnings.simplefilter("ignore", ImplicitDiffWarning)
@@ -269,7 +287,8 @@ class _Call:
             warnings.simplefilter("ignore", ImplicitDiffWarning)
             later = [_timed(self)[0] for _ in range(repeats)]
             held = self.engine.peak_memory(self) if memory else None
-        return (*first[1], sorted(later)[len(later) // 2], first[0], held)
+            estimate = self._estimate() if error else math.nan
+        return (*first[1], sorted(later)[len(later) // 2], first[0], held, estimate)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -286,7 +305,7 @@ def _rows(engine: Backend, raveler: Raveler, trials: Sequence[tuple[Any, ...]]) 
     sound = [i for i, report in enumerate(reports) if _all(report.converged) and not report.damping]
     best = min(sound, key=lambda i: _largest(reports[i].residual), default=None)
     rows = []
-    for vector, (label, _, report, message, seconds, first, held) in zip(vectors, trials, strict=True):
+    for vector, (label, _, report, message, seconds, first, held, estimate) in zip(vectors, trials, strict=True):
         error = math.nan
         if best is not None and raveler.n:
             size = _largest(item_norm(xp, vectors[best]))
@@ -294,7 +313,7 @@ def _rows(engine: Backend, raveler: Raveler, trials: Sequence[tuple[Any, ...]]) 
         rows.append(SolverRow(
             label, report.solver, Status(int(_largest(report.status))).name, _all(report.converged), seconds, first,
             int(_total(report.matvecs)), int(_largest(report.iterations)), _largest(report.residual), error, held,
-            message,
+            message, estimate,
         ))  # fmt: skip
     return rows
 
