@@ -38,8 +38,7 @@ from implicitdiff.tolerances import (
     ANOTHER_STEP,
     CAUTIOUS,
     CERTIFIED,
-    LOOSE_GENERAL,
-    LOOSE_SYMMETRIC,
+    ESTIMATED,
     NOISE,
     PROBES,
     RESIDUAL,
@@ -180,15 +179,15 @@ class _Certificate:
     def _tolerance(self) -> float:
         """Relative residual of the two systems: a digit of the solution, and not of its stiff components alone.
 
-        Those of F and of a residual are mostly rough. A residual of 1/κ(A) leaves no more than that of the others.
+        F and ρ are mostly made of those. A residual of 0.3 / κ(A) leaves less than a third of any other.
         """
         solution, A = self.product.solution, self.rules.prepared.operator
         if self.backend.traced or (solution.condition is None and solution.rcond is None):
             return CAUTIOUS
-        xp, loose = self.xp, LOOSE_SYMMETRIC if A.symmetric else LOOSE_GENERAL
+        xp = self.xp
         known = 1 / xp.asarray(solution.condition) if solution.condition is not None else xp.asarray(solution.rcond)
         least = float(xp.min(known))
-        return max(min(loose, least), RESIDUAL.at(xp, A.dtype)) if least > 0 else CAUTIOUS
+        return max(min(ESTIMATED[0], ESTIMATED[1] * least), RESIDUAL.at(xp, A.dtype)) if least > 0 else CAUTIOUS
 
     def _of_probes(self, product: Product) -> Product:
         """Return the product along a few directions, where it is a Jacobian by a method without factors."""
