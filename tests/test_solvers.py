@@ -215,3 +215,10 @@ def test_the_norm_and_the_condition_number_are_estimated_from_below(name: str, s
         assert 0.7 <= counts.operator_norm / (scale * np.linalg.norm(a, 2)) <= 1 + 1e-9
         if end is Status.CONVERGED:
             assert 0.15 <= counts.condition / np.linalg.cond(a) <= 1 + 1e-9
+
+
+def test_masks_are_negated_by_a_tilde() -> None:
+    """Of Python's own truth values ~ makes −1 and −2, with a warning from 3.12 on."""
+    space = get_backend("numpy").space(np.ones(3))
+    for good in (space.isfinite(np.float64(1.0)), space.finite(np.ones(3)), space.any(np.bool_(True))):
+        assert bool(~good) is False
