@@ -312,7 +312,10 @@ class Krylov(Solver):
                 status = space.where(residual > 2 * s.residual, int(Status.SINGULAR), status)
         status = space.where(c.status != 0, c.status, status)
         status = space.where(finite, status, int(Status.NON_FINITE))
-        lost = (state.operator.resolution * condition > LOST) & state.preconditioner.identity
+        resolution = state.operator.resolution
+        if state.operator.offset and state.scaling is None:  # of I − ∂T what is left is known to the accuracy of 1
+            resolution = resolution * space.maximum(number(1.0), state.operator.offset / space.where(norm > 0, norm, 1))
+        lost = (resolution * condition > LOST) & state.preconditioner.identity
         # and then a small residual means nothing, either
         status = space.where(done, space.where(lost, int(Status.SINGULAR), int(Status.CONVERGED)), status)
         again = s.active & ~done & finite & improved & (c.status == 0) & (iterations < maxiter)
