@@ -60,7 +60,7 @@ def test_trusted_estimates_are_right_within_a_factor(whole, dtype, least):
 
 @pytest.mark.parametrize(
     "names",
-    [("page rank", "multinomial"), pytest.param((*SYMMETRIC, *GENERAL), marks=pytest.mark.exhaustive)],
+    [("page rank", "quartic"), pytest.param((*SYMMETRIC, *GENERAL), marks=pytest.mark.exhaustive)],
     ids=len,
 )
 def test_iterative_solvers(names):
@@ -127,8 +127,8 @@ def test_a_ridge_gradient_is_exact_after_one_step():
 
 def test_a_certificate_costs_less_than_an_adjoint():
     """Products with A, over the iterations of the adjoint at 1e-8 alone, where CG does not end after n of them."""
-    p, solver, ratios = logistic(60, 150), CG(rtol=1e-8), []
-    for how, y in islice(stopped(p), 3):
+    p, solver, ratios = logistic(100, 300), CG(rtol=1e-8), []
+    for how, y in islice(stopped(p), 5, None):
         iterations = call(implicitdiff, p, y, "gradient", solver=solver)[1].iterations
         ratios.append(measure(implicitdiff, p, y, "gradient", how, solver=solver).products / iterations)
     assert np.median(ratios) <= 0.6
