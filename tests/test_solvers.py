@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 import scipy.sparse
 import scipy.sparse.linalg
-from conftest import ITERATIVE, LIBRARIES, Library, relative_error
+from conftest import ITERATIVE, LIBRARIES, NUMPY, TORCH, Library, relative_error
 from problems import RIGHT_FOR, TIGHT, Counted, N, close, linear_root, matrix, solve_both, vector, with_eigenvalues
 
 from implicitdiff import Status, implicit_vjp, linear_solve
@@ -217,8 +217,10 @@ def test_the_norm_and_the_condition_number_are_estimated_from_below(name: str, s
             assert 0.15 <= counts.condition / np.linalg.cond(a) <= 1 + 1e-9
 
 
-def test_masks_are_negated_by_a_tilde() -> None:
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
+def test_masks_are_negated_by_a_tilde(lib: Library) -> None:
     """Of Python's own truth values ~ makes −1 and −2, with a warning from 3.12 on."""
-    space = get_backend("numpy").space(np.ones(3))
-    for good in (space.isfinite(np.float64(1.0)), space.finite(np.ones(3)), space.any(np.bool_(True))):
+    x = lib.array(np.ones(3))
+    space = get_backend(lib.name).space(x)
+    for good in (space.isfinite(np.float64(1.0)), space.finite(x), space.any(np.bool_(True))):
         assert bool(~good) is False

@@ -73,7 +73,7 @@ class TorchSpace(ArraySpace):
         return np.sqrt(a) if a > 0 else self._type(0) * a
 
     def isfinite(self, a: Array) -> Array:
-        return math.isfinite(a)
+        return np.bool_(math.isfinite(a))  # ~True is −2, and deprecated
 
     def maximum(self, a: Array, b: Array) -> Array:
         return b if b > a or b != b else a
