@@ -210,7 +210,7 @@ def test_48_not_a_solution_is_told_eagerly() -> None:
 
 
 # -- 50: threads ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_50_eight_threads(shared: bool) -> None:
     barrier, lin = threading.Barrier(8), linearize(MIXED, newton(THETA), THETA)
     truth = np.asarray(jax.jacobian(newton)(THETA))

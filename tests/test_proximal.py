@@ -234,7 +234,7 @@ def test_warm_start() -> None:
     assert lin.report.iterations == 0
 
 
-@pytest.mark.parametrize("mode", ["torch", "jax", "finite_differences"])
+@pytest.mark.parametrize("mode", ["torch", pytest.param("jax", marks=pytest.mark.exhaustive), "finite_differences"])
 def test_modes_of_numpy(mode: str) -> None:
     """A framework lends its autodiff to both maps; or both are differenced, and the report says so."""
     if mode != "finite_differences":
