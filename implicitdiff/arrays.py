@@ -33,7 +33,7 @@ __all__ = [
     "to_python",
 ]
 
-numpy_namespace: Any = np if hasattr(np, "astype") else importlib.import_module("array_api_compat.numpy")
+numpy_namespace: Any = np if hasattr(np, "unstack") else importlib.import_module("array_api_compat.numpy")
 """NumPy as the array standard has it: itself from 2.1 on, where a layer between costs a third of a small call."""
 
 Array = Any

@@ -44,6 +44,8 @@ class Linearization(Generic[Y, T]):
         How the latest solve ended.
     """
 
+    y: Y
+    theta: T
     _shown: Report | None = None
     _verified: bool = False
     estimate: Estimate | None = None

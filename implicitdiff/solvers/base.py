@@ -314,7 +314,8 @@ class Krylov(Solver):
         status = space.where(finite, status, int(Status.NON_FINITE))
         resolution = state.operator.resolution
         if state.operator.offset and state.scaling is None:  # of I − ∂T what is left is known to the accuracy of 1
-            resolution = resolution * space.maximum(number(1.0), state.operator.offset / space.where(norm > 0, norm, 1))
+            size = space.where(norm > 0, norm, number(1.0))
+            resolution = resolution * space.maximum(number(1.0), state.operator.offset / size)
         lost = (resolution * condition > LOST) & state.preconditioner.identity
         # and then a small residual means nothing, either
         status = space.where(done, space.where(lost, int(Status.SINGULAR), int(Status.CONVERGED)), status)

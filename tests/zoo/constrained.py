@@ -22,7 +22,7 @@ def lagrangian(objective: Function, active: Function, n: int) -> tuple[Function,
     def residual(x: Any, t: Any, *args: Any) -> Any:
         y, z = x[:n], x[n:]
         xp = space(x, t)
-        pull = autograd.grad(lambda v: xp.sum(z * active(v, t, *args)))(y)
+        pull = autograd.grad(lambda v: space(v).sum(z * active(v, t, *args)))(y)
         return xp.concatenate([slope(y, t, *args) + pull, active(y, t, *args)])
 
     def extend(y: Vector, t: Vector, *args: Any) -> Vector:
