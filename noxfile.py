@@ -185,7 +185,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks on tiny sizes; what follows ``--`` replaces that: ``-- run`` measures."""
-    install(session, "-e", ".[torch,jax]")
+    install(session, "-e", ".[autograd,torch,jax]")
     everything = ["run", "--short", "--backends", "numpy,torch,jax", "--problems", "all"]
     session.run("python", "-m", "benchmarks", *(session.posargs or everything))
 

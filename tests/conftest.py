@@ -129,7 +129,8 @@ LIBRARIES = (NUMPY, STRICT, READONLY, *TORCH)
 def pytest_collection_finish() -> None:
     """Keep the collector of garbage from the thirty thousand cases: tests and benchmarks that call it wait for it."""
     gc.collect()
-    gc.freeze()
+    if version("hypothesis").split(".")[:2] != ["6", "100"]:  # which then finds its own draws unreliable
+        gc.freeze()
 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda lib: lib.name)
