@@ -312,11 +312,7 @@ class Krylov(Solver):
                 status = space.where(residual > 2 * s.residual, int(Status.SINGULAR), status)
         status = space.where(c.status != 0, c.status, status)
         status = space.where(finite, status, int(Status.NON_FINITE))
-        resolution = state.operator.resolution
-        if state.operator.offset and state.scaling is None:  # of I − ∂T what is left is known to the accuracy of 1
-            size = space.where(norm > 0, norm, number(1.0))
-            resolution = resolution * space.maximum(number(1.0), state.operator.offset / size)
-        lost = (resolution * condition > LOST) & state.preconditioner.identity
+        lost = (_resolution(state, space, norm) * condition > LOST) & state.preconditioner.identity
         # and then a small residual means nothing, either
         status = space.where(done, space.where(lost, int(Status.SINGULAR), int(Status.CONVERGED)), status)
         again = s.active & ~done & finite & improved & (c.status == 0) & (iterations < maxiter)
@@ -360,6 +356,15 @@ class Krylov(Solver):
             return space.where(failed & ~valid, int(Status.BAD_PRECONDITIONER), old)
 
         return backend.if_any(failed, ask, status)
+
+
+def _resolution(state: KrylovState, space: Any, norm: Array) -> Any:
+    """Relative accuracy of A; of I − ∂T what is left is known to that of 1."""
+    found, offset = state.operator.resolution, state.operator.offset
+    if not offset or state.scaling is not None:
+        return found
+    one = space.scalar(1.0)
+    return found * space.maximum(one, offset / space.where(norm > 0, norm, one))
 
 
 def _scaled(
