@@ -32,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm
+from implicitdiff.arrays import Array, divisor, item_norm
 from implicitdiff.errors import InputError
 from implicitdiff.tolerances import (
     ANOTHER_STEP,
@@ -63,13 +63,18 @@ class Product(NamedTuple):
     """The right-hand side that it was."""
     solution: Solution
     value: Array
-    """The derivative, raveled: (*rhs, *items, m or n)."""
+    """−Bᵀu or w, raveled: (*rhs, *items, m or n)."""
     tree: Callable[[Array], Any]
     """Turns that into what is handed out."""
     beside: Any = 0
-    """What was added to it."""
+    """What is added to it (∂L/∂θ)."""
     loss: Callable[[Rules], Array] | None = None
     """L at a point, where there is a loss."""
+
+    @property
+    def total(self) -> Array:
+        """The derivative."""
+        return self.beside + self.value
 
 
 class Estimate(NamedTuple):
@@ -158,6 +163,12 @@ def _nothing(rules: Rules, product: Product) -> Estimate:
     return Estimate._make((*numbers, *rest))
 
 
+def _over(xp: Any, a: Array, b: Array) -> Array:
+    """a/b of sizes; infinity where b alone is zero, zero where both are."""
+    nothing = xp.where(a > 0, xp.full_like(a, float("inf")), 0 * a)
+    return xp.where(b > 0, a / divisor(xp, b), nothing)
+
+
 class _Certificate:
     """The estimate for one product.
 
@@ -218,9 +229,13 @@ class _Certificate:
     def _left(self, at: Rules) -> tuple[Array, Any]:
         """The residual of û by the maps of a point, and what is added to the derivative there."""
         b, more = self.product.right(at)
+        return b - self._image(at, self.product.solution.x), more
+
+    def _image(self, at: Rules, x: Array) -> Array:
+        """A x or Aᵀ x at a point."""
         A = at.prepared.operator
         self.spent += self._rhs()
-        return b - (A.rmatvec if self.product.transposed else A.matvec)(self.product.solution.x), more
+        return (A.rmatvec if self.product.transposed else A.matvec)(x)
 
     def _rhs(self) -> int:
         shape = self.product.solution.x.shape
@@ -261,24 +276,26 @@ class _Certificate:
         """Make the Newton step and the corrections."""
         xp, rules, product = self.xp, self.rules, self.product
         F = _residual(rules)
+        size = self._scaled(F, rows=True)
         delta, stepped, spent = rules.prepared.roughly(F, transposed=False, rtol=self.rtol)
         self.spent += self._most(spent)
         there = at_another(rules, delta)
         left, more = self._left(there)
         w, corrected = self._solved(left)
-        e = product.value - self._derivative(there, product.solution.x + w, more)
+        e = product.total - self._derivative(there, product.solution.x + w, more)
         part, linear = self._linear(left)
-        exact, solved, noise = self._rounded(F)
+        exact, solved, noise = self._rounded(size)
         inner, differences, apart, unseen = self._size(e - part), xp.zeros_like(linear), None, None
         if (other := self._at_other_steps()) is not None:
             apart = self._apart(other, part)
             differences = self._size(apart)
-            unseen = self._scaled(F, rows=True) <= NOISE * self._scaled(_residual(other) - F, rows=True)
+            unseen = size <= NOISE * self._scaled(_residual(other) - F, rows=True)
             e = apart + xp.where(unseen[..., None], part, e)  # where F is all noise, so is the step, and what it does
             exact, inner = exact | unseen, xp.where(unseen, xp.zeros_like(inner), inner)
         absolute = self._size(e)
         absolute = xp.where(xp.isfinite(absolute), absolute, xp.full_like(absolute, float("inf")))
-        kappa, changed = self._contraction(F, there), None if there.maps.changed is None else there.maps.changed()
+        kappa = _over(xp, self._scaled(_residual(there), rows=True), size)
+        changed = None if there.maps.changed is None else there.maps.changed()
         zero = xp.zeros_like(inner)
         rounding = xp.where(exact, inner, zero) + xp.where(solved, linear, zero)
         good = stepped & corrected & there.inputs & xp.isfinite(absolute)
@@ -295,13 +312,11 @@ class _Certificate:
     def _relative(self, absolute: Array) -> Array:
         """Over the size of the derivative, but not less than what cancels in it leaves of rounding."""
         xp, product = self.xp, self.product
-        size, eps = self._size(product.value), float(self.xp.finfo(product.value.dtype).eps)
+        size, eps = self._size(product.total), float(xp.finfo(product.value.dtype).eps)
         if hasattr(product.beside, "shape"):  # g = ∂L/∂θ − Bᵀu
             beside = self._size(product.beside)
             size = xp.maximum(size, eps * (2 * beside + size))
-        ratio = absolute / xp.where(size > 0, size, xp.ones_like(size))
-        nothing = xp.where(absolute > 0, xp.full_like(absolute, float("inf")), xp.zeros_like(absolute))
-        return xp.where(size > 0, ratio, nothing)
+        return _over(xp, absolute, size)
 
     def _linear(self, left: Array) -> tuple[Array, Array]:
         """What of the error is that of û as a solution: the vector where it counts, else 0; and the size of ρ."""
@@ -333,7 +348,7 @@ class _Certificate:
         product = self.product
         left, more = self._left(other)
         w, _ = self._solved(left)
-        return product.value - self._derivative(other, product.solution.x + w, more) - linear
+        return product.total - self._derivative(other, product.solution.x + w, more) - linear
 
     def _scaled(self, x: Array, *, rows: bool) -> Array:
         """Return the 2-norm of a residual of A, or of Aᵀ, in the units in which A is equilibrated."""
@@ -347,15 +362,12 @@ class _Certificate:
 
         Where A changes much on the way to y⁺, the factors of A(ŷ) leave much of it.
         """
-        xp, A, columns = self.xp, there.prepared.operator, self.product.transposed
-        rest = left - (A.rmatvec if self.product.transposed else A.matvec)(w)
-        self.spent += self._rhs()
-        before, after = (self._scaled(x, rows=not columns) for x in (left, rest))
-        ratio = xp.where(before > 0, after / xp.where(before > 0, before, xp.ones_like(before)), 0 * after)
-        return self._most(ratio)
+        rest = left - self._image(there, w)
+        before, after = (self._scaled(x, rows=not self.product.transposed) for x in (left, rest))
+        return self._most(_over(self.xp, after, before))
 
     def _rounded(self, F: Array) -> tuple[Array, Array, Array]:
-        """Whether rounding explains F, and the residual of the solve; and what it makes of that."""
+        """Whether rounding explains F of that size, and the residual of the solve; and what it makes of that."""
         xp, product, A = self.xp, self.product, self.rules.prepared.operator
         eps = ROUNDED * float(xp.finfo(F.dtype).eps)
         y = self.rules.embedded(self.rules.point.y.vector)
@@ -365,18 +377,11 @@ class _Certificate:
             columns = None if (scaling := self.rules.prepared.scaling) is None else scaling.columns
             size = item_norm(xp, y if columns is None else y / columns)
             norm = xp.maximum(norm, xp.asarray(known, dtype=norm.dtype) * size)
-        rounded = self._scaled(F, rows=True) <= eps * norm
+        rounded = eps * norm >= F
         size = xp.asarray(product.solution.residual, dtype=norm.dtype)
         x, b = self._size(product.solution.x), self._size(product.b)
-        level = eps * (1 if known is None else 1 + xp.asarray(known, dtype=x.dtype) * x / xp.where(b > 0, b, 1 + 0 * b))
+        level = eps * (1 if known is None else 1 + xp.asarray(known, dtype=x.dtype) * x / divisor(xp, b))
         return rounded, size <= level, level * b
-
-    def _contraction(self, F: Array, there: Rules) -> Array:
-        """κ, in the norm of the equilibrated system."""
-        xp = self.xp
-        before, after = (self._scaled(x, rows=True) for x in (F, _residual(there)))
-        ratio = after / xp.where(before > 0, before, xp.ones_like(before))
-        return xp.where(before > 0, ratio, xp.where(after > 0, xp.full_like(ratio, float("inf")), 0 * after))
 
     def _value(self, F: Array) -> Array | None:
         """L(ŷ) − ûᵀF, which is L at the solution to second order."""

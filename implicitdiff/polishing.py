@@ -9,17 +9,26 @@ from typing import Any
 
 from implicitdiff.arrays import any_true
 from implicitdiff.error_estimate import ErrorControl
-from implicitdiff.errors import AccuracyWarning, InaccurateError, InputError, SolveError
+from implicitdiff.errors import AccuracyWarning, DerivativeError, InaccurateError, InputError, SolveError
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
 from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
-__all__ = ["no_numbers", "polished"]
+__all__ = ["no_numbers", "polished", "uncertified"]
 
 
 def no_numbers() -> InputError:
     """Build the error for a search under jit."""
     return InputError("polish='auto' looks at numbers, which jit hides.\nNext: give a number of steps, polish=1.")
+
+
+def uncertified(what: str, options: str = "error, max_error or polish") -> DerivativeError:
+    """Build the error for a derivative that is asked for where estimates and polished points do not go."""
+    return DerivativeError(
+        f"{what} is asked for, together with {options}.\n"
+        "Likely cause: what they do is of first order: a y that was polished, and an estimate, have no derivative.\n"
+        "Next: take it without them, at a y that is solved for."
+    )
 
 
 def polished(

@@ -127,7 +127,6 @@ class Rules:
         self.kinds, self.product = dict[str, str](), cast("Product", None)
         self.solution_warned = self.warned = self.curved = self.unsure = False
         self._seen: Step | None = None
-        self.latest: tuple[str, Any] | None = None  # "theta" or "y", and the latest derivative by or of it
         if not later:
             _ = self.check
 
@@ -225,18 +224,17 @@ class Rules:
         def slopes(at: Rules) -> tuple[Array, Array, str]:
             return at.point.backend.gradients(loss_at(at), at.point.y.vector, at.point.theta.vector)
 
-        loss, (by_y, by_theta, kind) = loss_at(self), slopes(self)
+        by_y, by_theta, kind = slopes(self)
         self.kinds["outer"] = kind
         if not p.backend.traced and bool(p.y.space.is_zero(by_y)) and bool(p.theta.space.is_zero(by_theta)):
-            check_loss(p, loss)
+            check_loss(p, loss_at(self))
         right = p.y.space.finite(by_y) & p.theta.space.finite(by_theta)
         g, diagnostics = self._reverse(by_y, x0, self.inputs, right)
-        g = by_theta + g
         self.product = self.product._replace(
             right=lambda at: (at.embedded((found := slopes(at))[0]), found[1]), value=g, beside=by_theta,
             loss=lambda at: loss_at(at)(at.point.y.vector, at.point.theta.vector),
         )  # fmt: skip
-        return self.product.tree(g), diagnostics
+        return self.product.tree(self.product.total), diagnostics
 
     def jacobian(self, direction: None = None, x0: None = None) -> tuple[Any, Diagnostics]:
         """Dense dy/dθ: all columns together, forward for m <= n and in reverse otherwise."""
@@ -289,9 +287,9 @@ class Rules:
         right, b = self._per_item(space.finite(b)), -b
         solution = self._solve(b, x0, inputs, transposed=False)
         diagnostics = self._diagnostics(solution, b, False, inputs, zero_product)
-        self.latest = "y", self.restricted(solution.x)
-        self.product = Product(False, lambda at: (-image(at), 0), b, solution, self.latest[1], p.y.unravel)
-        return self._nan_where_failed(self.latest[1], diagnostics._replace(right=right))
+        w = self.restricted(solution.x)
+        self.product = Product(False, lambda at: (-image(at), 0), b, solution, w, p.y.unravel)
+        return self._nan_where_failed(w, diagnostics._replace(right=right))
 
     def restricted(self, x: Any) -> Any:
         """The part of the system's unknowns that is y."""
@@ -312,7 +310,6 @@ class Rules:
         zero_product = theta.is_zero(g) & ~space(u).is_zero(u)
         diagnostics = self._diagnostics(solution, b, True, inputs, zero_product)
         right = diagnostics.right if right is None else right
-        self.latest = "theta", g
         self.product = Product(True, lambda at: (at.embedded(v), 0), b, solution, g, theta.unravel)
         return self._nan_where_failed(g, diagnostics._replace(right=right, image=self._per_item(theta.finite(g))))
 

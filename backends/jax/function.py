@@ -22,7 +22,7 @@ from implicitdiff.backends.jax.auxiliary import unknown_tangent
 from implicitdiff.backends.jax.contents import captures_differentiated
 from implicitdiff.backends.jax.programs import call_for, program_for
 from implicitdiff.backends.jax.reports import hand_out_solved
-from implicitdiff.backends.jax.rules import arrays_of, functions_of
+from implicitdiff.backends.jax.rules import arrays_in, arrays_of, functions_of
 from implicitdiff.backends.jax.runner import looked_at, newtons
 from implicitdiff.backends.jax.tracers import is_traced
 from implicitdiff.backends.jax.watch import Watch
@@ -31,6 +31,7 @@ from implicitdiff.conditions import as_condition
 from implicitdiff.diagnosis import warn_not_solution
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.linalg.solve import Solution
+from implicitdiff.polishing import uncertified
 from implicitdiff.problem import Problem, problem_of
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules
@@ -220,16 +221,12 @@ def once(point: Any) -> Any:
 
 @once.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    raise DerivativeError(
-        "a second derivative of the solution is asked for, together with max_error or polish.\n"
-        "Likely cause: what they do is of first order: a y that was polished, and an estimate, have no derivative.\n"
-        "Next: take it without them, at a y that is solved for."
-    )
+    raise uncertified("a second derivative of the solution", "max_error or polish")
 
 
 def _tangent(problem: Problem, tangent: Any) -> Any:
     """The solution w of A w = −B θ̇, from a program that JAX may transform further."""
-    known = not is_traced(problem.y, problem.theta, problem.args, arrays_of(problem.condition))
+    known = not is_traced(*arrays_in(problem))
     control, backend = problem.settings.control, cast("Any", problem.backend)
     if control.polish != 0:
         y = newtons(problem, control.polish, backend.inline)

@@ -14,7 +14,7 @@ from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules
 
-__all__ = ["arrays_of", "filled", "functions_of", "named_functions", "run_rules"]
+__all__ = ["arrays_in", "arrays_of", "filled", "functions_of", "named_functions", "run_rules"]
 
 
 def functions_of(condition: Any) -> tuple[Any, ...]:
@@ -32,6 +32,11 @@ def named_functions(condition: Any) -> dict[str, Any]:
 def arrays_of(condition: Any) -> dict[str, Any]:
     """Return the numbers that a condition holds."""
     return getattr(condition, "arrays", {})
+
+
+def arrays_in(problem: Problem) -> tuple[Any, ...]:
+    """Return all that may be traced of a problem."""
+    return problem.y, problem.theta, problem.args, arrays_of(problem.condition)
 
 
 def filled(condition: Any, arrays: dict[str, Any]) -> Any:

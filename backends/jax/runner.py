@@ -13,7 +13,7 @@ import numpy as np
 
 from implicitdiff.backends.jax.programs import Call, Program, call_for, program_for
 from implicitdiff.backends.jax.reports import hand_out
-from implicitdiff.backends.jax.rules import arrays_of, functions_of, run_rules
+from implicitdiff.backends.jax.rules import arrays_in, functions_of, run_rules
 from implicitdiff.backends.jax.tracers import is_traced, is_transformed
 from implicitdiff.mode import Mode
 from implicitdiff.polishing import no_numbers
@@ -46,8 +46,7 @@ class Runner:
     def __call__(self, mode: str, direction: Any, x0: Any, *, estimate: bool = False) -> Run:
         problem, start = self.problem, time.perf_counter()
         outer, vector = (direction, None) if mode == "gradient" else (None, direction)
-        arrays = (problem.y, problem.theta, problem.args, arrays_of(problem.condition))
-        if self._direct is not None or is_traced(arrays, vector, x0):
+        if self._direct is not None or is_traced(arrays_in(problem), vector, x0):
             return self._traced(mode, direction, x0, estimate)
         _check_leaves(problem, mode, vector, x0)
         call = call_for(problem, mode, (problem.y, problem.theta), vector, x0, outer=outer)
@@ -65,7 +64,7 @@ class Runner:
     def newton(self) -> Any:
         """y − A⁻¹F(y, θ), as a tree: by a program of its own, or inline."""
         problem = self.problem
-        if self._direct is None and not is_traced(problem.y, problem.theta, problem.args, arrays_of(problem.condition)):
+        if self._direct is None and not is_traced(*arrays_in(problem)):
             call = call_for(problem, "newton", (problem.y, problem.theta))
             out = program_for(call, _build_newton)(call)
             if not is_traced(out):
@@ -90,8 +89,7 @@ class Runner:
         problem, vector = self.problem, None if callable(direction) else direction
         if problem.copy or self._direct is not None:
             return False
-        given = problem.y, problem.theta, problem.args, arrays_of(problem.condition), vector, x0
-        return is_transformed((*functions_of(problem.condition), direction), given)
+        return is_transformed((*functions_of(problem.condition), direction), (*arrays_in(problem), vector, x0))
 
     def _transformed(self, mode: str, direction: Any, x0: Any) -> Run:
         """Let JAX transform one compiled program: of hundreds of operations each would be compiled by itself."""
@@ -188,7 +186,7 @@ def newtons(problem: Problem, steps: Any, inline: Any) -> Any:
         for _ in range(steps):
             runner = Runner(replace(runner.problem, y=runner.newton()), inline)
         return runner.problem.y
-    if is_traced(problem.y, problem.theta, problem.args, arrays_of(problem.condition)):
+    if is_traced(*arrays_in(problem)):
         raise no_numbers()
     size = float("inf")
     for _ in range(MOST_POLISH):

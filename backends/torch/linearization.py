@@ -20,11 +20,12 @@ from implicitdiff.backends.torch.problem import (
     refuse_recorded,
     under_transform,
 )
-from implicitdiff.backends.torch.refusal import owned, uncertified, with_refused
+from implicitdiff.backends.torch.refusal import owned, with_refused
 from implicitdiff.compilers import is_within_compiled
 from implicitdiff.conditions.point import Point
 from implicitdiff.error_estimate import ErrorControl
 from implicitdiff.linearization import Linearization
+from implicitdiff.polishing import uncertified
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler

@@ -14,13 +14,13 @@ import torch
 from implicitdiff.arrays import Array
 from implicitdiff.backends.torch.autograd import recordable
 from implicitdiff.backends.torch.captured import Captures, RefusedCaptures, captured
-from implicitdiff.backends.torch.refusal import uncertified
 from implicitdiff.closures import sees
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
+from implicitdiff.polishing import uncertified
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Raveler

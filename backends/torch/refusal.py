@@ -12,7 +12,7 @@ from implicitdiff.compilers import is_within_compiled
 from implicitdiff.errors import DerivativeError
 from implicitdiff.pytree import flatten, map_leaves
 
-__all__ = ["owned", "uncertified", "with_refused"]
+__all__ = ["owned", "with_refused"]
 
 Error = Callable[[], Exception]
 
@@ -89,15 +89,6 @@ def _twice_through_compiled() -> DerivativeError:
         "a second derivative of a result of a function that torch.compile made is asked for.\n"
         "Likely cause: create_graph=True around it; what is compiled drops terms of second derivatives, in silence.\n"
         "Next: compute second derivatives without torch.compile."
-    )
-
-
-def uncertified(what: str) -> DerivativeError:
-    """Build the error for a derivative that is asked for where estimates and polished points do not go."""
-    return DerivativeError(
-        f"{what} is asked for, together with error, max_error or polish.\n"
-        "Likely cause: what they do is of first order: a y that was polished, and an estimate, have no derivative.\n"
-        "Next: take it without them, at a y that is solved for."
     )
 
 

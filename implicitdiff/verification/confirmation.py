@@ -41,7 +41,7 @@ class Confirmation:
         ------
         NoiseError
         """
-        if rules.latest is None or is_tree_vector(rules.latest[1]) or not self._doubtful(rules, solution):
+        if rules.product is None or is_tree_vector(rules.product.value) or not self._doubtful(rules, solution):
             return
         try:
             if self._other is None:
@@ -53,7 +53,7 @@ class Confirmation:
         except ImplicitDiffError as error:
             raise _unknown(rules, "there is none") from error
         xp = rules.point.backend.xp
-        gap = _relative(rules, rules.latest[1], other.latest[1])
+        gap = _relative(rules, rules.product.value, other.product.value)
         # a solve that stopped just above its tolerance differs by little, and one that failed by much
         gap = xp.where(xp.isfinite(gap), gap, xp.ones_like(gap))
         if any_true(xp, gap > USELESS):
@@ -96,7 +96,7 @@ def _relative(rules: Any, one: Array, other: Array) -> Array:
 def _in_units(rules: Any, units: dict[str, Array], one: Array, other: Array) -> Array:
     p = rules.point
     xp = p.backend.xp
-    inner, across = ("y", "theta") if rules.latest[0] == "y" else ("theta", "y")
+    inner, across = ("theta", "y") if rules.product.transposed else ("y", "theta")
     one, other = one * units[inner], other * units[inner]
     if len(one.shape) > len(p.items) + 1:
         lead = xp.moveaxis(units[across], -1, 0)[..., None]
