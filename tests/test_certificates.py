@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LIBRARIES, NUMPY, Library
+from conftest import NUMPY
+from helpers_certificates import OFF, THETA, A, call, outer, root, solution, truth
 
 from implicitdiff import (
     CG,
@@ -16,14 +17,12 @@ from implicitdiff import (
     AccuracyWarning,
     ErrorEstimate,
     FixedPoint,
-    ImplicitDiffError,
     InaccurateError,
     InputError,
     ProximalGradient,
     Root,
     SolveWarning,
     Stationary,
-    implicit_grad,
     implicit_jacobian,
     implicit_jvp,
     implicit_vjp,
@@ -32,54 +31,6 @@ from implicitdiff import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::implicitdiff.NotASolutionWarning")
-THETA = np.array([0.5, 2.0, 1.0])
-A = np.array([[3.0, 1.0, 0.2], [0.5, 2.0, -1.0], [0.0, 0.4, 2.5]])
-OFF = np.array([0.02, -0.01, 0.03])
-
-
-def solution(theta: np.ndarray = THETA) -> np.ndarray:
-    """Of A y + y³/4 = θ, by Newton's method."""
-    y = np.zeros(3)
-    for _ in range(50):
-        y = y - np.linalg.solve(A + np.diag(0.75 * y**2), A @ y + y**3 / 4 - theta)
-    return y
-
-
-def root(lib: Library) -> Root:
-    """The condition, with its products: asymmetric."""
-    M, Mt = lib.array(A), lib.array(A.T.copy())
-    return Root(
-        lambda y, t: M @ y + y**3 / 4 - t,
-        jvp=lambda y, t, v: M @ v + 0.75 * y**2 * v,
-        vjp=lambda y, t, u: Mt @ u + 0.75 * y**2 * u,
-        mixed_jvp=lambda y, t, d: -d,
-        mixed_vjp=lambda y, t, u: -u,
-    )
-
-
-def truth() -> dict[str, np.ndarray]:
-    """The derivatives at the exact solution."""
-    y = solution()
-    J = np.linalg.inv(A + np.diag(0.75 * y**2))
-    return {"gradient": y + J.T @ (y - 1 + THETA), "jvp": J @ np.ones(3), "vjp": J.T @ np.ones(3), "jacobian": J}
-
-
-def outer(lib: Library) -> Any:
-    xp = lib.xp
-    return lambda y, t: xp.sum((y - 1) ** 2) / 2 + xp.sum(t * y)
-
-
-def call(lib: Library, mode: str, y: np.ndarray | None = None, **options: Any) -> Any:
-    """A derivative at a y that is off."""
-    y = lib.array(solution() + OFF if y is None else y)
-    theta, one = lib.array(THETA), lib.array(np.ones(3))
-    if mode == "gradient":
-        return implicit_grad(root(lib), outer(lib), y, theta, **options)
-    if mode == "jacobian":
-        return implicit_jacobian(root(lib), y, theta, **options)
-    return (implicit_vjp if mode == "vjp" else implicit_jvp)(root(lib), y, theta, one, **options)
-
-
 modes = pytest.mark.parametrize("mode", ["gradient", "vjp", "jvp", "jacobian"])
 
 
@@ -352,87 +303,3 @@ def test_nothing_to_estimate():
     assert found.shape == (0,)
     assert report.error.absolute == 0
     assert report.error.trusted
-
-
-# -- in the frameworks ---------------------------------------------------------------------------------------------
-def test_backward_pass_of_torch():
-    torch = pytest.importorskip("torch")
-    from implicitdiff import DerivativeError, implicit_function
-
-    lib = next(lib for lib in LIBRARIES if lib.name == "torch")
-    theta = torch.tensor(THETA, requires_grad=True)
-
-    def solver(theta: Any) -> Any:
-        return lib.array(solution() + OFF)
-
-    limited = implicit_function(root(lib), max_error=1e-3)(solver)
-    with pytest.raises(InaccurateError, match="above max_error"):
-        limited(theta).sum().backward()
-    loose = implicit_function(root(lib), max_error=0.5)(solver)
-    (found,) = torch.autograd.grad(loose(theta).sum(), theta)
-    plain = implicit_vjp(root(lib), lib.array(solution() + OFF), theta.detach(), torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close(found, plain)
-    polished = implicit_function(root(lib), polish=2)(solver)
-    (found,) = torch.autograd.grad(polished(theta).sum(), theta)
-    np.testing.assert_allclose(found.numpy(), truth()["vjp"], rtol=1e-6)
-    with pytest.raises(DerivativeError, match="a second derivative"):
-        torch.autograd.grad(polished(theta).sum(), theta, create_graph=True)
-    g = implicit_vjp(root(lib), lib.array(solution()), theta, torch.ones(3, dtype=torch.float64), error=True)
-    with pytest.raises(DerivativeError, match="a derivative of the derivative is asked for"):
-        g.sum().backward()
-
-
-@pytest.fixture(scope="module")
-def jax_root() -> Any:
-    """JAX, and the condition there."""
-    jax = pytest.importorskip("jax")
-    import jax.numpy as jnp
-
-    M = jnp.asarray(A)
-    return jax, Root(lambda y, t: M @ y + y**3 / 4 - t)
-
-
-def test_jax_eager_and_compiled(jax_root):
-    jax, condition = jax_root
-    y, theta, f = jax.numpy.asarray(solution() + OFF), jax.numpy.asarray(THETA), lambda y, t: ((y - 1) ** 2).sum() / 2
-    J = truth()["jacobian"]
-    exact = J.T @ (solution() - 1)
-    found, report = implicit_grad(condition, f, y, theta, error=True, return_report=True)
-    off = np.linalg.norm(np.asarray(found) - exact)
-    assert 0.8 < report.error.absolute / off < 1.25
-    assert report.error.cause == "inner solution"
-
-    @jax.jit
-    def compiled(y: Any, theta: Any) -> Any:
-        g, report = implicit_grad(condition, f, y, theta, error=True, return_report=True)
-        e = report.error
-        return g, e.relative, e.trusted, e.contraction, e.cause, e.correction
-
-    g, relative, trusted, contraction, cause, correction = compiled(y, theta)
-    assert float(relative) == pytest.approx(report.error.relative, rel=0.2)
-    assert bool(trusted)
-    assert float(contraction) < 0.25
-    assert int(cause) == 0
-    assert np.linalg.norm(np.asarray(g - correction) - exact) < 0.1 * off
-    limited = jax.jit(lambda y, t: implicit_grad(condition, f, y, t, max_error=1e-4))
-    assert np.isnan(limited(y, theta)).all()
-    with pytest.raises(InputError, match="polish='auto' looks at numbers"):
-        jax.jit(lambda y, t: implicit_grad(condition, f, y, t, polish="auto"))(y, theta)
-
-
-def test_backward_pass_of_jax(jax_root):
-    jax, condition = jax_root
-    from implicitdiff import DerivativeError, implicit_function
-
-    y, theta = jax.numpy.asarray(solution() + OFF), jax.numpy.asarray(THETA)
-    limited = implicit_function(condition, max_error=1e-3)(lambda theta: y)
-    with pytest.raises(InaccurateError, match="above max_error"):
-        jax.grad(lambda t: limited(t).sum())(theta)
-    with pytest.raises(InaccurateError, match="above max_error"):
-        jax.jvp(limited, (theta,), (theta,))
-    assert np.isnan(jax.jit(jax.grad(lambda t: limited(t).sum()))(theta)).all()
-    polished = implicit_function(condition, polish=2)(lambda theta: y)
-    found = jax.grad(lambda t: polished(t).sum())(theta)
-    np.testing.assert_allclose(np.asarray(found), truth()["vjp"], rtol=1e-6)
-    with pytest.raises((DerivativeError, ImplicitDiffError), match="a second derivative"):
-        jax.jacrev(jax.grad(lambda t: polished(t).sum()))(theta)
