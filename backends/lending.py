@@ -89,7 +89,7 @@ class BorrowedAutodiff:
             Raveler(self.engine, map_leaves(self.over, raveler.unravel(vector)), raveler.name, bool(here.items))
             for raveler, vector in ((here.y, y), (here.theta, theta))
         )
-        return Point(self.engine, y_raveler, theta_raveler, map_leaves(self.over, here.args))
+        return Point(self.engine, y_raveler, theta_raveler, map_leaves(self.over, here.args), here.mapped)
 
     def _compare(self, here: VectorFunction, there: Any, y: Array, theta: Array) -> None:
         """Raise where the function gives other numbers there."""

@@ -33,6 +33,12 @@ def linearize(condition: ConditionLike, y: Y, theta: T, **options: Unpack[Option
         Default: read off the arrays.
     batched : bool
         Whether y, theta and the vectors carry a leading axis of independent problems.
+    in_axes : tuple, optional
+        Of a batch, what carries that axis: ``(y, theta, args)``, each 0 or None, as for JAX's ``vmap``;
+        ``batched=True`` is ``(0, 0, None)``. For theta it may be a tree of 0 and None that is a prefix of theta, and
+        for args a tuple with an entry for each. What is shared (None) gets the gradient that is summed over the items,
+        and one tangent; the Jacobian is per item. Without a vmap (NumPy, CuPy) the functions of the condition take all
+        items at once: y and theta with the leading axis, over which a shared theta is spread, and args as they are.
     error : bool
         Whether to estimate how far off the derivative is, because y is not solved for exactly, nor the linear system,
         or because of finite differences and rounding: `Report.error`, an `ErrorEstimate`. It costs a fraction of the
@@ -78,7 +84,7 @@ def implicit_vjp(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
+    condition, y, theta, args, solver, on_failure, backend, batched, in_axes, error, max_error, polish
         See `linearize`.
     cotangent : pytree, like y
         v, the gradient of a loss with respect to y.
@@ -106,7 +112,7 @@ def implicit_vjp(
     array([2., 4.])
     """
     lin, x0 = _at(condition, y, theta, cotangent, options)
-    return _with_report(lin, lin._product("vjp", cotangent, x0, lin.control), return_report)
+    return _with_report(lin, lin.product("vjp", cotangent, x0, lin.control), return_report)
 
 
 @overload
@@ -128,7 +134,7 @@ def implicit_jvp(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
+    condition, y, theta, args, solver, on_failure, backend, batched, in_axes, error, max_error, polish
         See `linearize`.
     tangent : pytree, like theta
         θ̇.
@@ -155,7 +161,7 @@ def implicit_jvp(
     array([2.])
     """
     lin, x0 = _at(condition, y, theta, tangent, options)
-    return _with_report(lin, lin._product("jvp", tangent, x0, lin.control), return_report)
+    return _with_report(lin, lin.product("jvp", tangent, x0, lin.control), return_report)
 
 
 @overload
@@ -181,7 +187,7 @@ def implicit_jacobian(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
+    condition, y, theta, args, solver, on_failure, backend, batched, in_axes, error, max_error, polish
         See `linearize`.
     return_report : bool
         Return ``(value, Report)``.
@@ -208,7 +214,7 @@ def implicit_jacobian(
            [ 0.      , -0.666667]])
     """
     lin, x0 = _at(condition, y, theta, None, options)
-    return _with_report(lin, lin._product("jacobian", None, x0, lin.control), return_report)
+    return _with_report(lin, lin.product("jacobian", None, x0, lin.control), return_report)
 
 
 @overload
@@ -230,7 +236,7 @@ def implicit_grad(
 
     Parameters
     ----------
-    condition, y, theta, args, solver, on_failure, backend, batched, error, max_error, polish
+    condition, y, theta, args, solver, on_failure, backend, batched, in_axes, error, max_error, polish
         See `linearize`.
     outer : callable or pytree
         The loss ``L(y, theta) -> scalar`` (one scalar per item with ``batched=True``), or the cotangent ∂L/∂y itself,
@@ -262,7 +268,7 @@ def implicit_grad(
     """
     mode = "gradient" if callable(outer) else "vjp"
     lin, x0 = _at(condition, y, theta, None if mode == "gradient" else outer, options)
-    return _with_report(lin, lin._product(mode, outer, x0, lin.control), return_report)
+    return _with_report(lin, lin.product(mode, outer, x0, lin.control), return_report)
 
 
 def _at(condition: Any, y: Any, theta: Any, vector: Any, options: Any) -> tuple[Linearization[Any, Any], Any]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, cast, overload
 
+from implicitdiff.axes import axes_of, first, items_of, mapped_of, spread
 from implicitdiff.closures import Memory
 from implicitdiff.compilers import public, untraced
 from implicitdiff.error_estimate import ErrorControl
@@ -41,6 +42,7 @@ class ImplicitFunction(Generic[P, R, Y]):
         self.has_aux = has_aux is True
         self.aux = has_aux if callable(has_aux) else None
         self.shapes = Memory()  # of solutions, by the form of the arguments
+        self._spread: dict[tuple[bool, ...], ImplicitFunction[Any, Any, Any]] = {}
 
     def __repr__(self) -> str:
         return f"<implicit_function {_name(self.solve)} of {brief(self.condition)}>"
@@ -66,7 +68,25 @@ class ImplicitFunction(Generic[P, R, Y]):
         backend = self.options["backend"]
         engine = get_backend(backend) if backend is not None else backend_for({"theta": theta})
         custom = engine.custom_derivative
-        return self.run(theta, args, kwargs) if custom is None else custom(self, theta, args, kwargs)
+        if custom is None:
+            return self.run(theta, args, kwargs)
+        shared, mapped = axes_of(self.options["in_axes"], None, theta, args)
+        if not shared:
+            return custom(self, theta, args, kwargs)
+        each = spread(engine, theta, shared, items_of(theta, shared, mapped_of(args, mapped)))
+        return custom(self._of_each(shared), each, args, kwargs)  # the framework sums over what is spread
+
+    def _of_each(self, shared: tuple[bool, ...]) -> ImplicitFunction[Any, Any, Any]:
+        """Return the same function of a theta that is spread over the items."""
+        if shared not in self._spread:
+
+            @functools.wraps(self.solve)
+            def solve(theta: Any, *args: Any, **kwargs: Any) -> Any:
+                return self.solve(first(theta, shared), *args, **kwargs)
+
+            options = {**self.options, "in_axes": (0, 0, self.options["in_axes"][2])}
+            self._spread[shared] = ImplicitFunction(solve, self.condition, self.has_aux, options)
+        return self._spread[shared]
 
     @untraced
     def linearize(self, /, *args: P.args, **kwargs: P.kwargs) -> Linearization[Y, Any]:
@@ -243,6 +263,9 @@ def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **optio
         the solver alone.
     solver, on_failure, backend, batched
         Of the linear solve; see `implicitdiff.linearize`.
+    in_axes : tuple, optional
+        As for `linearize`, for a solver of whole batches: it gets theta and args as they are, and returns y with the
+        leading axis.
     max_error, polish
         Of each derivative, as for `linearize`: in the backward pass of Torch and JAX, too. Second derivatives, and
         Torch's forward mode, are refused with them.

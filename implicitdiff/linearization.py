@@ -8,6 +8,7 @@ from typing import Any, Generic, cast
 
 from implicitdiff.accuracy import inaccuracy, inaccurate, nan_items, shown
 from implicitdiff.arrays import Array, any_true
+from implicitdiff.axes import Axes, Shared, spread
 from implicitdiff.certificate import Estimate
 from implicitdiff.compilers import untraced
 from implicitdiff.conditions import as_condition
@@ -19,6 +20,7 @@ from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, settle
 from implicitdiff.polishing import polished
 from implicitdiff.problem import Problem
+from implicitdiff.pytree import flatten
 from implicitdiff.records import brief
 from implicitdiff.rules import Rules, Run
 from implicitdiff.typing import T, Y
@@ -48,6 +50,7 @@ class Linearization(Generic[Y, T]):
     theta: T
     _shown: Report | None = None
     _verified: bool = False
+    _shared: Shared | None = None
     estimate: Estimate | None = None
     mode: Mode = Mode.EAGER
     by_newton: bool = False
@@ -108,7 +111,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("vjp", cotangent, x0, self.control.but(error, max_error, polish))
+        return self.product("vjp", cotangent, x0, self.control.but(error, max_error, polish))
 
     @untraced
     def jvp(
@@ -135,7 +138,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("jvp", tangent, x0, self.control.but(error, max_error, polish))
+        return self.product("jvp", tangent, x0, self.control.but(error, max_error, polish))
 
     @untraced
     def jacobian(
@@ -161,7 +164,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("jacobian", None, None, self.control.but(error, max_error, polish))
+        return self.product("jacobian", None, None, self.control.but(error, max_error, polish))
 
     @untraced
     def gradient(
@@ -188,7 +191,7 @@ class Linearization(Generic[Y, T]):
         SolveError
             Where the solve failed, under ``on_failure="raise"``.
         """
-        return self._product("gradient", outer, x0, self.control.but(error, max_error, polish))
+        return self.product("gradient", outer, x0, self.control.but(error, max_error, polish))
 
     @property
     @untraced
@@ -213,6 +216,12 @@ class Linearization(Generic[Y, T]):
         """What is asked for beside each derivative."""
         return self._asked.settings.control
 
+    def product(self, mode: str, direction: Any, x0: Any, control: ErrorControl) -> Any:
+        """Run a mode of the rules; what all items share is spread over them, and summed again."""
+        if self._shared is None:
+            return self._product(mode, direction, x0, control)
+        return self._shared.product(self._product, mode, direction, x0, control)
+
     def _product(self, mode: str, direction: Any, x0: Any, control: ErrorControl) -> Any:
         """Run a mode of the rules, and hand the value over, or the error."""
         if control.polish == 0:
@@ -234,9 +243,9 @@ class Linearization(Generic[Y, T]):
         problem, xp = self._problem, self._problem.backend.xp
         with problem.backend.computing():
             if mode == "gradient":
-                seen = problem.backend.local(self.y, self.theta)
+                seen = problem.backend.local(problem.y, problem.theta)
                 point = (lambda: self._rules.point) if seen else None
-                check_outer(direction, problem.backend, self.y, self.theta, point)
+                check_outer(direction, problem.backend, problem.y, problem.theta, point)
             self._run = run = self._runner(mode, direction, x0, estimate=control.estimates)
             self.estimate, self.mode = run.estimate, run.mode
             if run.mode is Mode.INLINE:
@@ -271,7 +280,9 @@ class Linearization(Generic[Y, T]):
         """Return the linearisation at another y."""
         p = self._problem
         quiet = replace(p.settings, on_report=None, control=NOTHING)
-        return Linearization(replace(p, y=y, condition=as_condition(p.condition).elsewhere(), settings=quiet))
+        lin = Linearization[Any, Any](replace(p, y=y, condition=as_condition(p.condition).elsewhere(), settings=quiet))
+        lin._shared = self._shared
+        return lin
 
     def _error_from(self, run: Run, mode: str, direction: Any) -> SolveError | None:
         if run.rules is not None:
@@ -317,9 +328,20 @@ class Linearization(Generic[Y, T]):
         if run.estimate is None:
             return found
         visible, condition = run.mode is not Mode.INLINE, as_condition(problem.condition)
-        return replace(found, error=shown(problem.backend, run.estimate, condition, visible=visible))
+        found = replace(found, error=shown(problem.backend, run.estimate, condition, visible=visible))
+        return found if self._shared is None else self._shared.report(found)
 
 
 def linearized(problem: Problem) -> Linearization[Any, Any]:
     """Linearise, by the `Linearization` of a backend that records what is done with the results, if it has one."""
-    return (problem.backend.linearization or Linearization)(problem)
+    make: Any = problem.backend.linearization or Linearization
+    if not problem.axes.shared:
+        return make(problem)
+    backend, (shared, mapped) = problem.backend, problem.axes
+    leading = getattr(flatten(problem.y).leaves[0], "shape", ()) if flatten(problem.y).leaves else ()
+    items = int(leading[0]) if leading else 1
+    theta = spread(backend, problem.theta, shared, items)
+    lin: Linearization[Any, Any] = make(replace(problem, theta=theta, axes=Axes((), mapped)))
+    lin._asked, lin.theta = problem, problem.theta
+    lin._shared = Shared(backend, problem.theta, shared, items)
+    return lin

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from implicitdiff.axes import NO_AXES, Axes, axes_of
 from implicitdiff.error_estimate import NOTHING, ErrorControl, Polish
 from implicitdiff.errors import UnknownNameError
 from implicitdiff.outcome import MODES, Report
@@ -56,6 +57,8 @@ class Problem:
     batched : bool
     copy : bool
         Whether y and theta are copied, since they are used again later.
+    axes : Axes
+        Which leaves of theta all items share, and which of args differ from item to item.
     """
 
     backend: Backend
@@ -66,6 +69,7 @@ class Problem:
     settings: Settings = Settings()
     batched: bool = False
     copy: bool = False
+    axes: Axes = NO_AXES
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "backend": portable(self.backend)}
@@ -76,8 +80,8 @@ class Problem:
 
 def problem_of(
     condition: Any, y: Any, theta: Any, *, args: tuple[Any, ...] = (), backend: Any = None, batched: bool = False,
-    copy: bool = False, vector: Any = None, error: bool = False, max_error: float | None = None, polish: Polish = 0,
-    **settings: Any,
+    in_axes: Any = None, copy: bool = False, vector: Any = None, error: bool = False, max_error: float | None = None,
+    polish: Polish = 0, **settings: Any,
 ) -> Problem:  # fmt: skip
     """Return the problem of what was given by name; without a backend, with that of the arrays.
 
@@ -86,7 +90,8 @@ def problem_of(
     chosen = Settings(**settings, control=ErrorControl(error, max_error, polish).check())
     engine = _backend(backend, y, theta, (args, vector))
     args = tuple(map_leaves(copied, tuple(args))) if copy else tuple(args)  # they may be filled anew afterwards
-    return Problem(engine, condition, y, theta, args, chosen, batched, copy)
+    axes = axes_of(in_axes, y, theta, args)
+    return Problem(engine, condition, y, theta, args, chosen, batched or in_axes is not None, copy, axes)
 
 
 def _backend(backend: Any, y: Any, theta: Any, beside: Any = ()) -> Backend:

@@ -120,7 +120,7 @@ class Rules:
 
         y, theta = raveled(problem.y, "y"), raveled(problem.theta, "theta")
         y.check_partner(theta)
-        self.point = Point(engine, y, theta, tuple(problem.args))
+        self.point = Point(engine, y, theta, tuple(problem.args), problem.axes.mapped)
         self.point.choices, self.trial = choices, trial
         numbers = self.condition.without_bounds(theta)
         self.inputs = self._finite(y.vector, y, "y") & self._finite(numbers, theta, "theta")

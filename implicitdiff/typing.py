@@ -62,6 +62,7 @@ class SolveOptions(TypedDict, total=False):
 class FunctionOptions(SolveOptions, total=False):
     """... of a wrapped solver."""
 
+    in_axes: Any
     on_report: Callable[[Report], object] | None
     max_error: float | None
     polish: Polish
@@ -71,6 +72,7 @@ class Options(SolveOptions, total=False):
     """... of a condition at a point."""
 
     args: tuple[Any, ...]
+    in_axes: Any
     error: bool
     max_error: float | None
     polish: Polish
@@ -92,7 +94,7 @@ class SystemOptions(SolveOptions, total=False):
 
 
 DEFAULTS: dict[str, Any] = {
-    "solver": "auto", "on_failure": "raise", "backend": None, "batched": False, "args": (), "x0": None,
+    "solver": "auto", "on_failure": "raise", "backend": None, "batched": False, "in_axes": None, "args": (), "x0": None,
     "symmetric": None, "positive_definite": None, "transpose": None, "on_report": None, "error": False,
     "max_error": None, "polish": 0,
 }  # fmt: skip

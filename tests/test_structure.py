@@ -39,7 +39,7 @@ LAYERS = (
     ),
     ("outcome",),
     ("projections", "proxes"),
-    ("linalg.__init__", "linalg.vector_space", "ravel", "registry"),
+    ("linalg.__init__", "linalg.vector_space", "ravel", "registry", "axes"),
     ("linalg.operator", "problem"),
     ("linalg.block_operator", "linalg.equilibration", "linalg.blocks"),
     ("linalg.preconditioner",),

@@ -123,7 +123,7 @@ def program_for(call: Call, build: Callable[..., Any]) -> Program:
     """
     problem, settings, found = call.problem, call.problem.settings, list[Any]()
     functions = (*functions_of(problem.condition), *(() if call.outer is None else (call.outer,)))
-    static = (settings.solver, call.args.treedef, *call.args.static)
+    static = (problem.axes.mapped, settings.solver, call.args.treedef, *call.args.static)
     key = (
         call.mode, build, type(problem.condition), *(_identity(f, found) for f in functions), problem.batched,
         settings.on_failure, *(_static(part, found) for part in static), _form(call.arrays),

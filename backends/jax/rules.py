@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from implicitdiff import axes
 from implicitdiff.certificate import certify
 from implicitdiff.errors import ShapeError
 from implicitdiff.problem import Problem
@@ -61,18 +62,21 @@ def run_rules(
         rules = Rules(problem, flat=flat)
         value, diagnostics = getattr(rules, mode)(direction, x0)
         return value, diagnostics, certify(rules) if estimate else None, rules
-    made: list[Rules] = []
+    made, mapped = list[Rules](), problem.axes.mapped
     each = {name: value for name, value in arrays_of(problem.condition).items() if name in problem.condition.per_item}
 
-    def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any]) -> Any:
-        condition = filled(problem.condition, each)
-        rules = Rules(replace(problem, y=y, theta=theta, condition=condition, batched=False), flat=flat)
+    def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any], own: list[Any]) -> Any:
+        condition, args = filled(problem.condition, each), axes.filled(problem.args, mapped, own)
+        at = {"y": y, "theta": theta, "args": args, "condition": condition}
+        rules = Rules(replace(problem, **at, batched=False, axes=axes.NO_AXES), flat=flat)
         made.append(rules)
         value, diagnostics = getattr(rules, mode)(direction if mode == "gradient" else vector, x0)
         return value, diagnostics, certify(rules) if estimate else None
 
     vector = None if mode == "gradient" else direction
-    value, diagnostics, *rest = jax.vmap(one)(problem.y, problem.theta, vector, x0, each)
+    value, diagnostics, *rest = jax.vmap(one)(
+        problem.y, problem.theta, vector, x0, each, axes.mapped_of(problem.args, mapped)
+    )
     if mode == "jacobian":  # solutions of several right-hand sides are (*rhs, *items, n) everywhere
         x = jax.numpy.moveaxis(diagnostics.solution.x, 0, 1)
         diagnostics = diagnostics._replace(solution=diagnostics.solution._replace(x=x))
@@ -84,6 +88,7 @@ def _check_items(problem: Problem, mode: str, direction: Any, x0: Any) -> int:
     y = Raveler(problem.backend, problem.y, "y", True)
     theta = Raveler(problem.backend, problem.theta, "theta", True)
     y.check_partner(theta)
+    axes.check_mapped(problem.backend, problem.args, problem.axes.mapped, y.items)
     if mode in {"vjp", "jvp"}:
         raveler, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")
         raveler.like(direction, name, dtype=raveler.dtype)

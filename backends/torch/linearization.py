@@ -61,7 +61,7 @@ class TorchLinearization(Linearization[Any, Any]):
         if mode == "gradient":
             refuse_captured(direction)
             if under_transform():
-                check_outer(direction, self._engine, self.y, self.theta, None)
+                check_outer(direction, self._engine, self._recording.problem.y, self._recording.problem.theta, None)
         vector = direction if mode in {"vjp", "jvp"} else ()
         rule = partial(getattr(self, f"_{mode}"), direction)
         numbers = super()._product

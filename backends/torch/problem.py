@@ -288,7 +288,7 @@ class RecordedProblem:
         theta, args, _ = self._trees(tensors)
         raveler = copy.copy(self.y)
         raveler.backend, raveler.vector = self.composable, y
-        point = Point(self.composable, raveler, self._theta_raveler(theta), args)
+        point = Point(self.composable, raveler, self._theta_raveler(theta), args, self.problem.axes.mapped)
         return point, self.condition.maps(point)
 
 

@@ -150,7 +150,7 @@ class Constrained(Condition):
         if first.derivatives is not None:
             return system_by_blocks(point, first, z, lagrangian, self._all)
         raveler = Raveler(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
-        both = Point(point.backend, raveler, point.theta, point.args)
+        both = Point(point.backend, raveler, point.theta, point.args, point.mapped)
         return Stationary(lagrangian).maps(both)
 
     def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
+from implicitdiff.axes import check_mapped, filled, mapped_of
 from implicitdiff.errors import CallbackError
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler, foreign
@@ -56,7 +57,10 @@ class Point:
     backend : Backend
     y, theta : Raveler
     args : tuple
-        Data handed to every callback after y and theta; the same for all items.
+        Data handed to every callback after y and theta.
+    mapped : tuple of bool
+        Of its leaves, which differ from item to item; none, where it is empty. Without a vmap a callback takes all of
+        them at once, as they are.
 
     Attributes
     ----------
@@ -68,14 +72,20 @@ class Point:
         Of another point nearby (`Maps.choices`): the system here is to have the form that it has there.
     """
 
-    def __init__(self, backend: Backend, y: Raveler, theta: Raveler, args: tuple[Any, ...]) -> None:
-        self.backend, self.y, self.theta, self.args = backend, y, theta, args
+    def __init__(
+        self, backend: Backend, y: Raveler, theta: Raveler, args: tuple[Any, ...], mapped: tuple[bool, ...] = ()
+    ) -> None:
+        self.backend, self.y, self.theta, self.args, self.mapped = backend, y, theta, args, mapped
         self.items, self.whole = y.items, True
         self.piecewise = False
         self.choices: Any = None
         self._one: Point | None = None
+        self._own: list[Any] = []
+        if self.items:
+            check_mapped(backend, args, mapped, self.items)
         if self.items and backend.vmap is not None:
-            self._one = Point(backend, y.of_one_item(), theta.of_one_item(), args)
+            self._own = mapped_of(args, mapped)
+            self._one = Point(backend, y.of_one_item(), theta.of_one_item(), args, mapped)
 
     def part(self, *, piecewise: bool = False) -> Point:
         """Return the same point for functions that make up F together, of which not each has to depend on θ.
@@ -91,6 +101,15 @@ class Point:
         if self.backend.vmap is None:
             raise TypeError(f"{self.backend.name} has no vmap")
         return self.backend.vmap
+
+    def _over_items(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """Map a function of one item, of vectors and the args that are its own, over the items."""
+        many, own = self._vmap(function), self._own
+        return (lambda *vectors: many(*vectors, *own)) if own else many
+
+    def _args(self, own: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The data of one item, given what differs of it."""
+        return filled(self.args, self.mapped, own) if own else self.args
 
     @property
     def lead(self) -> int:
@@ -109,10 +128,10 @@ class Point:
         if one is None or not getattr(number, "shape", ()):
             return self.vector_function(lambda y, theta, *args: function(y, theta, number, *args), name)
 
-        def of_one_item(y: Array, theta: Array, own: Array) -> Array:
-            return one._vectors(lambda y, theta, *args: function(y, theta, own, *args), name)(y, theta)
+        def of_one_item(y: Array, theta: Array, of_item: Array, *own: Any) -> Array:
+            return one._vectors(lambda y, theta, *args: function(y, theta, of_item, *args), name)(y, theta, *own)
 
-        many = self._vmap(of_one_item)
+        many = self._over_items(of_one_item)
         return lambda y, theta: many(y, theta, number)
 
     def scalar_function(
@@ -126,9 +145,9 @@ class Point:
         """``f(y, theta, *args) -> tree of arrays`` as a function of two vectors with values of shape (*items, k)."""
         return VectorFunction(self._raveled(function, name), self, name, lambda p: p.raveled_function(function, name))
 
-    def _raveled(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
+    def _raveled(self, function: Callable[..., Any], name: str) -> Callable[..., Array]:
         if self._one is not None:
-            return self._vmap(self._one._raveled(function, name))
+            return self._over_items(self._one._raveled(function, name))
         backend, lead = self.backend, len(self.items)
         call = backend.callback(function)
 
@@ -140,35 +159,33 @@ class Point:
                 raise CallbackError(f"{name} returned {got}.\nExpected {what}.")
             return backend.reshape(out, (*self.items, math.prod(out.shape[lead:])))
 
-        def flat(y: Array, theta: Array) -> Array:
-            parts = [part(leaf) for leaf in flatten(call(*self._trees(y, theta), *self.args)).leaves]
+        def flat(y: Array, theta: Array, *own: Any) -> Array:
+            parts = [part(leaf) for leaf in flatten(call(*self._trees(y, theta), *self._args(own))).leaves]
             if not parts:
                 raise CallbackError(f"{name} returned an empty tree.\nExpected an array, or a tree of arrays.")
             return parts[0] if len(parts) == 1 else backend.concat(parts)
 
         return flat
 
-    def _vectors(self, function: Callable[..., Any], name: str) -> Callable[[Array, Array], Array]:
+    def _vectors(self, function: Callable[..., Any], name: str) -> Callable[..., Array]:
         if self._one is not None:
-            return self._vmap(self._one._vectors(function, name))
+            return self._over_items(self._one._vectors(function, name))
         call = self.backend.callback(function)
 
-        def flat(y: Array, theta: Array) -> Array:
-            out = _asked(call, self._trees(y, theta), self.args)
+        def flat(y: Array, theta: Array, *own: Any) -> Array:
+            out = _asked(call, self._trees(y, theta), self._args(own))
             native = y.dtype == self.y.dtype and theta.dtype == self.theta.dtype
             return self.y.like(out, name, dtype=self.y.dtype if native else None, callback=True)
 
         return flat
 
-    def _scalars(
-        self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None
-    ) -> Callable[[Array, Array], Array]:
+    def _scalars(self, function: Callable[..., Any], name: str, args: tuple[Any, ...] | None) -> Callable[..., Array]:
         if self._one is not None:
-            return self._vmap(self._one._scalars(function, name, args))
-        call, given = self.backend.callback(function), self.args if args is None else args
+            return self._over_items(self._one._scalars(function, name, args))
+        call = self.backend.callback(function)
 
-        def flat(y: Array, theta: Array) -> Array:
-            value = _asked(call, self._trees(y, theta), given)
+        def flat(y: Array, theta: Array, *own: Any) -> Array:
+            value = _asked(call, self._trees(y, theta), self._args(own) if args is None else args)
             out = self.backend.as_array(value, self.y.device, self.y.dtype)
             if out is None or tuple(out.shape) != self.items:
                 got = type(value).__name__ if out is None else f"an array of shape {tuple(out.shape)}"
@@ -185,7 +202,7 @@ class Point:
         y, theta, item = self.y.vector, self.theta.vector, self._one
         if item is not None:
             of_item = item._bilinear(function, name, takes.of_one_item(), returns.of_one_item())
-            many = self._vmap(lambda y, theta, v: of_item(*item._trees(y, theta), v))
+            many = self._over_items(lambda y, theta, v, *own: of_item(*item._trees(y, theta), v, *own))
             return self.backend.batched(lambda v: many(y, theta, v), self.items)
         return self.backend.batched(
             partial(self._bilinear(function, name, takes, returns), *self._trees(y, theta)), self.items
@@ -197,14 +214,14 @@ class Point:
         if item is None:
             return call(*self._trees(self.y.vector, self.theta.vector), *self.args)
 
-        def of_one_item(y: Array, theta: Array) -> Array:
-            value = call(*item._trees(y, theta), *self.args)
+        def of_one_item(y: Array, theta: Array, *own: Any) -> Array:
+            value = call(*item._trees(y, theta), *item._args(own))
             out = self.backend.as_array(value, self.y.device, self.y.dtype)
             if out is None:
                 raise CallbackError(f"{name} returned {type(value).__name__}.\nExpected a matrix.")
             return out
 
-        return self._vmap(of_one_item)(self.y.vector, self.theta.vector)
+        return self._over_items(of_one_item)(self.y.vector, self.theta.vector)
 
     def nest(self, jacobian: Array) -> Any:
         """Turn a matrix (*items, n, m) into the structure of y over the structure of theta."""
@@ -223,11 +240,11 @@ class Point:
 
     def _bilinear(
         self, function: Callable[..., Any], name: str, takes: Raveler, returns: Raveler
-    ) -> Callable[[Any, Any, Array], Array]:
+    ) -> Callable[..., Array]:
         call, guard = self.backend.callback(function), self.backend.guard
 
-        def one(y: Any, theta: Any, v: Array) -> Array:
-            out = call(y, theta, takes.unravel(guard(v)), *self.args)
+        def one(y: Any, theta: Any, v: Array, *own: Any) -> Array:
+            out = call(y, theta, takes.unravel(guard(v)), *self._args(own))
             return returns.like(out, name, dtype=returns.dtype, callback=True)
 
         return one
