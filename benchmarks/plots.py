@@ -21,8 +21,17 @@ __all__ = ["crossover", "draw"]
 
 COLOURS = {"numpy": "#1f77b4", "torch": "#d62728", "jax": "#2ca02c", "cupy": "#9467bd"}
 SOLVERS = {"auto": "black", "lu": "#d62728", "ldlt": "#e377c2", "cholesky": "#ff7f0e", "cg": "#1f77b4",
-           "minres": "#2ca02c", "gmres": "#9467bd"}  # fmt: skip
-MARKERS = {"auto": "o", "lu": "s", "ldlt": "P", "cholesky": "D", "cg": "^", "minres": "v", "gmres": "<"}
+           "minres": "#2ca02c", "gmres": "#9467bd", "bicgstab": "#8c564b"}  # fmt: skip
+MARKERS = {
+    "auto": "o",
+    "lu": "s",
+    "ldlt": "P",
+    "cholesky": "D",
+    "cg": "^",
+    "minres": "v",
+    "gmres": "<",
+    "bicgstab": ">",
+}
 
 
 def draw(files: Sequence[Path], out: Path) -> list[Path]:

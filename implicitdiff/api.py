@@ -26,7 +26,8 @@ def linearize(condition: ConditionLike, y: Y, theta: T, **options: Unpack[Option
     args : tuple
         Data handed to every function of the condition after y and theta; not differentiated. Arrays are copied, too.
     solver : str or Solver
-        ``"auto"``, ``"lu"``, ``"cholesky"``, ``"cg"``, ``"minres"``, ``"gmres"``, a registered name, or an instance.
+        ``"auto"``, ``"lu"``, ``"cholesky"``, ``"cg"``, ``"minres"``, ``"gmres"``, ``"bicgstab"``, a registered
+        name, or an instance.
     on_failure : {"raise", "warn", "nan", "ignore"}
         What a failed solve does.
     backend : str or Backend, optional

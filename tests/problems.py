@@ -21,6 +21,7 @@ from implicitdiff import (
     LU,
     MINRES,
     Auto,
+    BiCGSTAB,
     Cholesky,
     FixedPoint,
     Root,
@@ -248,7 +249,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 }
 
 SOLVERS_FOR: dict[str, tuple[str, ...]] = {
-    "general": ("auto", "lu", "gmres"),
+    "general": ("auto", "lu", "gmres", "bicgstab"),
     "positive definite": ("auto", "lu", "cholesky", "cg", "minres", "gmres"),
     "indefinite": ("auto", "lu", "ldlt", "minres", "gmres"),
     "negative definite": ("auto", "lu", "minres", "gmres"),
@@ -262,9 +263,12 @@ STRUCTURES: dict[str, str] = {name: make(np, np.float64).structure for name, mak
 N = 30
 TIGHT: dict[str, Any] = {
     "auto": Auto(rtol=1e-13), "lu": LU(), "ldlt": LDLT(), "cholesky": Cholesky(), "cg": CG(rtol=1e-13),
-    "minres": MINRES(rtol=1e-13), "gmres": GMRES(rtol=1e-13),
+    "minres": MINRES(rtol=1e-13), "gmres": GMRES(rtol=1e-13), "bicgstab": BiCGSTAB(rtol=1e-13),
 }  # fmt: skip
-RIGHT_FOR = {"pos": tuple(TIGHT), "sym": ("auto", "lu", "ldlt", "minres", "gmres"), "gen": ("auto", "lu", "gmres")}
+RIGHT_FOR = {
+    "pos": tuple(TIGHT), "sym": ("auto", "lu", "ldlt", "minres", "gmres", "bicgstab"),
+    "gen": ("auto", "lu", "gmres", "bicgstab"),
+}  # fmt: skip
 
 
 def with_eigenvalues(values: Any, seed: int = 0) -> np.ndarray:

@@ -31,7 +31,7 @@ def compare(A, **options):
 def test_every_solver_is_a_row_with_its_error():
     found = compare(H)
     truth = np.linalg.solve(H, np.ones(N))
-    assert [row.solver for row in found] == ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres"]
+    assert [row.solver for row in found] == ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab"]
     for row, gradient in zip(found, found.gradients, strict=True):
         assert row.status == "CONVERGED"
         assert row.converged
@@ -66,7 +66,7 @@ def test_products_are_those_that_were_made():
     condition = idf.Stationary(grad=lambda y, t: H @ y - t, verify=False, **given)
     theta = np.ones(N)
     y = np.linalg.solve(H, theta)
-    for solver in ("cg", "minres", "gmres", "lu", "cholesky"):
+    for solver in ("cg", "minres", "gmres", "bicgstab", "lu", "cholesky"):
         _, report = idf.implicit_vjp(condition, y, theta, np.ones(N), solver=solver, return_report=True)
         counted, made[:] = len(made), []
         assert report.matvecs == counted, solver

@@ -192,8 +192,8 @@ def test_every_failure_has_an_error_and_a_message() -> None:
 @pytest.mark.parametrize(
     ("structure", "direct", "names"),
     [
-        ("general", None, {"lu", "gmres"}),
-        ("symmetric", False, {"minres", "gmres"}),
+        ("general", None, {"lu", "gmres", "bicgstab"}),
+        ("symmetric", False, {"minres", "gmres", "bicgstab"}),
         ("positive definite", True, {"lu", "ldlt", "cholesky"}),
     ],
 )

@@ -39,6 +39,7 @@ from implicitdiff import (
     GMRES,
     MINRES,
     Auto,
+    BiCGSTAB,
     FixedPoint,
     NotConvergedError,
     NotPositiveDefiniteError,
@@ -271,7 +272,12 @@ def test_09_rectangular_parameters(lib, form, m, name):
 
 
 # -- 10 and 11: not there ------------------------------------------------------------------------------------------
-TWO_STEPS = {"cg": CG(maxiter=2), "minres": MINRES(maxiter=2), "gmres": GMRES(maxiter=2)}
+TWO_STEPS = {
+    "cg": CG(maxiter=2),
+    "minres": MINRES(maxiter=2),
+    "gmres": GMRES(maxiter=2),
+    "bicgstab": BiCGSTAB(maxiter=2),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -17,6 +17,7 @@ from implicitdiff import (
     CG,
     GMRES,
     MINRES,
+    BiCGSTAB,
     InputError,
     NotConvergedError,
     ShapeError,
@@ -26,7 +27,7 @@ from implicitdiff import (
 )
 
 CASES = [(structure, solver) for structure, solvers in RIGHT_FOR.items() for solver in solvers]
-KRYLOV: dict[str, type] = {"cg": CG, "minres": MINRES, "gmres": GMRES}
+KRYLOV: dict[str, type] = {"cg": CG, "minres": MINRES, "gmres": GMRES, "bicgstab": BiCGSTAB}
 
 # -- preconditioners -------------------------------------------------------------------------------------
 KINDS: dict[str, Callable[[np.ndarray], Any]] = {
@@ -85,7 +86,7 @@ def test_diagonal_preconditioner(lib: Library, solver: str) -> None:
     answer = np.linalg.solve(a, b)
     options = {"solver": KRYLOV[solver](rtol=1e-12, preconditioner=m), "return_report": True}
     x, report = linear_solve(lib.array(a), lib.array(b), **options)
-    products, known = lib.array(a), {"symmetric": None if solver == "gmres" else True}
+    products, known = lib.array(a), {"symmetric": None if solver in {"gmres", "bicgstab"} else True}
     plain = linear_solve(
         lambda v: products @ v, lib.array(b), solver=solver, on_failure="ignore", return_report=True, **known
     )[1]

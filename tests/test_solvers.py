@@ -68,7 +68,7 @@ def test_against_sixty_digits(structure: str, solver: str) -> None:
     assert error <= bound * np.linalg.cond(a)
 
 
-@pytest.mark.parametrize("solver", ["lu", "ldlt", "cholesky", "auto", "cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ["lu", "ldlt", "cholesky", "auto", "cg", "minres", "gmres", "bicgstab"])
 def test_hilbert_matrix(solver: str) -> None:
     """At a condition number of 1.5e10 the residual stays true, and a factorisation keeps six digits."""
     a, b = scipy.linalg.hilbert(8), np.ones(8)
@@ -86,7 +86,7 @@ def test_hilbert_matrix(solver: str) -> None:
 
 
 # -- cases that are exact --------------------------------------------------------------------------------
-@pytest.mark.parametrize("solver", ["cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("c", [1.0, 4.0, 0.125])
 @pytest.mark.parametrize("n", [1, 2, 50])
 def test_multiple_of_identity_takes_one_iteration(solver: str, c: float, n: int) -> None:
@@ -103,7 +103,7 @@ def test_powers_of_two_are_exact(solver: str) -> None:
     np.testing.assert_allclose(x, 3.0, rtol=2e-16)
 
 
-@pytest.mark.parametrize("solver", ["cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
 def test_distinct_eigenvalues_bound_the_iterations(solver: str, k: int) -> None:
     """K distinct eigenvalues take k iterations; every product is counted, and no other one."""
@@ -114,7 +114,7 @@ def test_distinct_eigenvalues_bound_the_iterations(solver: str, k: int) -> None:
     close(x, np.linalg.solve(product.a, b), 1e-9)
 
 
-@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab"])
 @pytest.mark.parametrize("columns", [(), (3,)])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_products_are_counted(solver: str, columns: tuple[int, ...], warm: bool) -> None:
@@ -127,7 +127,7 @@ def test_products_are_counted(solver: str, columns: tuple[int, ...], warm: bool)
 
 # -- starts, many right-hand sides, batches --------------------------------------------------------------
 @LIBS
-@pytest.mark.parametrize("solver", ["cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ITERATIVE)
 def test_warm_start_from_the_answer(lib: Library, solver: str) -> None:
     a, b = matrix("pos"), vector()
     answer = np.linalg.solve(a, b)
@@ -137,7 +137,7 @@ def test_warm_start_from_the_answer(lib: Library, solver: str) -> None:
     assert relative_error(lib, x, answer) <= 1e-14
 
 
-@pytest.mark.parametrize("solver", ["cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ITERATIVE)
 def test_warm_start_nearby_and_far(solver: str) -> None:
     """A near start saves iterations, a start worse than zero costs none, and neither changes the answer."""
     a, b = matrix("pos"), vector()
@@ -162,7 +162,7 @@ def test_report_solution_is_the_next_start() -> None:
 
 
 @LIBS
-@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres"])
+@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab"])
 def test_many_right_hand_sides_are_the_single_ones(lib: Library, solver: str) -> None:
     """Norms and stops are per column: a tiny column keeps its digits, a zero one is exactly zero."""
     a, b = matrix("pos"), vector(columns=(4,)) * np.array([1.0, 1e-20, 0.0, 1e20])
@@ -192,7 +192,7 @@ def test_batch_is_its_items(lib: Library, structure: str, solver: str, form: str
         assert relative_error(lib, x[i, ...], reference) <= 1e-8
     assert lib.numpy(report.converged).tolist() == [True] * 3
     assert lib.numpy(report.residual).shape == lib.numpy(report.matvecs).shape == (3,)
-    if solver in {"cg", "minres", "gmres"}:
+    if solver in ITERATIVE:
         counts = lib.numpy(report.iterations)
         assert counts[0] == 1 < min(counts[1], counts[2])
 

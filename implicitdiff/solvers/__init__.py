@@ -9,6 +9,7 @@ from typing import Any
 from implicitdiff.errors import InputError, UnknownNameError
 from implicitdiff.solvers.auto import Auto
 from implicitdiff.solvers.base import Solver
+from implicitdiff.solvers.bicgstab import BiCGSTAB
 from implicitdiff.solvers.cg import CG
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.gmres import GMRES
@@ -23,6 +24,7 @@ __all__ = [
     "LU",
     "MINRES",
     "Auto",
+    "BiCGSTAB",
     "Cholesky",
     "Solver",
     "get_solver",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 _FACTORIES: dict[str, Callable[[], Any]] = {
-    solver.name: functools.cache(solver) for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES)
+    solver.name: functools.cache(solver) for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES, BiCGSTAB)
 }
 
 
