@@ -100,7 +100,7 @@ def quick(session: nox.Session) -> None:
     install(session, "-e", ".[test,torch,jax]")
     chosen = any(option.startswith("--backend") for option in session.posargs)
     libraries = () if chosen else ("--backend", "numpy", "--backend", "array_api_strict", "--backend", "torch")
-    run_tests(session, "--cover", "1", "-m", "not slow", "--ignore-glob=*/test_gallery_*", *libraries)
+    run_tests(session, "--cover", "1", "--ignore-glob=*/test_gallery_*", *libraries)
 
 
 @nox.session

@@ -1,6 +1,7 @@
 """Which of the collected tests run: a pairwise cover by default, all with ``--exhaustive``, some with ``--backend``.
 
 The cases of a test that the cover leaves out bear the mark ``exhaustive``, so that ``-m exhaustive`` runs just those.
+What takes seconds bears the mark ``slow``, on all libraries or on some, and runs with ``--slow``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ BACKENDS = ("numpy", "array_api_strict", "torch", "jax")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suite."""
     parser.addoption("--exhaustive", action="store_true", help="every case, and some thousand generated ones")
+    parser.addoption("--slow", action="store_true", help="the slow tests, in place of the others")
     parser.addoption("--cover", type=int, help="how many choices at once the cases hold, in place of what a test says")
     parser.addoption("--backend", action="append", choices=BACKENDS, help="only what tests this library (repeatable)")
 
@@ -41,18 +43,24 @@ def backends(item: pytest.Item) -> set[str]:
     return found or {name for name in ("torch", "jax") if name in item.path.name} or {"numpy"}
 
 
+def is_slow(item: pytest.Item) -> bool:
+    """Whether a test is marked as slow, on its library if the mark names some (``slow(on=("jax",))``)."""
+    named = [mark.kwargs.get("on") for mark in item.iter_markers("slow")]
+    return any(on is None or backends(item) & set(on) for on in named)
+
+
 def mark_what_the_cover_leaves(items: list[pytest.Item], strength: int | None = None) -> None:
     """Mark the cases whose every pair of choices another case of the test has.
 
-    On JAX, where nearly every case compiles for a second, each choice occurs once in place of each pair, and the tests
-    of a file are covered as one in which the test is a choice, too; ``cover(together=...)`` says otherwise. Each choice
-    once, too, on array_api_strict: it takes NumPy's path, ten times as slowly, and is there to object to single calls.
+    On JAX, where nearly every case compiles for a second, and on array_api_strict, which takes NumPy's path ten times
+    as slowly and is there to object to single calls, each choice occurs once in place of each pair, and the tests of a
+    file are covered as one in which the test is a choice, too; ``cover(together=...)`` says otherwise.
     """
     groups: dict[Hashable, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
             mark, library = item.get_closest_marker("cover"), backends(item)
-            together = mark.kwargs["together"] if mark else library == {"jax"}
+            together = mark.kwargs["together"] if mark else library in ({"jax"}, {"array_api_strict"})
             slow = min(library & {"jax", "array_api_strict"}, default="") if len(library) == 1 else ""
             groups[item.path, "" if together else item.originalname, slow].append(item)
     for (_, test, slow), cases in groups.items():
@@ -68,9 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = set(config.getoption("backend") or BACKENDS)
     named = any("[" in argument for argument in config.args) or "exhaustive" in config.getoption("markexpr")
     everything = named or config.getoption("exhaustive")
+    either = everything or any("::" in argument for argument in config.args) or "slow" in config.getoption("markexpr")
     kept, dropped = [], []
     for item in items:
         short = everything or not item.get_closest_marker("exhaustive")
-        (kept if short and backends(item) & wanted else dropped).append(item)
+        timely = either or is_slow(item) == config.getoption("slow")
+        (kept if short and timely and backends(item) & wanted else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = sorted(kept, key=lambda item: ("jax" not in backends(item)) + 2 * ("torch" in backends(item)))

@@ -25,6 +25,7 @@ LONG = ("import",)
 """Seconds; the command of the session `bench` runs them all, and fails at a wrong row."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n in LONG)) for n in cases.CASES])
 def test_every_row_of_the_short_setting_is_right(name):
     rows = cases.CASES[name](SHORT)

@@ -77,6 +77,7 @@ def test_problems_come_from_the_seed():
     assert not np.array_equal(one.theta, other.theta)
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_listed_with_the_reason():
     rows = sweep("numpy", Sweep(("ridge",), ("cg", "auto"), (8, 3000), ("cpu", "cuda")), SHORT)
     told = {row.reason for row in rows if isinstance(row, Skipped)}

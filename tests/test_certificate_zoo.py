@@ -87,6 +87,7 @@ def test_torch(number):
     assert 0.5 <= row.effectivity <= 2, str(row)
 
 
+@pytest.mark.slow
 def test_estimates_are_right_where_y_is_nearly():
     """All of them, whether trusted or not."""
     rows = [row for row in measured(False, "float64") if row.off <= 2e-3]

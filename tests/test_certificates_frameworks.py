@@ -86,6 +86,7 @@ def test_jax_eager_and_compiled(jax_root):
         jax.jit(lambda y, t: implicit_grad(condition, f, y, t, polish="auto"))(y, theta)
 
 
+@pytest.mark.slow
 def test_backward_pass_of_jax(jax_root):
     jax, condition = jax_root
     from implicitdiff import DerivativeError, implicit_function

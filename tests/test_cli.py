@@ -95,6 +95,7 @@ def test_info_imports_only_what_a_backend_serves(
     assert re.search(rf"^torch +9\.9\.9 +{told}$", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status"), [(["info"], 0), (["demo", "--solver", "qr"], 2), (["--version"], 0), ([], 2)]
 )
@@ -228,6 +229,7 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("wine: 13 features, 3 classes; ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot_is_written(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"wine.{suffix}"

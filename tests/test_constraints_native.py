@@ -76,6 +76,7 @@ def test_first_order(name: str, name_of: str, by: str) -> None:
     assert_same(fw, jacobian(projection(fw, **CONDITIONS[name_of]))(theta), jacobian(truth)(theta))
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(
     ("name", "name_of"),
     [("torch", which) for which in CONDITIONS] + [("jax", which) for which in ("ineq", "multipliers")],
@@ -200,6 +201,7 @@ def black_box(data: dict[str, Any]) -> np.ndarray:
     return solved(np, {key: np.asarray(x) for key, x in data.items()})
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_layer_to_second_order_in_all_of_its_data(name: str) -> None:
     """All 36 blocks of the Hessian of a loss: a Hessian-vector product along one direction in all data together."""

@@ -183,6 +183,7 @@ def test_asymmetry_by_rounding_is_no_failure(solver: str) -> None:
     assert relative_error(NUMPY, found, np.linalg.solve(A + (np.triu(noise, 1) + np.triu(noise, 1).T) / 2, b)) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not JAX, reason="needs JAX")
 def test_small_trees_in_mixed_units_are_assembled() -> None:
     """In a compiled program nothing is seen of units within a leaf; a small system is assembled for them."""

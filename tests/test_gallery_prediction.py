@@ -57,6 +57,7 @@ def denoise_robust(parameters: Any, x: np.ndarray) -> np.ndarray:
     return y.reshape(x.shape)
 
 
+@pytest.mark.slow
 def test_denoising_gradient_against_the_image_found_by_newton(denoising: dict[str, Any]) -> None:
     noisy, clean, start = denoising["noisy"], denoising["clean"], denoising["start"]
     parameters = np.append(start["weights"], start["eps"])
@@ -116,6 +117,7 @@ def held_out_loss(W: np.ndarray, X: np.ndarray, c: np.ndarray) -> float:
     return float(np.mean(np.log(np.sum(np.exp(logits), axis=1)) - logits[np.arange(len(c)), c]))
 
 
+@pytest.mark.slow
 def test_gradient_of_the_penalties_against_the_refitted_model(log_linear: dict[str, Any]) -> None:
     train, tune = log_linear["train"], log_linear["tune"]
     gradient = log_linear["start_gradient"]

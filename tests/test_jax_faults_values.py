@@ -131,6 +131,7 @@ def test_26_only_in_the_products(solver: str) -> None:
     assert np.all(np.isnan(jax.jit(call)(zero, ONE)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in ("auto", "cg"))) for name in SOLVERS]
 )
@@ -218,6 +219,7 @@ def test_32_leaves_are_named() -> None:
 
 
 # -- 33 to 37: dtypes and frameworks -------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(("dtype", "other"), [("float32", "float32"), ("float32", "float64"), ("float64", "float32")])
 def test_33_mixed_precision(solver: str, dtype: str, other: str) -> None:
@@ -287,6 +289,7 @@ assert not jax.config.jax_enable_x64
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solvers", ["auto cg", pytest.param("lu cholesky minres gmres", marks=pytest.mark.exhaustive)])
 def test_33_without_double_precision(solvers: str) -> None:
     command = [sys.executable, "-c", SINGLE, *solvers.split()]

@@ -9,6 +9,7 @@ jax = pytest.importorskip("jax")
 from implicitdiff import MINRES, NotConvergedError, Root, implicit_jacobian, implicit_vjp  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("m", [300, 3])
 def test_more_right_hand_sides_may_mean_that_a_is_assembled_after_all(symmetric, m):

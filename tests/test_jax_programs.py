@@ -84,6 +84,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", CALLS)
 def test_compiled_once(way: str, compilations: list[float]) -> None:
     """A second call with other numbers compiles nothing."""
@@ -110,6 +111,7 @@ def test_gradient_of_a_wrapped_solver_is_compiled_once(compilations: list[float]
     assert len(compilations) <= 1  # 2 * theta
 
 
+@pytest.mark.slow
 def test_functions_are_not_kept_alive() -> None:
     """The compiled program goes with the user's functions."""
     from implicitdiff.backends.jax import programs as jax_programs
@@ -170,6 +172,7 @@ def test_functions_that_are_partial_or_compiled() -> None:
         assert np.allclose(implicit_vjp(condition, y, theta, jnp.ones(3)), 2 * theta)
 
 
+@pytest.mark.slow
 def test_threads() -> None:
     """Eight threads, each with problems of its own."""
     _, theta = squares()
@@ -220,6 +223,7 @@ def test_not_a_solution_under_grad() -> None:
         jax.grad(solve)(jnp.asarray(1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", ["grad", "jvp", pytest.param("jacrev", marks=pytest.mark.exhaustive)])
 def test_failed_solve_is_told_by_an_eager_derivative(derivative: str) -> None:
     """JAX's own derivatives, taken with numbers, say why they are NaN, and do as on_failure says."""

@@ -47,6 +47,7 @@ def test_sharded_gradient(lines: dict[str, tuple[str, ...]], layout: str) -> Non
     assert sums == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solvers", ["lu cg gmres", pytest.param("cholesky minres auto", marks=pytest.mark.exhaustive)])
 def test_inside_shard_map(solvers: str) -> None:
     """Inside of ``shard_map``, with the checks of what varies over devices that JAX makes by default."""

@@ -267,6 +267,7 @@ def test_derivatives_of_autograd(function: str) -> None:
     np.testing.assert_allclose(found, by_t, rtol=0, atol=2e-9)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize("function", list(ALL))
 def test_no_nan_at_the_origin(name: str, function: str) -> None:

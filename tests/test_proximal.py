@@ -145,6 +145,7 @@ def test_ridge_closed_form(lib: Library) -> None:
     assert off(lib.numpy(J["t"]), -inverse @ y) <= (1e-12 if exact else 1e-6)
 
 
+@pytest.mark.slow(on=("jax",))
 @EVERY
 def test_nothing_selected(lib: Library) -> None:
     """Beyond the largest penalty y = 0, and its derivative is 0: no doubt is cast on F."""

@@ -78,6 +78,7 @@ def test_batches(lib: Library, case: str, restrict: bool | None) -> None:
 
 
 # -- the frameworks' own derivatives -----------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize(
     ("case", "restrict"),
@@ -163,6 +164,7 @@ def test_a_kink_is_told(lib: Library, case: str) -> None:
         implicit_vjp(c, lib.array(y), lib.array(clear), lib.array(np.ones(3)))
 
 
+@pytest.mark.slow(on=("jax",))
 @EVERY
 def test_a_point_that_is_no_solution_is_told(lib: Library) -> None:
     y, theta, data = arguments(lib, "simplex")
@@ -179,6 +181,7 @@ def test_symmetric_methods_on_the_whole_system(method: str) -> None:
             implicit_vjp(condition(case, restrict=restrict), y, theta, V, solver=method, **data)
 
 
+@pytest.mark.slow(on=("jax",))
 @EVERY
 def test_a_restriction_that_does_not_fit_is_found_out(lib: Library) -> None:
     """On the sphere D is singular on its own support: an error, and no number."""
@@ -238,6 +241,7 @@ def test_single_precision() -> None:
     assert off(lib.numpy(g["q"]), by_q.T @ V) <= 1e-4
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *JAX], ids=lambda lib: lib.name)
 def test_box_in_mixed_units(lib: Library) -> None:
     """A step for each coordinate: with one for all, what is held at a bound seems to be next to a kink."""

@@ -112,6 +112,7 @@ def test_saddle_system(lib: Library, route: str) -> None:
     assert found.stationarity < 1e-5
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
 def test_saddle_system_on_a_compiler(lib: Library) -> None:
     program = ball(lib)

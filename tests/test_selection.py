@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import LIBRARIES, Library
 from covering import cover
-from selection import backends, choice, choices, mark_what_the_cover_leaves
+from selection import backends, choice, choices, is_slow, mark_what_the_cover_leaves
 
 FULL = [tuple(enumerate(case)) for case in product("abcd", range(6), "xyz", [None, ""]) if case[:2] != ("a", 0)]
 
@@ -56,7 +56,10 @@ class Item:
     def get_closest_marker(self, name: str) -> None:
         return None
 
-    def add_marker(self, name: str) -> None:
+    def iter_markers(self, name: str) -> list[SimpleNamespace]:
+        return [mark for mark in self.marks if getattr(mark, "name", "") == name]
+
+    def add_marker(self, name: Any) -> None:
         self.marks.append(name)
 
 
@@ -74,3 +77,17 @@ def test_what_is_not_marked_holds_every_pair_and_on_slow_libraries_every_choice(
     assert len(kept) == runs
     size = strength or (2 if library == "numpy" else 1)
     assert held(kept, size) == held([choices(item) for item in items], size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mark", "slow"), [({}, {"jax", "numpy"}), ({"on": ("jax",)}, {"jax"}), (None, set())], ids=["all", "some", "none"]
+)
+def test_what_is_slow_may_be_so_on_some_libraries(mark: dict[str, Any] | None, slow: set[str]) -> None:
+    found = set()
+    for library in ("jax", "numpy"):
+        item = Item("test_x.py", lib=library)
+        if mark is not None:
+            item.add_marker(SimpleNamespace(name="slow", kwargs=mark))
+        if is_slow(item):  # type: ignore[arg-type]
+            found.add(library)
+    assert found == slow

@@ -131,6 +131,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPED)
 def test_gradcheck(name: str) -> None:
     """Torch's own checks, forward mode and second order included."""

@@ -132,6 +132,7 @@ def test_regularity_in_any_units(scales: str) -> None:
     assert (found.rank, found.inertia) == (3, (4, 3, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
 @pytest.mark.parametrize("scales", ["y mixed", "all"])
 def test_same_active_set_under_jax(lib: Library, scales: str) -> None:
@@ -186,6 +187,7 @@ def boxes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return theta, y, truth
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
 def test_infinite_bounds_in_theta_and_in_a_padded_batch(lib: Library) -> None:
     theta, y, truth = boxes()
