@@ -8,7 +8,7 @@ NumPy, from derivatives that are written by hand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import autograd.numpy as anp
@@ -45,10 +45,12 @@ class Program:
     lam: np.ndarray | None = None
     mu: np.ndarray | None = None
     dtype: str = "float64"
+    derivatives: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Written by hand, by the argument's name."""
 
-    def condition(self, **options: Any) -> KKT:
-        """Return the condition."""
-        return KKT(self.f, eq=self.eq, ineq=self.ineq, **options)
+    def condition(self, *given: str, **options: Any) -> KKT:
+        """Return the condition, with some of the derivatives."""
+        return KKT(self.f, eq=self.eq, ineq=self.ineq, **{name: self.derivatives[name] for name in given}, **options)
 
     def array(self, values: np.ndarray) -> Any:
         """Array of the library, in the precision of the problem."""
@@ -194,7 +196,30 @@ def general(
     return Program(
         lib, f, constraint(e), constraint(g) if inequalities else None, ys.reshape(*items, n), theta,
         jacobians.reshape(*items, n, m), zs[:, :p].reshape(*items, p), zs[:, p:].reshape(*items, r), dtype,
+        by_hand(lib, quartic, a, e, g),
     )  # fmt: skip
+
+
+def by_hand(
+    lib: Library, quartic: float, a: dict[str, Any], e: dict[str, Any], g: dict[str, Any]
+) -> dict[str, Callable[..., Any]]:  # fmt: skip
+    """The derivatives of `general`, for `KKT`."""
+    xp = functions(lib)
+    eye = lib.array(np.eye(a["c"].shape[-1]).astype(str(a["c"].dtype).rpartition(".")[2]))
+    slope = lambda y, t: matvec(a["S"], y) + quartic * y**3 + a["c"] + matvec(a["K"], t)
+    curve = lambda y: a["S"] + 3 * quartic * eye * y[..., None, :] ** 2
+    rows = lambda d: lambda y, t: d["J"] + d["W"] * y[..., None, :]
+    second = lambda d, z: eye * xp.sum(d["W"] * z[..., None], axis=-2)[..., None, :]
+    return {
+        "grad": slope,
+        "hvp": lambda y, t, v: matvec(a["S"], v) + 3 * quartic * y**2 * v,
+        "hessian": lambda y, t: curve(y),
+        "eq_jacobian": rows(e),
+        "ineq_jacobian": rows(g),
+        "eq_hessian": lambda y, t, z: second(e, z),
+        "ineq_hessian": lambda y, t, z: second(g, z),
+        "lagrangian_hessian": lambda y, t, lam, mu: curve(y) + second(e, lam) + second(g, mu),
+    }
 
 
 def _solved(

@@ -343,7 +343,7 @@ def verdict(condition, y, theta, mode, direction):
         rules = Rules(problem)
         solution = getattr(rules, mode)(direction)[1].solution.x
         given = (solution, None) if mode == "vjp" else (None, solution)
-        return [wrong.name for wrong in wrong_in(rules.maps.checked, *given)]
+        return [wrong.name for wrong in wrong_in(rules.maps.checked[0], *given)]
 
 
 @pytest.mark.parametrize("block", range(3))

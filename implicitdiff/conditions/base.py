@@ -32,6 +32,7 @@ __all__ = [
     "check_verify",
     "finite_part",
     "maps_from",
+    "matrix_operator",
 ]
 
 Function: TypeAlias = Callable[..., Any] | None
@@ -75,12 +76,14 @@ class Checked(NamedTuple):
     """Returns the backend's derivatives of G."""
     forward: tuple[str, Product | None]
     adjoint: tuple[str, Product | None]
-    matrix: tuple[str, Operator | None]
+    matrix: tuple[str, LinearMap | None]
     mixed_jvp: Product | None
     mixed_vjp: Product | None
     symmetric: bool
     solved: int | None = None
     """What is solved with: ∂G/∂y (0), I − ∂G/∂y (1), or a matrix that is made of more than G (None)."""
+    of: str = "fun"
+    """What the user knows f under."""
 
 
 class Maps(NamedTuple):
@@ -95,13 +98,15 @@ class Maps(NamedTuple):
     B: LinearMap
     embedding: Embedding | None = None
     observations: Observations | None = None
-    checked: Checked | None = None
+    checked: tuple[Checked, ...] = ()
     scale: Array | None = None
     """W, shape (*items, rows of A): the system is W F, and its unknowns are W⁻¹ those of F; zero where it has none."""
     choices: Any = None
     """What the form of the system depends on beside y and θ (`Point.choices`); None where it has one form."""
     changed: Callable[[], Array] | None = None
     """At a point with the choices of another: which of these would be others here, (*items, k)."""
+    hessian: Array | None = None
+    """Of a saddle system, H as a matrix, (*items, n, n), where it is at hand."""
 
     def raw(self, x: Array) -> Array:
         """W⁻¹ x: a right-hand side of the system as one of F, or unknowns of F as those of the system."""
@@ -216,7 +221,7 @@ class _Builder:
         self.symmetric, self.what = symmetric, what
         self.forward, self.adjoint = self._product(*given.forward), self._product(*given.adjoint)
         name, matrix = given.matrix
-        self.matrix = None if matrix is None else self._matrix(name, point.call(matrix, name))
+        self.matrix = None if matrix is None else matrix_operator(point, name, point.call(matrix, name), symmetric)
         self.mixed = self._mixed()
 
     def _product(self, name: str, function: Function) -> Product | None:
@@ -284,28 +289,6 @@ class _Builder:
 
         return derive
 
-    def _matrix(self, name: str, matrix: Any) -> Operator:
-        p = self.point
-        n, items = p.y.n, p.items
-        sparse, linear = hasattr(matrix, "tocsc"), hasattr(matrix, "matvec")
-        if (sparse or linear) and p.backend.name != "numpy":
-            raise BackendError(f"{name} returned a SciPy matrix, and y is an array of {p.backend.name}.")
-        if not sparse and not linear:
-            array = p.backend.as_array(matrix, p.y.device, p.y.dtype)
-            if array is None or math.prod(array.shape) != n * n * math.prod(items):
-                got = type(matrix).__name__ if array is None else f"an array of shape {tuple(array.shape)}"
-                raise CallbackError(f"{name} returned {got}.\nExpected a matrix of shape {(*items, n, n)}.")
-            p.y.check_placed(array, name, p.y.dtype)
-            matrix = p.backend.astype(p.backend.reshape(array, (*items, n, n)), p.y.dtype)
-        elif tuple(matrix.shape) != (n, n) or items:
-            raise CallbackError(
-                f"{name} returned {type(matrix).__name__} of shape {tuple(matrix.shape)}.\n"
-                f"Expected shape {(*items, n, n)}."
-            )
-        tags = {"label": "A", "symmetric": True if self.symmetric else None}
-        op: Operator = matrix_map(Operator, p.backend, matrix, items, p.y.dtype, p.y.device, **tags)
-        return replace(op, adjoint=op.forward) if self.symmetric else op
-
     def _mixed(self) -> LinearMap:
         """∂G/∂θ."""
         p, given = self.point, self.given
@@ -320,6 +303,38 @@ class _Builder:
             p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
             kind=kind, label="B", domain=p.theta.dtype, accuracy=accuracy,
         )  # fmt: skip
+
+
+def matrix_operator(p: Point, name: str, matrix: Any, symmetric: bool) -> Operator:
+    """Return a matrix of the user's, ∂G/∂y at a point, as an operator.
+
+    Parameters
+    ----------
+    p : Point
+    name : str
+        Of the function that returned it.
+    matrix : array, SciPy sparse matrix or LinearOperator
+    symmetric : bool
+        Whether it is said to be symmetric.
+    """
+    n, items = p.y.n, p.items
+    sparse, linear = hasattr(matrix, "tocsc"), hasattr(matrix, "matvec")
+    if (sparse or linear) and p.backend.name != "numpy":
+        raise BackendError(f"{name} returned a SciPy matrix, and y is an array of {p.backend.name}.")
+    if not sparse and not linear:
+        array = p.backend.as_array(matrix, p.y.device, p.y.dtype)
+        if array is None or math.prod(array.shape) != n * n * math.prod(items):
+            got = type(matrix).__name__ if array is None else f"an array of shape {tuple(array.shape)}"
+            raise CallbackError(f"{name} returned {got}.\nExpected a matrix of shape {(*items, n, n)}.")
+        p.y.check_placed(array, name, p.y.dtype)
+        matrix = p.backend.astype(p.backend.reshape(array, (*items, n, n)), p.y.dtype)
+    elif tuple(matrix.shape) != (n, n) or items:
+        raise CallbackError(
+            f"{name} returned {type(matrix).__name__} of shape {tuple(matrix.shape)}.\nExpected shape {(*items, n, n)}."
+        )
+    tags = {"label": "A", "symmetric": True if symmetric else None}
+    op: Operator = matrix_map(Operator, p.backend, matrix, items, p.y.dtype, p.y.device, **tags)
+    return replace(op, adjoint=op.forward) if symmetric else op
 
 
 def _lengths(point: Point) -> tuple[int, ...]:
@@ -359,5 +374,5 @@ def maps_from(
     y, theta = point.y.vector, point.theta.vector
     if value is None and function is not None:
         value = lambda: function(y, theta)  # noqa: E731
-    checked = builder.checked(function, values, known_as)
+    checked = (builder.checked(function, values, known_as),)
     return Maps(value, function, builder.operator(), builder.mixed, checked=checked)

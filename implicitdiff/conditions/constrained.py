@@ -20,13 +20,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from implicitdiff.arrays import Array, listed, named_items
 from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
 from implicitdiff.conditions.base import Condition, Maps, Observations, finite_part
-from implicitdiff.conditions.differenced import system_by_blocks
+from implicitdiff.conditions.constraint import Constraint
+from implicitdiff.conditions.lagrangian import FirstOrder, Lagrangian, Objective
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.reduced import Choices, reduced
 from implicitdiff.conditions.stationary import Stationary
@@ -42,32 +43,16 @@ from implicitdiff.errors import (
 )
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.mode import Mode
-from implicitdiff.namespaces import item_sum, namespace, without
+from implicitdiff.namespaces import item_sum, namespace
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler
 from implicitdiff.solvers.saddle import NullSpace, Schur
 from implicitdiff.tolerances import LARGEST
 
-__all__ = ["ROUTES", "Constrained", "FirstOrder", "Route"]
+__all__ = ["ROUTES", "Constrained", "Route"]
 
 Route: TypeAlias = Literal["auto", "kkt", "schur", "nullspace"]
 ROUTES = get_args(Route)
-
-
-class FirstOrder(NamedTuple):
-    """The problem at a point, to first order; k constraints, of which the first p are equalities."""
-
-    p: int
-    values: Array
-    """c, shape (*items, k)."""
-    rows: Array
-    """J, shape (*items, k, n)."""
-    gradient: Array
-    """∇f, shape (*items, n)."""
-    curve: Callable[[Array], Array]
-    """The product with the Hessian of f, for vectors (*rhs, *items, n)."""
-    derivatives: Any = None
-    """Of c, where those of f come from differences."""
 
 
 class Constrained(Condition):
@@ -104,71 +89,51 @@ class Constrained(Condition):
 
     # -- the problem, for subclasses to say --------------------------------------------------------------
     @property
-    def constraints(self) -> dict[str, Callable[..., Any]]:
-        """The constraints by the name of their argument, equalities first."""
-        return {name: f for name, f in (("eq", self.eq), ("ineq", self.ineq)) if f is not None}
+    def constraints(self) -> tuple[Constraint, ...]:
+        """The constraints, equalities first."""
+        return tuple(Constraint(name, name, f) for name, f in (("eq", self.eq), ("ineq", self.ineq)) if f is not None)
 
     def parts(self, point: Point) -> dict[str, tuple[Callable[[Array, Array], Array], bool]]:
         part = point.part()
-        found = {name: (part.raveled_function(f, name), False) for name, f in self.constraints.items()}
-        return {"f": (part.scalar_function(self.objective(point.lead), "f"), True), **found} if found else {}
+        found = {c.name: (part.raveled_function(c.fun, c.name), False) for c in self.constraints}
+        return {"f": (part.scalar_function(self.objective(point.lead).f, "f"), True), **found} if found else {}
 
-    def objective(self, lead: int) -> Callable[..., Any]:
+    def objective(self, lead: int) -> Objective:
         """f as a function of trees; ``lead`` is the number of leading axes of items."""
         raise NotImplementedError
 
     def first_order(self, point: Point) -> FirstOrder:
         """Constraints, their gradients, and ∇f."""
-        backend, y, theta = point.backend, point.y.vector, point.theta.vector
-        values = [point.raveled_function(f, name)(y, theta) for name, f in self.constraints.items()]
-        sizes = {name: c.shape[-1] for name, c in zip(self.constraints, values, strict=True)}
-        if not sum(sizes.values()):
+        lagrangian = Lagrangian(point, self.objective(point.lead), self.constraints)
+        size = lagrangian.slices[-1].stop
+        if not size:
             raise _unconstrained()
-        _check_size(point, sum(sizes.values()))
-        found = backend.differentiate(point.raveled_function(self._all, " and ".join(sizes)), y, theta)
-        k = sum(sizes.values())
-        unit = backend.xp.eye(k, dtype=point.y.dtype, device=point.y.device)
-        lead = (1,) * len(point.items)
-        unit = backend.xp.broadcast_to(backend.reshape(unit, (k, *lead, k)), (k, *point.items, k))
-        rows = backend.xp.moveaxis(found.vjp_y(unit), 0, -2)
-        objective = point.scalar_function(self.objective(point.lead), "f")
-        smooth = backend.differentiate_gradient(objective, y, theta)
-        whole = values[0] if len(values) == 1 else backend.concat(values)
-        whole, rows, gradient = (backend.astype(x, point.y.dtype) for x in (whole, rows, smooth.value()))  # widened
-        return FirstOrder(
-            sizes.get("eq", 0), whole, rows, gradient, lambda v: backend.astype(smooth.hvp(v), point.y.dtype),
-            None if smooth.kind == "autodiff" or backend.vmap is not None else found,
-        )  # fmt: skip
-
-    def hessian(self, point: Point) -> Array | None:
-        """H as a matrix, shape (*items, n, n), where it is at hand."""
-        return None
+        _check_size(point, size)
+        return lagrangian.first_order()
 
     def system(self, point: Point, first: FirstOrder, z: Array) -> Maps:
         """F, A and B of the Lagrangian's stationary point over (y, z), all constraints in it."""
-        lagrangian = _lagrangian(self.objective(point.lead), self._all, point.lead)
-        if first.derivatives is not None:
-            return system_by_blocks(point, first, z, lagrangian, self._all)
+        if first.lagrangian is not None:
+            return first.lagrangian.system(first, z)
+        constraints = self.constraints
+        every = lambda y, theta, *args: tuple(c.values(y, theta, *args) for c in constraints)  # noqa: E731
+        lagrangian = _lagrangian(self.objective(point.lead).f, every, point.lead)
         raveler = Raveler(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
         both = Point(point.backend, raveler, point.theta, point.args, point.mapped)
-        return Stationary(lagrangian).maps(both)
+        return Stationary(lagrangian).maps(both)._replace(checked=())  # nothing was given
 
-    def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:
-        return tuple(_without_infinite(c(y, theta, *args)) for c in self.constraints.values())
-
-    # -- maps ----------------------------------------------------------------------------------------
     def maps(self, point: Point) -> Maps:
         if point.y.n == 0 and self.constraints:  # there is nothing to constrain
-            return Stationary(self.objective(point.lead)).maps(point)
+            return Stationary(self.objective(point.lead).f).maps(point)
         first = self.first_order(point)
         if not first.values.shape[-1]:
             raise _unconstrained()
-        xp, backend, hessian = point.backend.xp, point.backend, self.hessian(point)
+        xp, backend = point.backend.xp, point.backend
         limits = Limits.of(xp, point.y.dtype, self.active_tol)
         equality = xp.broadcast_to(_equalities(point, first), first.values.shape)
         if point.choices is not None:
-            return self._nearby(point, first, hessian, limits, equality)
-        units = units_at(point, first, limits, hessian, first.curve)
+            return self._nearby(point, first, limits, equality)
+        units = units_at(point, first, limits)
         candidate = active_set.candidates(backend, equality, first, units, limits)
         given = self._given(point, first)
         if given is not None and backend.mode is not Mode.INLINE:
@@ -184,16 +149,16 @@ class Constrained(Condition):
         if given is not None and point.y.n:
             held = xp.where(judged.active, given, xp.zeros_like(given))
             judged = judged._replace(unbalanced=active_set.unbalanced(xp, first, units, limits, held))
-        return reduced(point, whole, hessian, first.rows, units, judged)
+        return reduced(point, whole, first.rows, units, judged)
 
-    def _nearby(self, point: Point, first: FirstOrder, H: Array | None, limits: Limits, equality: Array) -> Maps:
+    def _nearby(self, point: Point, first: FirstOrder, limits: Limits, equality: Array) -> Maps:
         """The system with the active set and the multipliers of a point nearby."""
         there: Choices = point.choices
         xp = point.backend.xp
         no = xp.zeros_like(there.active)
         z = xp.where(there.active, there.multipliers, xp.zeros_like(there.multipliers))
         found = ActiveSet(equality, first.values, z, there.active, no, no, no, no, no)
-        maps = reduced(point, self.system(point, first, z), H, first.rows, there.units, found)
+        maps = reduced(point, self.system(point, first, z), first.rows, there.units, found)
 
         def changed() -> Array:
             pull, gap = z * there.units.distance, first.values
@@ -349,13 +314,6 @@ def _paired(z: Any, c: Any, shape: tuple[int, ...], lead: int) -> Any:
         return z[..., 0] * c
     xp = namespace(z)
     return item_sum(xp, xp.reshape(z, shape) * c, lead)
-
-
-def _without_infinite(c: Any) -> Any:
-    """Take out what is −inf, an infinite bound: it is constant, and its product with a multiplier of 0 is 0."""
-    tree = flatten(c)
-    leaves = [without(namespace(x), x, -math.inf, 0.0) if hasattr(x, "dtype") else x for x in tree.leaves]
-    return tree.unflatten(leaves)
 
 
 def _active_by_multiplier(first: FirstOrder, given: Array, units: Units, limits: Limits) -> Array:

@@ -47,7 +47,7 @@ class FixedPoint(Root):
             None if at is None else (lambda z, theta: z - at(z, theta)),
             identity_minus(t.A),
             _negated(t.B),
-            checked=None if t.checked is None else t.checked._replace(solved=1),
+            checked=tuple(c._replace(solved=1) for c in t.checked),
         )
 
 

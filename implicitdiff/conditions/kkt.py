@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import Function, check_callables
+from implicitdiff.conditions.base import Function, check_callables, check_verify
 from implicitdiff.conditions.constrained import Constrained, Route
+from implicitdiff.conditions.constraint import Constraint
+from implicitdiff.conditions.lagrangian import Objective
 from implicitdiff.errors import InputError
 
 __all__ = ["KKT"]
@@ -32,6 +34,21 @@ class KKT(Constrained):
     eq, ineq : callable, optional
         ``h(y, theta, *args)`` and ``g(y, theta, *args)``: an array of constraints of any shape, or a tree of arrays;
         one of the two at least.
+    grad : callable, optional
+        ``∇_y f(y, theta, *args) -> like y``.
+    hvp : callable, optional
+        ``(∂²f/∂y²) v`` of f, not of 𝓛, as ``hvp(y, theta, v, *args) -> like y``.
+    hessian : callable, optional
+        ``∂²f/∂y²`` of f, not of 𝓛, as ``hessian(y, theta, *args)``: as for `Stationary`.
+    eq_jacobian, ineq_jacobian : callable, optional
+        ``∂h/∂y`` and ``∂g/∂y`` as ``eq_jacobian(y, theta, *args)``: a dense array or a SciPy sparse matrix, one row for
+        each constraint, one column for each coordinate of the raveled y; or one array (k, *shape) for each leaf of y.
+    eq_hessian, ineq_hessian : callable, optional
+        ``Σ λ_i ∂²h_i/∂y²`` and ``Σ μ_i ∂²g_i/∂y²`` as ``eq_hessian(y, theta, lam, *args)``: SciPy's ``hess(x, v)`` with
+        theta in between. ``lam`` holds one number for each constraint, raveled.
+    lagrangian_hessian : callable, optional
+        ``∂²𝓛/∂y²`` as ``lagrangian_hessian(y, theta, lam, mu, *args)``: what Ipopt and CasADi have, at the weight 1 of
+        f. It is used in place of the other second derivatives. What there is none of has shape (0,).
     multipliers : pair of arrays, array or callable, optional
         (λ, μ), one entry per constraint, as the solver returned them; the array alone where there is one kind of
         constraint; or ``(y, theta, *args) ->`` the same. By default they are recovered by least squares from
@@ -44,6 +61,8 @@ class KKT(Constrained):
         An inequality is active within this distance, ``-g_i <= active_tol R_i`` with R_i = ‖∇g_i ∘ u‖, u the size of
         the coordinates of y; and a multiplier is zero within this part of what moves y by as much. Default 1e-6 in
         double precision, 3e-4 in single.
+    verify : bool, default True
+        Whether derivatives that are given are held against the functions at their first use, as for `Stationary`.
 
     Raises
     ------
@@ -52,6 +71,9 @@ class KKT(Constrained):
 
     Notes
     -----
+    What is given of derivatives is used; what is missing comes from autodiff, or from differences. Those with respect
+    to θ are derived from what is given: of ∇f and J, first derivatives along θ are all that is needed.
+
     The Jacobian J of the constraints is held as a matrix, (k, n) for all k of them, and multipliers cost k³ operations.
 
     References
@@ -73,25 +95,58 @@ class KKT(Constrained):
     """
 
     f: Callable[..., Any]
-    eq: Callable[..., Any] | None
-    ineq: Callable[..., Any] | None
-    multipliers: Any
-    route: str
-    active_tol: float | None
+    eq: Callable[..., Any] | None = None
+    ineq: Callable[..., Any] | None = None
+    grad: Callable[..., Any] | None = None
+    hvp: Callable[..., Any] | None = None
+    hessian: Callable[..., Any] | None = None
+    eq_jacobian: Callable[..., Any] | None = None
+    ineq_jacobian: Callable[..., Any] | None = None
+    eq_hessian: Callable[..., Any] | None = None
+    ineq_hessian: Callable[..., Any] | None = None
+    lagrangian_hessian: Callable[..., Any] | None = None
+    multipliers: Any = None
+    route: str = "auto"
+    active_tol: float | None = None
+    verify: bool = True
 
     def __init__(
-        self, f: Callable[..., Any], *, eq: Function = None, ineq: Function = None, multipliers: Any = None,
-        route: Route = "auto", active_tol: float | None = None,
+        self, f: Callable[..., Any], eq: Function = None, ineq: Function = None, *, grad: Function = None,
+        hvp: Function = None, hessian: Function = None, eq_jacobian: Function = None, ineq_jacobian: Function = None,
+        eq_hessian: Function = None, ineq_hessian: Function = None, lagrangian_hessian: Function = None,
+        multipliers: Any = None, route: Route = "auto", active_tol: float | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
         if not callable(f):
             raise InputError(f"f is {type(f).__name__}; expected a callable f(y, theta, *args) -> scalar.")
-        check_callables(eq=eq, ineq=ineq)
+        functions = {
+            "eq": eq, "ineq": ineq, "grad": grad, "hvp": hvp, "hessian": hessian, "eq_jacobian": eq_jacobian,
+            "ineq_jacobian": ineq_jacobian, "eq_hessian": eq_hessian, "ineq_hessian": ineq_hessian,
+            "lagrangian_hessian": lagrangian_hessian,
+        }  # fmt: skip
+        check_callables(**functions)
+        check_verify(verify)
         if eq is None and ineq is None:
             raise InputError("KKT needs eq or ineq; without constraints use Stationary(f).")
-        fields = {"f": f, "eq": eq, "ineq": ineq, "multipliers": multipliers, "route": route, "active_tol": active_tol}
+        for name in ("eq", "ineq"):
+            of = next((n for n in (f"{name}_jacobian", f"{name}_hessian") if functions[n] is not None), None)
+            if functions[name] is None and of is not None:
+                raise InputError(f"{of} is given, and {name} is not.")
+        fields = {"f": f, **functions, "multipliers": multipliers, "route": route, "active_tol": active_tol,
+                  "verify": verify}  # fmt: skip
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         self._check_options()
 
-    def objective(self, lead: int) -> Callable[..., Any]:
-        return self.f
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        eq = Constraint("eq", "eq", self.eq, self.eq_jacobian, self.eq_hessian) if self.eq else None
+        ineq = Constraint("ineq", "ineq", self.ineq, self.ineq_jacobian, self.ineq_hessian) if self.ineq else None
+        return tuple(c for c in (eq, ineq) if c is not None)
+
+    @property
+    def to_verify(self) -> tuple[Callable[..., Any], ...]:
+        given = (*self.objective(0).given, *(g for c in self.constraints for g in c.given))
+        return (self.f, *(c.fun for c in self.constraints), *given) if self.verify and given else ()
+
+    def objective(self, lead: int) -> Objective:
+        return Objective(self.f, self.grad, self.hvp, self.hessian, self.lagrangian_hessian)

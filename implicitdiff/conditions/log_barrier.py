@@ -14,6 +14,8 @@ from implicitdiff.arrays import Array, any_true, listed, named_items
 from implicitdiff.conditions.active_set import names
 from implicitdiff.conditions.base import Function, Maps, Observations, check_callables
 from implicitdiff.conditions.constrained import Constrained, Route
+from implicitdiff.conditions.constraint import Constraint
+from implicitdiff.conditions.lagrangian import Objective
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import InfeasibleError, InputError
@@ -106,10 +108,10 @@ class LogBarrier(Constrained):
         return solver if self.eq is None else super().routed(solver)
 
     @property
-    def constraints(self) -> dict[str, Callable[..., Any]]:
-        return {} if self.eq is None else {"eq": self.eq}
+    def constraints(self) -> tuple[Constraint, ...]:
+        return () if self.eq is None else (Constraint("eq", "eq", self.eq),)
 
-    def objective(self, lead: int) -> Callable[..., Any]:
+    def objective(self, lead: int) -> Objective:
         f, ineq, t, known = self.f, self.ineq, self.t, self._values
 
         def value(y: Any, theta: Any, *args: Any) -> Any:
@@ -125,7 +127,7 @@ class LogBarrier(Constrained):
                 total = total + (item_sum(xp, parts, lead) if len(shape) > lead else parts)
             return total
 
-        return value
+        return Objective(value)
 
     def _with_values(self, point: Point, values: Array) -> LogBarrier:
         """Return the condition for one point, without the logarithm, where finite differences may be taken of it."""
@@ -143,7 +145,7 @@ class LogBarrier(Constrained):
         if self.eq is not None:
             maps = super(LogBarrier, known).maps(point)
         else:
-            maps = Stationary(known.objective(point.lead)).maps(point)
+            maps = Stationary(known.objective(point.lead).f).maps(point)
         inside = ~point.backend.xp.any(outside, axis=-1)
         found = maps.observations or Observations(inside, inside, None)
         return maps._replace(

@@ -208,20 +208,27 @@ class Point:
             partial(self._bilinear(function, name, takes, returns), *self._trees(y, theta)), self.items
         )
 
-    def call(self, function: Callable[..., Any], name: str) -> Any:
-        """``f(y, theta, *args)`` at the point, as the user wrote it: a matrix, per item."""
+    def call(self, function: Callable[..., Any], name: str, *vectors: Array) -> Any:
+        """``f(y, theta, *vectors, *args)`` at the point, as the user wrote it: a matrix, per item."""
+        return self.matrix_function(function, name)(self.y.vector, self.theta.vector, *vectors)
+
+    def matrix_function(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """``f(y, theta, *vectors, *args) -> matrix`` as a function of vectors; it returns what the user's does."""
         call, item = self.backend.callback(function), self._one
         if item is None:
-            return call(*self._trees(self.y.vector, self.theta.vector), *self.args)
+            return lambda y, theta, *vectors: call(*self._trees(y, theta), *vectors, *self.args)
 
-        def of_one_item(y: Array, theta: Array, *own: Any) -> Array:
-            value = call(*item._trees(y, theta), *item._args(own))
+        count = len(self._own)
+
+        def of_one_item(y: Array, theta: Array, *more: Any) -> Array:
+            vectors, own = more[: len(more) - count], more[len(more) - count :]
+            value = call(*item._trees(y, theta), *vectors, *item._args(own))
             out = self.backend.as_array(value, self.y.device, self.y.dtype)
             if out is None:
                 raise CallbackError(f"{name} returned {type(value).__name__}.\nExpected a matrix.")
             return out
 
-        return self._over_items(of_one_item)(self.y.vector, self.theta.vector)
+        return self._over_items(of_one_item)
 
     def nest(self, jacobian: Array) -> Any:
         """Turn a matrix (*items, n, m) into the structure of y over the structure of theta."""

@@ -130,7 +130,7 @@ class _Composite(Condition):
         blind = backend.mode is Mode.INLINE or is_tree_vector(x)
         observations = None if blind else kinks(point, P.A.kind, outer, x, metric)
         A, B = _system(P.A, metric.scaled(smooth.A), metric), _mixed(P, smooth, metric)
-        checked = None if smooth.checked is None else smooth.checked._replace(solved=None)
+        checked = tuple(c._replace(solved=None) for c in smooth.checked)
         return Maps(
             lambda: metric.down(y - outer(x, theta)), at, A, B, metric.embedding(), observations, checked,
             choices=Choices(metric, P.A), changed=None if there is None else lambda: there.changed(P.A),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, times
 from implicitdiff.conditions.base import Maps, finite_part
-from implicitdiff.conditions.constrained import Constrained, FirstOrder, Route
+from implicitdiff.conditions.constrained import Constrained, Route
+from implicitdiff.conditions.lagrangian import FirstOrder
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, ShapeError
 from implicitdiff.linalg.operator import LinearMap, Operator
@@ -192,10 +193,7 @@ class _Bound(Constrained):
         xp, H = point.backend.xp, here.H
         values = times(here.rows, y) - here.right
         values = xp.where(here.absent, xp.full_like(values, -float("inf")), values)
-        return FirstOrder(here.p, values, here.rows, times(H, y) + here.q, lambda v: times(H, v))
-
-    def hessian(self, point: Point) -> Array | None:
-        return self._here.H
+        return FirstOrder(here.p, values, here.rows, times(H, y) + here.q, lambda v: times(H, v), H)
 
     def system(self, point: Point, first: FirstOrder, z: Array) -> Maps:
         xp, backend, n = point.backend.xp, point.backend, point.y.n
@@ -218,7 +216,7 @@ class _Bound(Constrained):
             slope = times(H, y) + self._here.q + times(xp.matrix_transpose(rows), z)
             return xp.concat([slope, times(rows, y) - self._here.right], axis=-1)
 
-        return Maps(residual, at, A, self._mixed(z, n + k, p))
+        return Maps(residual, at, A, self._mixed(z, n + k, p), hessian=H)
 
     # -- B = (∂²𝓛/∂θ∂y, ∂c/∂θ) ---------------------------------------------------------------------------
     def _mixed(self, z: Array, rows: int, p: int) -> LinearMap:

@@ -26,7 +26,7 @@ class Choices(NamedTuple):
 
 
 def reduced(
-    point: Point, whole: Maps, H: Array | None, rows: Array, units: Units, found: ActiveSet
+    point: Point, whole: Maps, rows: Array, units: Units, found: ActiveSet
 ) -> Maps:  # fmt: skip
     """Scale the system and reduce it to the active set."""
     backend, n = point.backend, point.y.n
@@ -46,8 +46,8 @@ def reduced(
     blocks = {"primal": n, "jacobian": w[..., None] * rows, "corner": corner, "positive_definite": False,
               "units": both}  # fmt: skip
     A = saddle(whole.A.rewrapped(wrap), **blocks)
-    if H is not None:
-        matrix = A.matrix_of(xp.concat([H, blocks["jacobian"]], axis=-2))
+    if whole.hessian is not None:
+        matrix = A.matrix_of(xp.concat([whole.hessian, blocks["jacobian"]], axis=-2))
         product = matrix_product(xp, matrix)
         A = replace(A, matrix=matrix, forward=product, adjoint=product)
     usable = ~xp.any(found.violated | found.dependent, axis=-1)
@@ -61,6 +61,7 @@ def reduced(
         _scaled(whole.B, scale),
         Embedding(lambda v: padded(backend, v, A.n), lambda x: x[..., :n]),
         Observations(usable, quiet, found),
+        checked=whole.checked,
         scale=scale,
         choices=Choices(units, found.active, z, w),
     )

@@ -56,9 +56,7 @@ class _Measured(NamedTuple):
     far: float
 
 
-def units_at(
-    point: Any, first: Any, limits: Any, hessian: Array | None, product: Callable[[Array], Array]
-) -> Units:  # fmt: skip
+def units_at(point: Any, first: Any, limits: Any) -> Units:
     """Find the units at a point.
 
     Parameters
@@ -66,10 +64,6 @@ def units_at(
     point : Point
     first : FirstOrder
     limits : Limits
-    hessian : array or None, shape (*items, n, n)
-        H, where it is at hand.
-    product : callable
-        H v for v of shape (*rhs, *items, n).
     """
     backend, y = point.backend, point.y.vector
     xp, n = backend.xp, point.y.n
@@ -80,13 +74,13 @@ def units_at(
         zero = xp.zeros_like(first.values)
         return Units(y, y, zero, zero, zero)
     leaf, known = _leaves(here)
-    if hessian is not None:
-        return _by_curvature(here, leaf, known, hessian)
+    if first.hessian is not None:
+        return _by_curvature(here, leaf, known, first.hessian)
     blind = backend.traced
     if blind and n + k <= SMALL:
-        return _by_curvature(here, leaf, known, _assembled(point, product))
+        return _by_curvature(here, leaf, known, _assembled(point, first.curve))
     u = power_of_two(xp, leaf)
-    image = product(u * point.y.space.probe())
+    image = first.curve(u * point.y.space.probe())
     d = u / xp.sqrt(energy(point, u, here.gradient, image))
     u = power_of_two(xp, xp.maximum(u, leaf_sizes(point, here.gradient * d * d)))
     found = _measured(here, u, d)
@@ -95,7 +89,7 @@ def units_at(
     doubt = _doubtful(here, found) | ~(known & _speaks(xp, abs(y) / d, abs(here.gradient) * d) & _alike(xp, abs(image)))
     if not any_true(xp, doubt):
         return found
-    sure = _by_curvature(here, leaf, known, _assembled(point, product))
+    sure = _by_curvature(here, leaf, known, _assembled(point, first.curve))
     return Units(*(xp.where(doubt[..., None], new, old) for new, old in zip(sure, found, strict=True)))
 
 

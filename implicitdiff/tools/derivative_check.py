@@ -150,7 +150,7 @@ def _checked(
         rules = Rules(problem, flat=True)
         if not rules.point.y.n:
             return DerivativeCheck([])
-        rows = [] if rules.maps.checked is None else list(_of_given(rules, rules.maps.checked))
+        rows = [row for checked in rules.maps.checked for row in _of_given(rules, checked)]
         rows += _of_parts(rules)
     return DerivativeCheck(rows)
 
@@ -190,7 +190,7 @@ def _with_differences(trials: list[Trial]) -> Iterator[CheckRow]:
     for name, gap in first.items():
         other = second.get(name)
         wrong = _any(gap.bad) and other is not None and _any(other.bad)
-        what = "fun" if name == "grad" else trials[0].checked.what
+        what = trials[0].checked.of if name == "grad" else trials[0].checked.what
         cause = cause_of(trials[0], Wrong(name, gap, "")) if wrong else ""
         yield _row(name, f"differences of {what}", gap, wrong, cause)
 

@@ -7,7 +7,9 @@ a kink or noise adds to the difference shows in the second difference; only what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from implicitdiff.arrays import Array, quotient
@@ -20,10 +22,15 @@ from implicitdiff.verification.trials import function_of
 __all__ = ["contradicted"]
 
 
-def contradicted(checked: Checked | None) -> Array | None:
-    """Items in which what was given is not the derivative of G; None where that cannot be looked at."""
-    function = None if checked is None else function_of(checked)
-    if checked is None or function is None or not checked.point.y.n or is_tree_vector(checked.point.y.vector):
+def contradicted(checked: Iterable[Checked]) -> Array | None:
+    """Items in which what was given is not the derivative of its function; None where that cannot be looked at."""
+    found = [wrong for c in checked if (wrong := _contradicted(c)) is not None]
+    return None if not found else functools.reduce(operator.or_, found)
+
+
+def _contradicted(checked: Checked) -> Array | None:
+    function = function_of(checked)
+    if function is None or not checked.point.y.n or is_tree_vector(checked.point.y.vector):
         return None
     backend = checked.point.backend
     y, theta = (backend.detached(raveler.vector) for raveler in (checked.point.y, checked.point.theta))
@@ -39,7 +46,7 @@ def contradicted(checked: Checked | None) -> Array | None:
     by_y = along(z, 0.0)
     by_theta = along(0.0, t) if checked.point.theta.n else (0 * middle, 0 * middle)
     rows = xp.abs(by_y[0]) + xp.abs(by_theta[0])
-    shift = z if checked.solved == 1 else 0 * z  # of F = y − T
+    shift = z if checked.solved == 1 else 0 * by_y[0]  # of F = y − T
     duals = [_dual(checked, rows, change) for change in (by_y[0] - shift, by_theta[0])]
     wrong = xp.vecdot(z, z) < 0
     for u, (change, bend), number, less in _numbers(checked, duals, z, t, shift, by_y, by_theta):
@@ -53,7 +60,7 @@ def contradicted(checked: Checked | None) -> Array | None:
 def _dual(checked: Checked, rows: Array, change: Array) -> Array:
     """A vector in the units of 1/G, up to a common factor, on which no two parts of a change cancel each other."""
     xp, y = checked.point.backend.xp, checked.point.y.vector
-    s = xp.abs(draw(xp, y, 2))
+    s = xp.abs(draw(xp, change, 2))
     s = xp.where(change < 0, -s, s)
     if checked.symmetric:  # y_i G_i has the unit of f
         return s * xp.abs(y)

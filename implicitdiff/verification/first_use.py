@@ -107,8 +107,9 @@ def verify(problem: Any, rules: Callable[[], Any], mode: str = "", solution: Any
     key, held = _key_of(problem, functions)
     if key in _verified:
         return
-    checked: Checked | None = rules().maps.checked
-    if checked is not None and checked.point.y.n and not is_tree_vector(checked.point.y.vector):
+    for checked in rules().maps.checked:
+        if not checked.point.y.n or is_tree_vector(checked.point.y.vector):
+            continue
         known = solution is not None and 0 not in solution.shape and checked.solved is not None
         x = _raveled(checked, solution) if known else None
         short = checked.point.theta.n <= checked.point.y.n

@@ -132,7 +132,7 @@ def error_for(checked: Checked, wrongs: list[Wrong]) -> InconsistentDerivativesE
     names = " and ".join(wrong.name for wrong in wrongs)
     first = wrongs[0]
     off = float(xp.max(xp.where(first.gap.bad, first.gap.difference, 0 * first.gap.allowed)))
-    other = "fun" if first.name == "grad" else checked.what
+    other = checked.of if first.name == "grad" else checked.what
     verb = "are not derivatives" if len(wrongs) > 1 else "is not the gradient" if other != checked.what else None
     head = f"{names} {verb or 'is not the derivative'} of {other} at this point: {off:.2g} off, relative to its size."
     same = len({wrong.cause for wrong in wrongs}) == 1

@@ -73,13 +73,15 @@ class Trial:
     def _dual(self) -> Array:
         """A vector without structure in the units of 1/G, up to a common factor."""
         xp, c = self.xp, self.checked
-        s = draw(xp, self.y, 4 * self.number + 2)
+        number = 4 * self.number + 2
         if c.symmetric:  # y_i G_i has the unit of f
-            return s * self.size
+            return draw(xp, self.y, number) * self.size
         if c.solved == 1:  # T has the units of y
+            s = draw(xp, self.y, number)
             return xp.where(self.size > 0, s / xp.where(self.size > 0, self.size, xp.ones_like(s)), 0 * s)
         rows = xp.abs(self.along_z.change(0))
         rows = rows if self.along_t is None else rows + xp.abs(self.along_t.change(0))
+        s = draw(xp, rows, number)
         usable = (rows > 0) & xp.isfinite(rows)
         return quotient(xp, s, rows, usable)
 
