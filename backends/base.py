@@ -223,6 +223,24 @@ class Backend(ABC):
         """Return such an array as one of the framework."""
         return x
 
+    # -- the host ------------------------------------------------------------------------------------
+    def to_host(self, x: Array) -> Any:
+        """Return an array as one of NumPy."""
+        return np.asarray(x)
+
+    def sees(self, *arrays: Array) -> bool:
+        """Whether these hold numbers to look at."""
+        return not self.traced
+
+    def on_host(
+        self, function: Callable[..., Sequence[Any]], like: Sequence[tuple[tuple[int, ...], Any, Any]], *arrays: Array
+    ) -> tuple[Array, ...]:  # fmt: skip
+        """Call a function of NumPy arrays on arrays of the framework; ``like`` are shapes, dtypes and device of what
+        it returns.
+        """
+        found = zip(function(*map(self.to_host, arrays)), like, strict=True)
+        return tuple(self.xp.asarray(np.array(x), dtype=dtype, device=device) for x, (_, dtype, device) in found)
+
     # -- loops ---------------------------------------------------------------------------------------
     @abstractmethod
     def while_loop(

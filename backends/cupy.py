@@ -98,6 +98,9 @@ class CupyBackend(ArrayAPIBackend):
     def device(self, x: Array) -> Any:
         return x.device
 
+    def to_host(self, x: Array) -> Any:
+        return x.get()
+
     def guard(self, x: Array) -> Array:
         return x.copy()  # a callback that works in place on its argument would silently spoil the iteration
 

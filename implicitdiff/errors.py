@@ -6,6 +6,7 @@
     ├── InputError (ValueError)              an argument is wrong
     │   ├── ShapeError                       ... in its shape or structure
     │   ├── NonFiniteError                   ... holds NaN or Inf
+    │   ├── PatternError                     ... leaves out entries of A that are not zero
     │   └── UnknownNameError (KeyError)      ... names no solver, backend or mode
     ├── DTypeError (TypeError)               integer, complex or half-precision data
     ├── BackendError (TypeError)             no backend for the arrays, or mixed frameworks or devices
@@ -57,6 +58,7 @@ __all__ = [
     "NotConvergedError",
     "NotPositiveDefiniteError",
     "NotSymmetricError",
+    "PatternError",
     "PreconditionerError",
     "QualificationError",
     "RecompilationWarning",
@@ -83,6 +85,10 @@ class ShapeError(InputError):
 
 class NonFiniteError(InputError):
     """An argument holds NaN or Inf."""
+
+
+class PatternError(InputError):
+    """The sparsity pattern leaves out entries of A that are not zero; the message names one."""
 
 
 class UnknownNameError(InputError, KeyError):

@@ -250,7 +250,10 @@ class Linearization(Generic[Y, T]):
             self.estimate, self.mode = run.estimate, run.mode
             if run.mode is Mode.INLINE:
                 return self._limited(run, control), None
+            known = as_condition(problem.condition).structure
             error = self._error_from(run, mode, direction)
+            if as_condition(problem.condition).structure != known:
+                return self.attempt(mode, direction, x0, control)
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
                 # a failed solve is blamed on A only if A is what it should be
                 found = None if error is not None or run.diagnostics.unsure(xp) else run.diagnostics.solution.x
@@ -300,6 +303,7 @@ class Linearization(Generic[Y, T]):
     def _inquire(self, run: Run, mode: str, direction: Any) -> SolveError | None:
         """Find out outside of a compiled program what is wrong, where the functions can be asked again."""
         rules, problem = self._rules, self._problem
+        _ = rules.prepared.whole  # a pattern that is wrong is told, or found anew
         point = rules.point
         ravelers = [(point.y, point.y.vector, "y"), (point.theta, point.theta.vector, "theta")]
         if mode in {"vjp", "jvp"}:

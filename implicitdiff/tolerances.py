@@ -50,6 +50,9 @@ SKEW = ByPrecision(1e-5, 1e-3)
 SKEW_SEEN = ByPrecision(1e-6, 1e-3)
 """The same on one vector, beside the residual, where only products are known: they are exact, or rounded."""
 
+MISSED = ByPrecision(1e-9, 1e-4)
+"""Part of a row, in the units of its columns, that a sparsity pattern may leave out: a product that cancels rounds."""
+
 # -- linear solves ---------------------------------------------------------------------------------------
 RESIDUAL = ByPrecision(1e-10, 1e-5)
 """‖b − A x‖ / ‖b‖ at which an iterative method stops: six digits to spare from rounding in double, two in single."""

@@ -124,6 +124,20 @@ class JaxBackend(ArrayAPIBackend):
     def put_back(self, x: Array) -> Array:
         return jnp.asarray(x)
 
+    def sees(self, *arrays: Array) -> bool:
+        return not is_traced(arrays)
+
+    def on_host(self, function: Callable[..., Any], like: Any, *arrays: Array) -> tuple[Array, ...]:
+        if not is_traced(arrays):
+            return super().on_host(function, like, *arrays)
+        shapes = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in like)
+
+        def host(*given: Any) -> Any:  # JAX may not be called from within one of its own programs
+            found = function(*map(np.asarray, given))
+            return tuple(np.asarray(x, dtype=form.dtype) for x, form in zip(found, shapes, strict=True))
+
+        return tuple(jax.pure_callback(host, shapes, *arrays, vmap_method="sequential"))
+
     def trees(self, y: Any, theta: Any) -> bool:
         leaves = [flatten(tree).leaves for tree in (y, theta)]
         if not all(leaves) or not all(self.is_array(leaf) for group in leaves for leaf in group):

@@ -128,6 +128,7 @@ def program_for(call: Call, build: Callable[..., Any]) -> Program:
         call.mode, build, type(problem.condition), *(_identity(f, found) for f in functions), problem.batched,
         settings.on_failure, *(_static(part, found) for part in static), _form(call.arrays),
         jax.config.read("jax_enable_x64"), _identity(settings.on_report, found), settings.control,
+        getattr(problem.condition, "structure", None),
     )  # fmt: skip
     held = (settings.solver, *call.args.static, *(f for f in functions if not callable(f)))
     program, contents = _programs.get(key), Contents(filter(callable, functions), held)

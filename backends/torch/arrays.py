@@ -55,6 +55,9 @@ class TorchArrays(ArrayAPIBackend):
     def device(self, x: Array) -> Any:
         return x.device
 
+    def to_host(self, x: Array) -> Any:
+        return x.detach().cpu().numpy()
+
     def guard(self, x: Array) -> Array:
         if is_tree_vector(x):
             return x.map(torch.clone)

@@ -16,6 +16,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
 from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_map
+from implicitdiff.linalg.sparsity import Sparsity, sparsity_of
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
 from implicitdiff.tolerances import EXACT_ASSEMBLY
@@ -147,6 +148,26 @@ class Condition(Record):
     per_item: ClassVar[tuple[str, ...]] = ()
     """Names of those of them that carry the leading axis of a batch."""
 
+    sparsity: Any
+    """None, "detect" or a pattern: where A has entries."""
+
+    @property
+    def derived_from(self) -> tuple[Any, ...]:
+        """The user's functions that A is made of."""
+        return ()
+
+    @property
+    def structure(self) -> Any:
+        """What was found of the pattern of A: at another one the system is another program."""
+        if not isinstance(getattr(self, "sparsity", None), str):
+            return None
+        known = self._sparsity()
+        return None if known is None else tuple(known.found.items())
+
+    def _sparsity(self) -> Sparsity | None:
+        """What is known of the entries of A."""
+        return None if self.sparsity is None else sparsity_of(self.sparsity, self.derived_from)
+
     def without_bounds(self, theta: Any) -> Any:
         """Return the vector of theta without what may be infinite in it: bounds, where the condition has such."""
         return theta.vector
@@ -189,6 +210,7 @@ class Given:
     matrix: tuple[str, Callable[..., Any] | None] = ("jacobian", None)
     mixed_jvp: Callable[..., Any] | None = None
     mixed_vjp: Callable[..., Any] | None = None
+    sparsity: Sparsity | None = None
 
 
 def finite_part(xp: Any, theta: Any) -> Any:
@@ -256,7 +278,8 @@ class _Builder:
             op = self.matrix
             forward = forward or op.forward
             adjoint = forward if self.symmetric else adjoint or op.adjoint
-            return replace(op, forward=forward, adjoint=adjoint, derive=self._missing("jvp_y", "vjp_y"))
+            derive = self._missing("jvp_y", "vjp_y")
+            return replace(op, forward=forward, adjoint=adjoint, derive=derive, sparsity=self.given.sparsity)
         kind, accuracy = "given", 0.0
         if forward is None and adjoint is None:
             kind, accuracy = self.derived.kind, self.derived.accuracy
@@ -268,7 +291,7 @@ class _Builder:
             adjoint=forward if self.symmetric else adjoint, kind=kind, label="A",
             symmetric=True if self.symmetric else None, trusted=self.symmetric and kind != "given",
             accuracy=accuracy, derive=self._missing("jvp_y", "vjp_y"),
-            leaves=_lengths(p), like=p.y.vector,
+            leaves=_lengths(p), like=p.y.vector, sparsity=self.given.sparsity,
         )  # fmt: skip
 
     def _missing(self, jvp: str, vjp: str) -> Callable[[bool], tuple[str, Any] | None]:

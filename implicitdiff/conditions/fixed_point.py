@@ -32,6 +32,9 @@ class FixedPoint(Root):
         ``(∂T/∂θ)ᵀ u -> like theta`` and ``(∂T/∂θ) t -> like y``.
     verify : bool, default True
         Whether what is given is held against ``fun`` at its first use (see `check_derivatives`).
+    sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
+        Where ∂T/∂y has entries, in raveled order: A is then assembled from as many products as its columns need
+        colours, held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
 
     References
     ----------

@@ -9,6 +9,7 @@ from typing import Any
 from implicitdiff.conditions.base import Condition, Function, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError
+from implicitdiff.linalg.sparsity import check_sparsity
 
 __all__ = ["Root"]
 
@@ -34,6 +35,9 @@ class Root(Condition):
     verify : bool, default True
         Whether what is given is held against ``fun`` at its first use (see `check_derivatives`). Say False for
         approximations that are meant.
+    sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
+        Where A has entries, in raveled order: A is then assembled from as many products as its columns need colours,
+        held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
 
     References
     ----------
@@ -47,10 +51,12 @@ class Root(Condition):
     mixed_vjp: Callable[..., Any] | None = None
     mixed_jvp: Callable[..., Any] | None = None
     verify: bool = True
+    sparsity: Any = None
 
     def __init__(
         self, fun: Callable[..., Any], *, jvp: Function = None, vjp: Function = None, jacobian: Function = None,
         mixed_vjp: Function = None, mixed_jvp: Function = None, verify: bool = True,
+        sparsity: Any = None,
     ) -> None:  # fmt: skip
         if not callable(fun):
             raise InputError(f"fun is {type(fun).__name__}; expected a callable F(y, theta, *args) -> like y.")
@@ -64,12 +70,12 @@ class Root(Condition):
         }
         check_callables(**fields)
         check_verify(verify)
-        for name, value in {**fields, "verify": verify}.items():
+        for name, value in {**fields, "verify": verify, "sparsity": check_sparsity(sparsity)}.items():
             object.__setattr__(self, name, value)
 
     @property
     def has_matrix(self) -> bool:
-        return self.jacobian is not None
+        return self.jacobian is not None or self.sparsity is not None
 
     @property
     def to_verify(self) -> tuple[Callable[..., Any], ...]:
@@ -77,8 +83,15 @@ class Root(Condition):
         products = [f for f in given if f is not None]
         return (self.fun, *products) if self.verify and products else ()
 
+    @property
+    def derived_from(self) -> tuple[Any, ...]:
+        return (self.fun, self.jvp, self.vjp, self.jacobian)
+
     def maps(self, point: Point) -> Maps:
         function = point.vector_function(self.fun, "fun")
-        given = Given(("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp)
+        given = Given(
+            ("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp,
+            self._sparsity(),
+        )  # fmt: skip
         y, theta = point.y.vector, point.theta.vector
         return maps_from(point, given, function, lambda: point.backend.differentiate(function, y, theta))

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from implicitdiff.conditions.base import Condition, Function, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError
+from implicitdiff.linalg.sparsity import check_sparsity
 
 __all__ = ["Stationary"]
 
@@ -45,6 +46,9 @@ class Stationary(Condition):
     verify : bool, default True
         Whether what is given is held against the other functions at its first use (see `check_derivatives`). Say False
         for approximations that are meant, such as a Gauss-Newton matrix.
+    sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
+        Where A has entries, in raveled order: A is then assembled from as many products as its columns need colours,
+        held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
 
     Raises
     ------
@@ -70,12 +74,14 @@ class Stationary(Condition):
     mixed_jvp: Callable[..., Any] | None = None
     kind: str | None = None
     verify: bool = True
+    sparsity: Any = None
 
     def __init__(
         self, fun: Function = None, *, grad: Function = None, hvp: Function = None, hessian: Function = None,
         mixed_vjp: Function = None, mixed_jvp: Function = None, kind: Kind | None = None, verify: bool = True,
+        sparsity: Any = None,
     ) -> None:  # fmt: skip
-        fields = {
+        fields: dict[str, Any] = {
             "fun": fun,
             "grad": grad,
             "hvp": hvp,
@@ -87,12 +93,13 @@ class Stationary(Condition):
         check_verify(verify)
         if kind not in KINDS:
             raise InputError(f"kind = {kind!r}: expected one of {', '.join(map(repr, KINDS))}.")
-        for name, value in {**fields, "kind": kind, "verify": verify}.items():
+        fields = {**fields, "kind": kind, "verify": verify, "sparsity": check_sparsity(sparsity)}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @property
     def has_matrix(self) -> bool:
-        return self.hessian is not None
+        return self.hessian is not None or self.sparsity is not None
 
     @property
     def to_verify(self) -> tuple[Callable[..., Any], ...]:
@@ -104,8 +111,15 @@ class Stationary(Condition):
     def point_kind(self) -> str | None:
         return self.kind
 
+    @property
+    def derived_from(self) -> tuple[Any, ...]:
+        return (self.fun, self.grad, self.hvp, self.hessian)
+
     def maps(self, point: Point) -> Maps:
-        given = Given(("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp)
+        given = Given(
+            ("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp,
+            self._sparsity(),
+        )  # fmt: skip
         backend, y, theta = point.backend, point.y.vector, point.theta.vector
         gradient = None if self.grad is None else point.vector_function(self.grad, "grad")
         scalar = None if self.fun is None else point.scalar_function(self.fun, "fun")

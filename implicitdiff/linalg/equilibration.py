@@ -289,7 +289,7 @@ def equilibrated(op: Operator, scaling: Scaling | None) -> Operator:
     adjoint = None if op.adjoint is None else between(columns, op.adjoint, rows)
     return replace(
         op, forward=forward, adjoint=adjoint, derive=derived, matrix=matrix, sparse=sparse, leaves=(),
-        _cache={"scalingTrue": None, "scalingFalse": None},
+        sparsity=None, entries=None, _cache={"scalingTrue": None, "scalingFalse": None},
     )  # fmt: skip
 
 

@@ -109,6 +109,8 @@ class LinearMap:
             return None if found is None else (found[0], wrap(found[1]))
 
         forward, adjoint = (None if p is None else wrap(p) for p in (self.forward, self.adjoint))
+        if getattr(self, "entries", None) is not None:
+            changes = {"entries": None, "sparsity": None, **changes}
         return replace(self, forward=forward, adjoint=adjoint, derive=derived, _cache={}, **changes)
 
     def dense(self) -> Array:
@@ -166,6 +168,10 @@ class Operator(LinearMap):
         δ of (A + δI), applied to every product and to the matrix.
     offset : float
         Size of what cancels in A beside its entries: 1 for I − ∂T, of which a small rest is known to the rounding of 1.
+    sparsity : Sparsity, optional
+        Where A has entries, if that is known or to be found: then it is assembled from a few products.
+    entries : Entries, optional
+        A as it was assembled so.
     leaves : tuple of int
         Lengths of the leaves of y, each in a unit of its own; empty where that is not known.
     like : array
@@ -177,6 +183,8 @@ class Operator(LinearMap):
     trusted: bool = False
     damping: float = 0.0
     offset: float = 0.0
+    sparsity: Any = field(default=None, repr=False, compare=False)
+    entries: Any = field(default=None, repr=False, compare=False)
     leaves: tuple[int, ...] = ()
     like: Any = field(default=None, repr=False, compare=False)
 
@@ -229,6 +237,8 @@ class Operator(LinearMap):
             adjoint=self.forward,
             matrix=None if matrix is None else xp.matrix_transpose(matrix),
             sparse=None if self.sparse is None else self.sparse.T,
+            sparsity=None if self.sparsity is None else self.sparsity.transposed,
+            entries=None if self.entries is None else self.entries.transposed(xp, self.device),
             label=self.label.removesuffix("ᵀ") if self.label.endswith("ᵀ") else self.label + "ᵀ",
             _cache={},
         )

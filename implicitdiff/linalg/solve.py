@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient, to_python
 from implicitdiff.linalg.operator import Operator
+from implicitdiff.linalg.sparsity import assembled
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Report, Status
 from implicitdiff.solvers import get_solver
@@ -92,10 +94,16 @@ class Prepared:
         """The δ of (A + δI) that is solved with."""
         return float(getattr(self.solver, "damping", 0.0))
 
+    @cached_property
+    def whole(self) -> Operator:
+        """A + δI, assembled where a sparsity pattern tells how; a wrong one raises."""
+        op = self.operator.damped(self.damping)
+        return op if op.sparsity is None else assembled(op)
+
     def state(self, transposed: bool) -> tuple[Operator, Any]:
         """Return A or Aᵀ, damping included, and the solver's state for it."""
         if False not in self._states:
-            op = self.operator.damped(self.damping)
+            op = self.whole
             self._states[False] = (op, self.solver.init(op))
         if transposed and True not in self._states:
             op, state = self._states[False]
@@ -120,7 +128,7 @@ class Prepared:
         broken = status == int(Status.NON_FINITE)
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
             x = nan_where(op.backend, broken, x)
-        self.methods = methods_of(self.solver, state)
+        self.methods = _methods(self.solver, state, used)
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.nan_on_failure:
             solution = solution.without_doubt(xp, op.rounding)
@@ -191,6 +199,16 @@ def prepare(operator: Operator, solver: Any, *, nan_on_failure: bool = False) ->
 
 def _name(solver: Any) -> str:
     return str(getattr(solver, "name", type(solver).__name__))
+
+
+def _methods(solver: Any, state: Any, used: Operator) -> list[tuple[str, str]]:
+    """Names of the methods that may have been used, and why; and what a sparse matrix was assembled from."""
+    methods = list(methods_of(solver, state))
+    if used.entries is None:
+        return methods
+    count = used.entries.products
+    said = f"assembled from {count} product{'s' if count != 1 else ''}"
+    return [(name, f"{why}; {said}") for name, why in methods]
 
 
 def _empty(op: Operator, b: Array) -> Solution:

@@ -214,7 +214,7 @@ def _after_iterations(op: Operator) -> tuple[Solver, ...]:
 
 
 def _dense_reason(op: Operator, rhs: int) -> str | None:
-    if op.sparse is not None:
+    if op.sparse is not None or op.entries is not None:
         return "the matrix is sparse"
     if op.matrix is not None:
         return "the matrix is given" if op.n <= DENSE else None

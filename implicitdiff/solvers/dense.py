@@ -21,7 +21,7 @@ from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, now
 from implicitdiff.linalg.equilibration import Scaling, of_matrix
 from implicitdiff.linalg.operator import Operator, matrix_product
 from implicitdiff.outcome import Counts, Status
-from implicitdiff.solvers import sparse
+from implicitdiff.solvers import hosted
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.checks import PROBES, amplification, asymmetry, cancelled, classify, skew_tolerance
 from implicitdiff.tolerances import LOST, is_double
@@ -82,8 +82,8 @@ class DenseSolver(Solver):
         return None
 
     def init(self, operator: Operator) -> Any:
-        if operator.sparse is not None:
-            return sparse.init(operator, symmetric=self.symmetric)
+        if operator.sparse is not None or operator.entries is not None:
+            return hosted.init(operator, symmetric=self.symmetric)
         backend = operator.backend
         xp = backend.xp
         matrix, failed = _screened(operator, backend.to_double(operator.dense()))
@@ -114,7 +114,7 @@ class DenseSolver(Solver):
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         if not isinstance(state, DenseState):
-            return sparse.solve(state, b)
+            return hosted.solve(state, b)
         backend = state.operator.backend
         xp = backend.xp
         wide = backend.to_double(b)

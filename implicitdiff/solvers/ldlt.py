@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
-from implicitdiff.solvers import sparse
+from implicitdiff.solvers import hosted
 from implicitdiff.solvers.base import Structure
 from implicitdiff.solvers.dense import DenseSolver, DenseState
 
@@ -48,8 +48,8 @@ class LDLT(DenseSolver):
     structure: ClassVar[Structure] = "symmetric"
 
     def init(self, operator: Operator) -> Any:
-        if operator.sparse is not None:
-            return sparse.init(operator, symmetric=False)
+        if operator.sparse is not None or operator.entries is not None:
+            return hosted.init(operator, symmetric=False)
         return super().init(operator)
 
     def factor(self, backend: Backend, matrix: Array) -> Any:
@@ -59,8 +59,8 @@ class LDLT(DenseSolver):
         return backend.ldl_solve(factor, b)
 
     def describe(self, state: Any) -> list[tuple[str, str]]:
-        if isinstance(state, sparse.SparseState):
+        if not isinstance(state, DenseState):
             return [("lu", "chosen by name as ldlt; the matrix is sparse")]
-        if isinstance(state, DenseState) and not state.operator.backend.has_ldl(state.matrix):
+        if not state.operator.backend.has_ldl(state.matrix):
             return [("lu", f"chosen by name as ldlt, which {state.operator.backend.name} does not have here")]
         return super().describe(state)

@@ -13,35 +13,25 @@ and not looked at. A callable is blamed only if it is wrong beyond the noise of 
 
 from __future__ import annotations
 
-import threading
-import types
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from implicitdiff.arrays import Array
-from implicitdiff.closures import PLAIN
 from implicitdiff.conditions.base import Checked
+from implicitdiff.identities import identity, remember
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.pytree import flatten
 from implicitdiff.verification.mistakes import error_for, wrong_in
 
 __all__ = ["verify"]
 
-_lock = threading.Lock()
-_verified: dict[Any, list[Any]] = {}
+_verified: dict[Any, Any] = {}
 
 
 def _key_of(problem: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, list[Any]]:
-    """Make a key of functions and structure, and list what has to live for it to mean the same.
-
-    A function that is written inside another is the same function at each turn of a loop, as long as it finds the same
-    objects in its closure.
-    """
+    """Make a key of functions and structure, and list what has to live for it to mean the same."""
     held: list[Any] = []
-    names = tuple(_identity(f, held) for f in functions)
+    names = tuple(identity(f, held) for f in functions)
     shapes = []
     for tree in (problem.y, problem.theta):
         flat = flatten(tree)
@@ -52,35 +42,6 @@ def _key_of(problem: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[An
 def _form(leaf: Any) -> Any:
     shape = getattr(leaf, "shape", None)
     return type(leaf) if shape is None else (tuple(shape), leaf.dtype)
-
-
-def _identity(function: Any, held: list[Any]) -> Any:
-    if isinstance(function, types.MethodType):
-        held += [function.__self__, function.__func__]
-        return id(function.__self__), id(function.__func__)
-    if type(function) is types.FunctionType:
-        cells = [*_contents(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        others = [x for x in cells if not _is_value(x)]
-        if all(type(x).__weakrefoffset__ for x in others):
-            held += others
-            parts = tuple((type(x), x) if _is_value(x) else id(x) for x in cells)
-            return function.__code__, id(function.__globals__), parts
-    held.append(function)
-    return id(function)
-
-
-def _is_value(x: Any) -> bool:
-    return type(x) in PLAIN or isinstance(x, np.generic)
-
-
-def _contents(function: types.FunctionType) -> list[Any]:
-    found = []
-    for cell in function.__closure__ or ():
-        try:
-            found.append(cell.cell_contents)
-        except ValueError:  # not filled yet
-            found.append(None)
-    return found
 
 
 def verify(problem: Any, rules: Callable[[], Any], mode: str = "", solution: Any = None) -> None:
@@ -117,7 +78,7 @@ def verify(problem: Any, rules: Callable[[], Any], mode: str = "", solution: Any
         wrongs = wrong_in(checked, *((None, x) if forward else (x, None)))
         if wrongs:
             raise error_for(checked, wrongs)
-    _remember(key, held)
+    remember(_verified, key, True, held)
 
 
 def _raveled(checked: Checked, x: Any) -> Array:
@@ -126,19 +87,3 @@ def _raveled(checked: Checked, x: Any) -> Array:
     if is_tree_vector(x):
         x = backend.concat([backend.reshape(leaf, (-1,)) for leaf in x.leaves])
     return x[0, ...] if len(x.shape) > len(checked.point.items) + 1 else x
-
-
-def _remember(key: Any, held: list[Any]) -> None:
-    table = _verified
-
-    def drop(_: Any) -> None:
-        table.pop(key, None)
-
-    kept: list[Any] = []
-    for thing in held:
-        try:
-            kept.append(weakref.ref(thing, drop))
-        except TypeError:  # kept, or its id could come to mean another
-            kept.append(thing)
-    with _lock:
-        table[key] = kept

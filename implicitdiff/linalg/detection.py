@@ -1,0 +1,109 @@
+"""The pattern of a matrix of which there are products only.
+
+A vector without structure on a block of columns shows which rows have entries there. Blocks are halved until they are
+columns: blocks that share no row, as far as is known from the level before, share a product. What it takes is about
+2 log₂(n) times as many products as the pattern has colours. A row that has entries nearly everywhere would leave
+nothing to share; where there are products with Aᵀ it is left out, and read off one of those.
+
+A zero of A at this point is no entry: the result is a pattern for this point and points like it, which each assembly
+checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from implicitdiff.arrays import probe_vector
+from implicitdiff.errors import PatternError
+from implicitdiff.linalg.coloring import column_colors
+from implicitdiff.linalg.entries import noise, swept
+from implicitdiff.linalg.pattern import Pattern
+from implicitdiff.tolerances import SMALL
+
+__all__ = ["detected"]
+
+START = 4
+"""Blocks to start with, as a power of two."""
+DENSE_ROW = 64
+"""Blocks in which a row has entries, from which it is looked at by itself."""
+MOST = 2**26
+"""Entries from which a matrix is not sparse."""
+
+
+def detected(op: Any) -> Pattern:
+    """Find the pattern of an operator, for all its items together.
+
+    Raises
+    ------
+    PatternError
+        Where it has so many entries that it is not sparse.
+    """
+    n = op.n
+    if n <= SMALL:
+        rows, columns = np.nonzero(_nonzero(op, op.matvec, np.eye(n)).T)
+    else:
+        rows, columns = _by_halving(op)
+    found = Pattern(n, rows, columns).of_order(n)
+    return found.symmetric if op.symmetric else found
+
+
+def _nonzero(op: Any, product: Any, vectors: np.ndarray) -> np.ndarray:
+    """Where the products with vectors (k, n) are not zero, in any item: shape (k, n)."""
+    images = np.abs(np.asarray(op.backend.to_host(swept(op, product, vectors))))
+    level = 30 * noise(op) * images.max(axis=0, keepdims=True, initial=0.0)  # of each row, in its own unit
+    found = ~(images <= level)
+    return found.any(axis=tuple(range(1, found.ndim - 1))) if found.ndim > 2 else found
+
+
+def _by_halving(op: Any) -> tuple[np.ndarray, np.ndarray]:
+    n = op.n
+    shift = max((n - 1).bit_length() - START, 0)
+    blocks = -(-n // 2**shift)
+    rows, columns = np.repeat(np.arange(n), blocks), np.tile(np.arange(blocks), n)  # row and block, as far as is known
+    dense = np.zeros(0, dtype=np.int64)
+    transposable = op.adjoint is not None
+    while True:
+        rows, columns = _confirmed(op, rows, columns, shift)
+        if transposable:
+            rows, columns, dense = _without_dense(rows, columns, dense, n)
+        if shift == 0:
+            break
+        shift -= 1
+        rows, columns = np.repeat(rows, 2), np.repeat(2 * columns, 2)
+        columns[1::2] += 1
+        inside = columns << shift < n
+        rows, columns = rows[inside], columns[inside]
+        if len(rows) > MOST:
+            raise PatternError(
+                f"A has more than {MOST // 2} entries: it is not sparse.\nNext: leave sparsity out, or give a pattern."
+            )
+    if not len(dense):
+        return rows, columns
+    units = np.zeros((len(dense), n))
+    units[np.arange(len(dense)), dense] = 1
+    which, more = np.nonzero(_nonzero(op, op.rmatvec, units))
+    return np.concatenate([rows, dense[which]]), np.concatenate([columns, more])
+
+
+def _confirmed(op: Any, rows: np.ndarray, blocks: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the pairs of row and block of columns where there is something."""
+    n = op.n
+    count = ((n - 1) >> shift) + 1
+    colors, used = column_colors(count, rows, blocks, n)
+    of_column = colors[np.arange(n) >> shift]
+    probe = probe_vector(np, n, np.float64, None)
+    vectors = np.where(of_column[None, :] == np.arange(used)[:, None], probe, 0.0)
+    found = _nonzero(op, op.matvec, vectors)[colors[blocks], rows]
+    return rows[found], blocks[found]
+
+
+def _without_dense(rows: np.ndarray, blocks: np.ndarray, dense: np.ndarray, n: int) -> Any:
+    """Take rows out that have entries in many more blocks than is usual."""
+    counts = np.bincount(rows, minlength=n)
+    many = counts > max(DENSE_ROW, 8 * float(counts.mean()))
+    if not many.any():
+        return rows, blocks, dense
+    keep = ~many[rows]
+    return rows[keep], blocks[keep], np.concatenate([dense, np.flatnonzero(many)])

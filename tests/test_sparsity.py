@@ -1,0 +1,361 @@
+"""Sparse systems: patterns given or found, colours, assembly from few products, SuperLU on every framework."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from conftest import JAX, NUMPY, PLAIN, TORCH, Library
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import implicitdiff as idf
+from implicitdiff.linalg.coloring import column_colors
+from implicitdiff.linalg.detection import detected
+from implicitdiff.linalg.entries import read
+from implicitdiff.linalg.operator import Operator, matrix_map
+from implicitdiff.linalg.pattern import Pattern, as_pattern
+from implicitdiff.linalg.segments import Segments
+from implicitdiff.registry import get_backend
+
+N = 40
+RNG = np.random.default_rng(7)
+Y, V = RNG.normal(size=N), RNG.normal(size=N)
+I = np.arange(N - 1)
+TRIDIAGONAL = (np.concatenate([I, I + 1]), np.concatenate([I + 1, I]))
+UPPER = np.diag(np.ones(N - 1), 1)
+
+
+def chain(xp: Any) -> Callable[[Any, Any], Any]:
+    """F with a tridiagonal Jacobian that is not symmetric."""
+
+    def F(y: Any, theta: Any) -> Any:
+        zero = 0 * y[..., :1]
+        after, before = xp.concat([y[..., 1:], zero], axis=-1), xp.concat([zero, y[..., :-1]], axis=-1)
+        return 3 * y + y**3 + after - 0.5 * before - theta
+
+    return F
+
+
+def energy(xp: Any) -> Callable[[Any, Any], Any]:
+    """f with a tridiagonal Hessian."""
+
+    def f(y: Any, theta: Any) -> Any:
+        own = y**4 / 4 + 1.5 * y**2 - theta * y
+        return xp.sum(own, axis=-1) + xp.sum(y[..., 1:] * y[..., :-1], axis=-1)
+
+    return f
+
+
+def chain_matrix(y: np.ndarray, symmetric: bool = False) -> np.ndarray:
+    return np.diag(3 + 3 * y**2) + UPPER + (1.0 if symmetric else -0.5) * UPPER.T
+
+
+def theta_of(y: np.ndarray, symmetric: bool = False) -> np.ndarray:
+    return 3 * y + y**3 + (chain_matrix(y, symmetric) - np.diag(3 + 3 * y**2)) @ y
+
+
+# -- colours ---------------------------------------------------------------------------------------------
+def five_point(side: int) -> Any:
+    T = sp.diags_array([np.ones(side - 1), np.ones(side), np.ones(side - 1)], offsets=[-1, 0, 1])
+    return sp.kron(T, sp.eye_array(side)) + sp.kron(sp.eye_array(side), T)
+
+
+def arrow(n: int) -> np.ndarray:
+    found = np.eye(n, dtype=bool)
+    found[0], found[:, 0] = True, True
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "symmetric", "most"),
+    [
+        (np.abs(chain_matrix(Y)) > 0, False, 3),
+        (np.abs(chain_matrix(Y)) > 0, True, 3),
+        (five_point(30), False, 7),
+        (five_point(30), True, 7),
+        (arrow(200), True, 2),
+        (np.eye(50), True, 1),
+        (np.ones((6, 6)), False, 6),
+        (np.triu(np.eye(50) + np.eye(1, 50)), False, 2),  # a full row: the rows are coloured
+    ],
+    ids=["tridiagonal", "tridiagonal, star", "five points", "five points, star", "arrow", "diagonal", "full", "row"],
+)
+def test_known_patterns_take_few_colours(given: Any, symmetric: bool, most: int) -> None:
+    found = as_pattern(given).coloring(symmetric=symmetric, transposable=True)
+    assert found.number == found.colors.max() + 1 <= most
+
+
+@st.composite
+def patterns(draw: Any) -> tuple[np.ndarray, np.random.Generator]:
+    n, seed, density = draw(st.integers(1, 24)), draw(st.integers(0, 10**6)), draw(st.floats(0, 0.6))
+    rng = np.random.default_rng(seed)
+    return rng.random((n, n)) < density, rng
+
+
+def operator_of(M: np.ndarray, symmetric: bool, transposable: bool = True) -> Operator:
+    made = matrix_map(Operator, get_backend("numpy"), M, (), M.dtype, None, symmetric=symmetric or None)
+    fields = {"forward": made.forward, "adjoint": made.adjoint if transposable else None}
+    return Operator(made.backend, len(M), len(M), (), M.dtype, None, symmetric=symmetric or None, **fields)
+
+
+@settings(max_examples=60, deadline=None)
+@given(patterns(), st.booleans(), st.booleans())
+def test_a_matrix_of_any_pattern_is_read_exactly(drawn: Any, symmetric: bool, transposable: bool) -> None:
+    mask, rng = drawn
+    M = np.where(mask, rng.normal(size=mask.shape), 0.0) + np.diag(rng.normal(size=len(mask)))
+    pattern = as_pattern(mask).of_order(len(mask))
+    if symmetric:
+        M, pattern = M + M.T, pattern.symmetric
+    found = read(operator_of(M, symmetric, transposable), pattern)
+    np.testing.assert_array_equal(pattern.matrix(found.values).toarray(), M)
+    assert found.products <= len(M)
+    x = rng.normal(size=(3, len(M)))
+    np.testing.assert_allclose(found.matvec(np, x, None), x @ M.T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.transposed(np, None).matvec(np, x, None), x @ M, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(patterns(), st.booleans())
+def test_columns_of_one_colour_share_no_row(drawn: Any, wide: bool) -> None:
+    mask = drawn[0][: max(1, len(drawn[0]) // 2)] if wide else drawn[0]
+    rows, columns = np.nonzero(mask)
+    colors, count = column_colors(mask.shape[1], rows, columns, mask.shape[0])
+    for c in range(count):
+        assert mask[:, colors == c].sum(axis=1).max() <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 5), st.integers(0, 300)), min_size=1, max_size=30))
+def test_segments_are_summed(lengths: list[int]) -> None:
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    x = np.random.default_rng(0).normal(size=(2, ends[-1]))
+    want = np.stack([x[:, a:b].sum(axis=1) for a, b in itertools.pairwise(ends)], axis=1)
+    np.testing.assert_allclose(Segments(ends).over(np, x, None), want, rtol=1e-12, atol=1e-12)
+
+
+# -- what is found -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", ["random", "dense row", "one leaf"])
+def test_a_pattern_is_found_by_halving(kind: str, symmetric: bool) -> None:
+    rng, n = np.random.default_rng(3), 700
+    M = np.diag(rng.uniform(1, 2, n))
+    if kind == "random":
+        M[rng.integers(0, n, 1500), rng.integers(0, n, 1500)] = 1.5
+    if kind == "dense row":
+        M[17] = rng.uniform(1, 2, n)
+    M = M + M.T if symmetric else M
+    counted = list[int]()
+    op = operator_of(M, symmetric)
+
+    def product(x: np.ndarray) -> np.ndarray:
+        counted.append(len(x))
+        return x @ M.T
+
+    pattern = detected(Operator(op.backend, n, n, (), M.dtype, None, forward=product, adjoint=op.adjoint,
+                                symmetric=op.symmetric))  # fmt: skip
+    np.testing.assert_array_equal(pattern.matrix(np.ones(pattern.size)).toarray() > 0, M != 0)
+    assert sum(counted) < n / 2
+
+
+def test_entries_that_vanish_at_one_point_are_found_at_another() -> None:
+    F = lambda y, t: y + np.concatenate([y[1:] ** 2, [0.0]]) - t
+    condition = idf.Root(F, sparsity="detect")
+    zero = np.zeros(N)
+    np.testing.assert_allclose(idf.implicit_vjp(condition, zero, zero, V), V)
+    y = np.linspace(0.1, 1, N)
+    g, report = idf.implicit_vjp(condition, y, F(y, 0.0), V, return_report=True)
+    np.testing.assert_allclose(g, np.linalg.solve((np.eye(N) + UPPER * 2 * np.roll(y, -1)[:, None]).T, V), rtol=1e-9)
+    assert "assembled from 2 products" in report.reason
+    assert idf.implicit_vjp(condition, y, F(y, 0.0), V, return_report=True)[1].matvecs == 3
+
+
+# -- derivatives -------------------------------------------------------------------------------------------
+CASES = [("root", s) for s in ("auto", "lu", "gmres")]
+CASES += [("minimum", s) for s in ("auto", "cholesky", "ldlt", "cg")]
+
+
+@pytest.mark.parametrize("how", ["pattern", "detect"])
+@pytest.mark.parametrize(("kind", "solver"), CASES)
+@pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
+def test_the_gradient_is_that_of_the_dense_system(lib: Library, kind: str, solver: str, how: str) -> None:
+    symmetric = kind == "minimum"
+    sparsity = TRIDIAGONAL if how == "pattern" else "detect"
+    make = idf.Stationary if symmetric else idf.Root
+    condition = make((energy if symmetric else chain)(lib.xp), sparsity=sparsity)
+    y, theta, v = map(lib.array, (Y, theta_of(Y, symmetric), V))
+    g, report = idf.implicit_vjp(condition, y, theta, v, solver=solver, return_report=True)
+    assert lib.owns(g)
+    assert "assembled from 3 products" in report.reason
+    np.testing.assert_allclose(lib.numpy(g), np.linalg.solve(chain_matrix(Y, symmetric).T, V), rtol=1e-6, atol=1e-8)
+    direct = report.solver in {"lu", "cholesky"}
+    assert direct == (solver not in {"cg", "gmres"})
+    assert report.matvecs == 4 if direct else report.matvecs > 4
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
+def test_one_factorisation_serves_every_direction(lib: Library) -> None:
+    lin = idf.linearize(idf.Root(chain(lib.xp), sparsity=TRIDIAGONAL), lib.array(Y), lib.array(theta_of(Y)))
+    A = chain_matrix(Y)
+    np.testing.assert_allclose(lib.numpy(lin.vjp(lib.array(V))), np.linalg.solve(A.T, V), rtol=1e-9)
+    np.testing.assert_allclose(lib.numpy(lin.jvp(lib.array(V))), np.linalg.solve(A, V), rtol=1e-9)
+    np.testing.assert_allclose(lib.numpy(lin.jacobian()), np.linalg.inv(A), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
+def test_a_batch_has_one_pattern(lib: Library) -> None:
+    many = np.stack([Y, 0.3 * Y, -2 * Y])
+    theta = np.stack([theta_of(y) for y in many])
+    condition = idf.Root(chain(lib.xp), sparsity=TRIDIAGONAL)
+    g, report = idf.implicit_vjp(condition, lib.array(many), lib.array(theta), lib.array(np.stack([V] * 3)),
+                                 batched=True, return_report=True)  # fmt: skip
+    want = [np.linalg.solve(chain_matrix(y).T, V) for y in many]
+    np.testing.assert_allclose(lib.numpy(g), want, rtol=1e-9)
+    assert report.converged.shape == (3,)
+
+
+def test_a_fixed_point_has_the_pattern_of_its_map() -> None:
+    T = lambda y, t: y - chain(np)(y, t) / 5
+    g = idf.implicit_vjp(idf.FixedPoint(T, sparsity=UPPER + UPPER.T), Y, theta_of(Y), V)
+    np.testing.assert_allclose(g, np.linalg.solve(chain_matrix(Y).T, V), rtol=1e-9)
+
+
+def test_products_are_counted_as_they_are_made() -> None:
+    made = list[int]()
+
+    def jvp(y: np.ndarray, theta: np.ndarray, v: np.ndarray) -> np.ndarray:
+        made.append(1)
+        return chain_matrix(y) @ v
+
+    condition = idf.Root(chain(np), jvp=jvp, verify=False, sparsity=sp.csr_array(chain_matrix(Y)))
+    _, report = idf.implicit_vjp(condition, Y, theta_of(Y), V, return_report=True)
+    assert report.matvecs == len(made) == 4
+
+
+def test_damping_is_that_of_the_dense_system() -> None:
+    g = idf.implicit_vjp(idf.Root(chain(np), sparsity=TRIDIAGONAL), Y, theta_of(Y), V, solver=idf.LU(damping=0.3))
+    np.testing.assert_allclose(g, np.linalg.solve(chain_matrix(Y).T + 0.3 * np.eye(N), V), rtol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["pattern", "detect"])
+def test_units_change_nothing(how: str) -> None:
+    d, s = 10.0 ** RNG.integers(-9, 9, N), 10.0 ** RNG.integers(-9, 9, N)
+    F = lambda y, t: s * chain(np)(y / d, t)
+    sparsity = TRIDIAGONAL if how == "pattern" else "detect"
+    g, report = idf.implicit_vjp(idf.Root(F, sparsity=sparsity), Y * d, theta_of(Y), V / d, return_report=True)
+    np.testing.assert_allclose(g, np.linalg.solve(chain_matrix(Y).T, V), rtol=1e-8)
+    assert report.matvecs == 4
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
+def test_a_pattern_that_misses_an_entry_is_an_error(lib: Library) -> None:
+    condition = idf.Root(chain(lib.xp), sparsity=(np.append(I, 5), np.append(I + 1, 4)))
+    with pytest.raises(idf.PatternError, match=r"sparsity leaves out entry \(1, 0\) of A"):
+        idf.implicit_vjp(condition, lib.array(Y), lib.array(theta_of(Y)), lib.array(V))
+
+
+def test_a_missing_entry_is_told_in_any_unit() -> None:
+    d = np.where(np.arange(N) == 8, 1e9, 1.0)
+    F = lambda y, t: chain(np)(y / d, t)
+    rows, columns = TRIDIAGONAL
+    keep = ~((rows == 7) & (columns == 8))
+    with pytest.raises(idf.PatternError, match=r"\(7, 8\)"):
+        idf.implicit_vjp(idf.Root(F, sparsity=(rows[keep], columns[keep])), Y * d, theta_of(Y), V)
+
+
+def test_a_matrix_that_is_not_symmetric_is_told() -> None:
+    hvp = lambda y, theta, v: chain_matrix(y) @ v
+    condition = idf.Stationary(energy(np), hvp=hvp, verify=False, sparsity=TRIDIAGONAL)
+    with pytest.raises(idf.NotSymmetricError, match="not symmetric"):
+        idf.implicit_vjp(condition, Y, theta_of(Y, True), V)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "error", "message"),
+    [
+        ("dense", idf.InputError, "sparsity = 'dense'"),
+        (3, idf.InputError, "sparsity is int"),
+        (np.ones((2, 3)), idf.ShapeError, r"shape \(2, 3\)"),
+        (([0, 1], [0]), idf.ShapeError, "2 rows and 1 columns"),
+        (([0, -1], [0, 1]), idf.InputError, "negative"),
+    ],
+)
+def test_what_is_no_pattern_is_refused(sparsity: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        idf.Root(chain(np), sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [np.eye(N + 1), ([0, N], [0, 0])])
+def test_a_pattern_of_another_order_is_refused(sparsity: Any) -> None:
+    with pytest.raises(idf.ShapeError, match=f"order {N + 1}, and A is one of order {N}"):
+        idf.implicit_vjp(idf.Root(chain(np), sparsity=sparsity), Y, theta_of(Y), V)
+
+
+def test_a_singular_sparse_system_is_told() -> None:
+    F = lambda y, t: np.concatenate([y[1:], [0.0]]) - t
+    with pytest.raises(idf.SingularError):
+        idf.implicit_vjp(idf.Root(F, sparsity=UPPER), np.append(0.0, Y[1:]), np.append(Y[1:], 0.0), V)
+
+
+def test_equal_patterns_are_one() -> None:
+    one, other = as_pattern(chain_matrix(Y)), as_pattern(sp.coo_array(chain_matrix(Y)))
+    assert one is other is copy.deepcopy(one) is pickle.loads(pickle.dumps(one))
+    assert one.of_order(N) is one
+    assert as_pattern(TRIDIAGONAL).of_order(N) is one
+    assert Pattern(N, [0, 0], [1, 1]).size == 1
+
+
+# -- frameworks --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
+def test_inside_of_a_program_what_is_wrong_is_nan(lib: Any) -> None:
+    import jax
+
+    y, theta, v = map(lib.array, (Y, theta_of(Y), V))
+
+    def gradient(sparsity: Any) -> Any:
+        condition = idf.Root(chain(lib.xp), sparsity=sparsity)
+        return jax.jit(lambda y, theta, v: idf.implicit_vjp(condition, y, theta, v))(y, theta, v)
+
+    np.testing.assert_allclose(gradient(TRIDIAGONAL), np.linalg.solve(chain_matrix(Y).T, V), rtol=1e-9)
+    assert np.all(np.isnan(gradient((I, I + 1))))
+    with pytest.raises(idf.PatternError, match="has to look at numbers"):
+        gradient("detect")
+
+
+def solution(theta: Any) -> np.ndarray:
+    """Newton's method."""
+    y = np.zeros(N)
+    for _ in range(30):
+        y = y - np.linalg.solve(chain_matrix(y), chain(np)(y, np.asarray(theta)))
+    return y
+
+
+@pytest.mark.parametrize("lib", [*TORCH, *JAX], ids=lambda lib: lib.name)
+def test_a_solution_is_differentiated_twice(lib: Any) -> None:
+    found = []
+    for sparsity in (None, TRIDIAGONAL):
+        condition = idf.Root(chain(lib.xp), sparsity=sparsity)
+        if lib.name == "torch":
+            import torch
+
+            solve = idf.implicit_function(condition)(lambda theta: torch.as_tensor(solution(theta.detach())))
+            theta = lib.array(theta_of(Y)).requires_grad_()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                (g,) = torch.autograd.grad((solve(theta) ** 3).sum(), theta, create_graph=True)
+            found.append(torch.autograd.grad((g**2).sum(), theta)[0].numpy())
+        else:
+            import jax
+
+            solve = idf.implicit_function(condition)(solution)
+            first = jax.grad(lambda theta, solve=solve: (solve(theta) ** 3).sum())
+            found.append(np.asarray(jax.grad(lambda theta, g=first: (g(theta) ** 2).sum())(lib.array(theta_of(Y)))))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-8, atol=1e-12)
