@@ -16,7 +16,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
 from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_map
-from implicitdiff.linalg.sparsity import Sparsity, sparsity_of
+from implicitdiff.linalg.sparsity import Sparsity
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
 from implicitdiff.tolerances import EXACT_ASSEMBLY
@@ -148,25 +148,8 @@ class Condition(Record):
     per_item: ClassVar[tuple[str, ...]] = ()
     """Names of those of them that carry the leading axis of a batch."""
 
-    sparsity: Any
-    """None, "detect" or a pattern: where A has entries."""
-
-    @property
-    def derived_from(self) -> tuple[Any, ...]:
-        """The user's functions that A is made of."""
-        return ()
-
-    @property
-    def structure(self) -> Any:
-        """What was found of the pattern of A: at another one the system is another program."""
-        if not isinstance(getattr(self, "sparsity", None), str):
-            return None
-        known = self._sparsity()
-        return None if known is None else tuple(known.found.items())
-
-    def _sparsity(self) -> Sparsity | None:
-        """What is known of the entries of A."""
-        return None if self.sparsity is None else sparsity_of(self.sparsity, self.derived_from)
+    structure: ClassVar[Any] = None
+    """What was found of the form of A, where that is looked for: at another one the system is another program."""
 
     def without_bounds(self, theta: Any) -> Any:
         """Return the vector of theta without what may be infinite in it: bounds, where the condition has such."""

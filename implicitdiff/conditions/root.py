@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import Condition, Function, Given, Maps, check_callables, check_verify, maps_from
+from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
+from implicitdiff.conditions.sparse import SparseCondition
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.sparsity import check_sparsity
 
@@ -15,7 +16,7 @@ __all__ = ["Root"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Root(Condition):
+class Root(SparseCondition):
     """A root of a vector function with as many components as unknowns: F(y, θ) = 0.
 
     A = ∂F/∂y is general. What is given is used; what is missing comes from the backend's autodiff, or from the
@@ -91,7 +92,7 @@ class Root(Condition):
         function = point.vector_function(self.fun, "fun")
         given = Given(
             ("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp,
-            self._sparsity(),
+            None if self.sparsity is None else self.where(),
         )  # fmt: skip
         y, theta = point.y.vector, point.theta.vector
         return maps_from(point, given, function, lambda: point.backend.differentiate(function, y, theta))

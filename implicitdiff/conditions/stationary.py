@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from implicitdiff.conditions.base import Condition, Function, Given, Maps, check_callables, check_verify, maps_from
+from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_verify, maps_from
 from implicitdiff.conditions.point import Point
+from implicitdiff.conditions.sparse import SparseCondition
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.sparsity import check_sparsity
 
@@ -18,7 +19,7 @@ KINDS = (None, *get_args(Kind))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Stationary(Condition):
+class Stationary(SparseCondition):
     """A stationary point of a scalar function: F(y, θ) = ∇_y f(y, θ) = 0.
 
     A = ∂²f/∂y² is symmetric, and positive definite at a strict minimum. What is given is used; what is missing
@@ -118,7 +119,7 @@ class Stationary(Condition):
     def maps(self, point: Point) -> Maps:
         given = Given(
             ("hvp", self.hvp), ("hvp", None), ("hessian", self.hessian), self.mixed_jvp, self.mixed_vjp,
-            self._sparsity(),
+            None if self.sparsity is None else self.where(),
         )  # fmt: skip
         backend, y, theta = point.backend, point.y.vector, point.theta.vector
         gradient = None if self.grad is None else point.vector_function(self.grad, "grad")

@@ -1,9 +1,9 @@
 """The pattern of a matrix of which there are products only.
 
 A vector without structure on a block of columns shows which rows have entries there. Blocks are halved until they are
-columns: blocks that share no row, as far as is known from the level before, share a product. What it takes is about
-2 log₂(n) times as many products as the pattern has colours. A row that has entries nearly everywhere would leave
-nothing to share; where there are products with Aᵀ it is left out, and read off one of those.
+columns: blocks that share no row, as far as is known from the level before, share a product. What it takes is
+2 log₂(n) times as many products as the pattern has colours, at most. A row that has entries nearly everywhere would
+leave nothing to share; where there are products with Aᵀ it is left out, and read off one of those.
 
 A zero of A at this point is no entry: the result is a pattern for this point and points like it, which each assembly
 checks.

@@ -128,7 +128,9 @@ class Prepared:
         broken = status == int(Status.NON_FINITE)
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
             x = nan_where(op.backend, broken, x)
-        self.methods = _methods(self.solver, state, used)
+        self.methods = methods_of(self.solver, state)
+        if used.entries is not None:
+            self.methods = _assembled(self.methods, used.entries.products)
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.nan_on_failure:
             solution = solution.without_doubt(xp, op.rounding)
@@ -201,12 +203,8 @@ def _name(solver: Any) -> str:
     return str(getattr(solver, "name", type(solver).__name__))
 
 
-def _methods(solver: Any, state: Any, used: Operator) -> list[tuple[str, str]]:
-    """Names of the methods that may have been used, and why; and what a sparse matrix was assembled from."""
-    methods = list(methods_of(solver, state))
-    if used.entries is None:
-        return methods
-    count = used.entries.products
+def _assembled(methods: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """Add to the reasons of methods what a sparse matrix was assembled from."""
     said = f"assembled from {count} product{'s' if count != 1 else ''}"
     return [(name, f"{why}; {said}") for name, why in methods]
 

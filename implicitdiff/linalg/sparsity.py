@@ -66,17 +66,17 @@ class Sparsity:
 _found: dict[Any, Any] = {}
 
 
-def sparsity_of(given: Any, functions: tuple[Any, ...]) -> Sparsity | None:
+def sparsity_of(given: Any, functions: tuple[Any, ...]) -> Sparsity:
     """Return what is known of the entries of A; what was found for the same functions is remembered.
 
     Parameters
     ----------
-    given : None, "detect" or Pattern
+    given : "detect" or Pattern
     functions : tuple of callable
         What A is derived from.
     """
-    if given is None or isinstance(given, Pattern):
-        return None if given is None else Sparsity(given)
+    if isinstance(given, Pattern):
+        return Sparsity(given)
     held: list[Any] = []
     key = tuple(identity(f, held) for f in functions if f is not None)
     if key not in _found:
