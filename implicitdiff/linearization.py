@@ -250,9 +250,9 @@ class Linearization(Generic[Y, T]):
             self.estimate, self.mode = run.estimate, run.mode
             if run.mode is Mode.INLINE:
                 return self._limited(run, control), None
-            known = as_condition(problem.condition).structure
+            known = None if run.rules is not None else as_condition(problem.condition).structure
             error = self._error_from(run, mode, direction)
-            if as_condition(problem.condition).structure != known:
+            if known is not None and as_condition(problem.condition).structure != known:
                 return self.attempt(mode, direction, x0, control)
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
                 # a failed solve is blamed on A only if A is what it should be
