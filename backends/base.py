@@ -269,6 +269,27 @@ class Backend(ABC):
 
         return many
 
+    def outside(
+        self, function: Callable[..., Sequence[Any]], arrays: Sequence[Array], shapes: Sequence[tuple[int, ...]]
+    ) -> list[Array]:
+        """Call a function of NumPy's arrays, from wherever the framework is, of which no derivative is taken.
+
+        Parameters
+        ----------
+        function : callable
+            Takes arrays that may have more leading axes than ``arrays``, each as long as the others' or one, and
+            returns arrays with them.
+        arrays : sequence of array
+        shapes : sequence of tuple
+            Of what is returned, without those axes; the dtype is that of the first of the arrays.
+        """
+        device = self.device(arrays[0])
+        return [self.xp.asarray(x, device=device) for x in function(*map(self.to_numpy, arrays))]
+
+    def to_numpy(self, x: Array) -> Any:
+        """Return an array as one of NumPy."""
+        return np.from_dlpack(x)
+
     def synchronize(self, tree: Any) -> None:  # noqa: B027
         """Wait until a result is there: at once, where nothing runs ahead of the host."""
 

@@ -146,6 +146,9 @@ class CupyBackend(ArrayAPIBackend):
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         return (CupySpace if len(shape) == 1 else CupyItemsSpace)(xp, shape, dtype, device)
 
+    def to_numpy(self, x: Array) -> Any:
+        return cupy.asnumpy(x)
+
     def to_double(self, x: Array) -> Array:
         return x.astype(cupy.float64, copy=False)
 

@@ -48,11 +48,13 @@ from implicitdiff.errors import (
     SingularError,
     SolveError,
     SolveWarning,
+    UnboundedError,
     UnknownNameError,
 )
 from implicitdiff.linalg.system import linear_solve
 from implicitdiff.linearization import Linearization
 from implicitdiff.outcome import Counts, Report, Status
+from implicitdiff.quadratic import solve_qp
 from implicitdiff.registry import register_backend
 from implicitdiff.solvers import (
     CG,
@@ -129,6 +131,7 @@ __all__ = [
     "SolverRow",
     "Stationary",
     "Status",
+    "UnboundedError",
     "UnknownNameError",
     "check_derivatives",
     "check_regularity",
@@ -144,5 +147,6 @@ __all__ = [
     "proxes",
     "register_backend",
     "register_solver",
+    "solve_qp",
     "solver_names",
 ]

@@ -15,7 +15,8 @@
     │   ├── InconsistentDerivativesError     a given derivative disagrees with the function that it is of
     │   └── NoiseError                       a derivative lies below the noise of the function
     └── SolveError (numpy.linalg.LinAlgError) the linear solve failed
-        ├── InfeasibleError (ValueError)     y violates a constraint
+        ├── InfeasibleError (ValueError)     y violates a constraint, or no y satisfies them
+        ├── UnboundedError (ValueError)      the objective has no lower bound on the constraints
         ├── SingularError                    A is singular, or so to working precision
         │   └── QualificationError           the gradients of the active constraints are linearly dependent
         ├── NotPositiveDefiniteError         zero or negative curvature
@@ -67,6 +68,7 @@ __all__ = [
     "SingularError",
     "SolveError",
     "SolveWarning",
+    "UnboundedError",
     "UnknownNameError",
 ]
 
@@ -146,7 +148,11 @@ class QualificationError(SingularError):
 
 
 class InfeasibleError(SolveError, ValueError):
-    """The point violates a constraint: it is no solution, and has no derivative as one."""
+    """The point violates a constraint: it is no solution, and has no derivative as one; or no point satisfies them."""
+
+
+class UnboundedError(SolveError, ValueError):
+    """The objective of a program has no lower bound on its constraints: there is no solution."""
 
 
 class NotPositiveDefiniteError(SolveError):

@@ -189,3 +189,15 @@ ANOTHER_STEP = 2**0.25
 """Ratio of steps at which the change of a difference of fourth order is its error."""
 NOISE = 3
 """How many times larger F by differences may be than its change with their steps, and be all noise."""
+
+# -- quadratic programs that are solved here -----------------------------------------------------------------
+SEMIDEFINITE = 1e-10
+"""Negative part of an eigenvalue of Q, beside its largest entry, that counts as rounding of a semidefinite one."""
+POLISHED, UNPOLISHED = 1e-10, 1e-6
+"""Residual of the conditions of a polished solution, beside the sums that it is the rest of; and of one that is as
+Clarabel found it, whose products of multipliers and distances are 1e-8."""
+ROUNDED_LENGTH = 1e-13
+"""Distance that is rounding beside data of the size one: hundreds of units of the last place."""
+POLISHING, POLISHING_STEPS = 2.0**-26, 8
+"""What the system of the active set is regularised by, half of the digits, so that a step of refinement gains as many;
+and the most steps of it, and of moving the active set."""

@@ -169,6 +169,17 @@ class JaxBackend(ArrayAPIBackend):
     def synchronize(self, tree: Any) -> None:
         jax.block_until_ready(tree)
 
+    def outside(
+        self, function: Callable[..., Sequence[Any]], arrays: Sequence[Array], shapes: Sequence[tuple[int, ...]]
+    ) -> list[Array]:
+        arrays = [lax.stop_gradient(x) for x in arrays]
+        if not is_traced(arrays):
+            return [jnp.asarray(x) for x in function(*map(np.asarray, arrays))]
+        like = [jax.ShapeDtypeStruct(shape, arrays[0].dtype) for shape in shapes]
+        return list(
+            jax.pure_callback(lambda *x: tuple(function(*map(np.asarray, x))), like, *arrays, vmap_method="expand_dims")
+        )
+
     # -- loops and linear algebra ----------------------------------------------------------------------
     def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(function)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from implicitdiff.arrays import Array
@@ -12,6 +12,7 @@ from implicitdiff.backends.torch.composable import Composable
 from implicitdiff.backends.torch.function import Implicit
 from implicitdiff.backends.torch.group import Group
 from implicitdiff.backends.torch.linearization import TorchLinearization
+from implicitdiff.backends.torch.outside import Outside
 from implicitdiff.backends.torch.problem import RecordedProblem, is_recorded, refuse_captured, refuse_recorded
 from implicitdiff.backends.torch.refusal import owned, with_refused
 from implicitdiff.backends.torch.system import solve_recorded
@@ -88,6 +89,11 @@ class TorchBackend(TorchArrays):
                 )
             return function.run(theta, args, kwargs)
         return self._recorded(function, theta, args, kwargs)
+
+    def outside(
+        self, function: Callable[..., Sequence[Any]], arrays: Sequence[Array], shapes: Sequence[tuple[int, ...]]
+    ) -> list[Array]:
+        return list(Outside.apply(function, *(x.detach() for x in arrays)))
 
     def solve_system(self, system: System) -> tuple[Any, Report]:
         """Solve a linear system, and let Torch differentiate the solution."""

@@ -1,0 +1,330 @@
+"""`solve_qp` against programs whose solution and multipliers were chosen, and against differences of solved ones."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import JAX, NUMPY, PLAIN, TORCH, Library
+from frameworks import EACH, framework
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from implicitdiff import (
+    QP,
+    DTypeError,
+    InfeasibleError,
+    InputError,
+    NonFiniteError,
+    NotConvergedError,
+    NotPositiveDefiniteError,
+    QualificationError,
+    RegularityWarning,
+    ShapeError,
+    SolveWarning,
+    UnboundedError,
+    implicit_function,
+    implicit_vjp,
+    solve_qp,
+)
+
+pytest.importorskip("clarabel")
+N, P, R, ITEMS = 5, 2, 4, 3
+LIBS = pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
+Data = dict[str, Any]
+
+
+def program(seed: int = 0) -> tuple[Data, np.ndarray, np.ndarray, np.ndarray]:
+    """Data, solution and multipliers, which are chosen: the first two of four inequalities are active."""
+    rng = np.random.default_rng(seed)
+    Q, A, G = rng.normal(size=(N, N)), rng.normal(size=(P, N)), rng.normal(size=(R, N))
+    Q, y, lam = Q @ Q.T + np.eye(N), rng.normal(size=N), rng.normal(size=P)
+    mu = np.r_[0.5 + rng.random(2), 0.0, 0.0]
+    data = {"Q": Q, "q": -(Q @ y + A.T @ lam + G.T @ mu), "A": A, "b": A @ y, "G": G, "h": G @ y + [0, 0, 0.5, 0.9]}
+    return data, y, lam, mu
+
+
+def batch() -> tuple[Data, np.ndarray, np.ndarray]:
+    """Several that share A, with their solutions and multipliers of the inequalities."""
+    found, A = [program(seed) for seed in range(ITEMS)], program()[0]["A"]
+    data = {name: np.stack([d[name] for d, *_ in found]) for name in found[0][0]}
+    y, lam, mu = (np.stack(x) for x in list(zip(*found, strict=True))[1:])
+    data |= {"A": A, "b": y @ A.T, "q": data["q"] + np.einsum("ipn,ip->in", data["A"] - A, lam)}
+    return data, y, mu
+
+
+def on(lib: Library, data: Data) -> Data:
+    return {name: lib.array(x) for name, x in data.items()}
+
+
+def resolved(data: Data) -> np.ndarray:
+    """Solve with the first two inequalities as equalities."""
+    J = np.concatenate([data["A"], data["G"][:2]])
+    K = np.block([[(data["Q"] + data["Q"].T) / 2, J.T], [J, np.zeros((P + 2, P + 2))]])
+    return np.linalg.solve(K, np.concatenate([-data["q"], data["b"], data["h"][:2]]))[:N]
+
+
+def gradient(data: Data, v: np.ndarray) -> Data:
+    """Return d⟨v, y⟩ / d(data) by central differences."""
+    found = {}
+    for name, x in data.items():
+        g = np.zeros_like(x)
+        for i in np.ndindex(*x.shape):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = x.copy()
+                moved[i] += step
+                ends.append(v @ resolved({**data, name: moved}))
+            g[i] = (ends[0] - ends[1]) / 2e-6
+        found[name] = g
+    return found
+
+
+def gradient_of_batch(data: Data, v: np.ndarray) -> Data:
+    """The same item by item; A is shared."""
+    each = [gradient({name: x if name == "A" else x[i] for name, x in data.items()}, v[i]) for i in range(ITEMS)]
+    return {name: np.sum([g[name] for g in each], axis=0) if name == "A" else np.stack([g[name] for g in each])
+            for name in data}  # fmt: skip
+
+
+V = np.cos(np.arange(N))
+MANY = np.cos(np.arange(ITEMS * N)).reshape(ITEMS, N)
+
+
+def same(lib: Library, got: Data, expected: Data) -> None:
+    for name, x in expected.items():
+        np.testing.assert_allclose(lib.numpy(got[name]), x, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+# -- solutions -------------------------------------------------------------------------------------------
+@LIBS
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_solution_and_its_multipliers(lib: Library, dtype: str) -> None:
+    data, y, lam, mu = program()
+    data = {name: lib.array(x, dtype) for name, x in data.items()}
+    found, multipliers = solve_qp(**data, return_multipliers=True)
+    assert lib.owns(found)
+    assert found.dtype == data["Q"].dtype
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    for got, expected in ((found, y), (multipliers[0], lam), (multipliers[1], mu)):
+        np.testing.assert_allclose(lib.numpy(got), expected, rtol=tolerance, atol=tolerance)
+
+
+@LIBS
+def test_a_batch_some_of_which_is_shared(lib: Library) -> None:
+    data, y, mu = batch()
+    found, (_, multipliers) = solve_qp(**on(lib, data), batched=True, return_multipliers=True)
+    np.testing.assert_allclose(lib.numpy(found), y, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(lib.numpy(multipliers), mu, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", ["A", "G"])
+def test_one_kind_of_constraints(kept: str) -> None:
+    """Equalities alone, or inequalities alone; the other multipliers are None."""
+    data, *_ = program()
+    drop = {"A": ("G", "h"), "G": ("A", "b")}[kept]
+    data = {name: x for name, x in data.items() if name not in drop}
+    y, multipliers = solve_qp(**data, return_multipliers=True)
+    z, other = multipliers if kept == "A" else multipliers[::-1]
+    assert other is None
+    np.testing.assert_allclose(data["Q"] @ y + data["q"] + data[kept].T @ z, 0, atol=1e-12)
+    g = implicit_vjp(QP(multipliers=multipliers), y, data, V)  # they are what QP takes
+    assert np.all(np.isfinite(g["q"]))
+
+
+def test_what_is_not_strictly_convex() -> None:
+    """A linear program at its vertex, a bound that is infinite, and one that is far away."""
+    G, h = np.array([[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [1.0, 0.0]]), np.array([1.0, 0.0, 0.0, 1e9])
+    y = solve_qp(np.zeros((2, 2)), np.array([-1.0, -2.0]), G=G, h=h)
+    np.testing.assert_allclose(y, [0.0, 1.0], atol=1e-14)
+    y = solve_qp(np.diag([1.0, 0.0]), np.array([-1.0, 1.0]), G=G, h=np.array([np.inf, 0.0, 0.0, 5.0]))
+    np.testing.assert_allclose(y, [1.0, 0.0], atol=1e-14)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(-9, 9), st.integers(0, 8))
+def test_units_do_not_matter(seed: int, f: int, spread: int) -> None:
+    """y → D y, rows → E rows, f → c f: the same solution, to rounding times what it loses."""
+    data, y, *_ = program(seed)
+    rng = np.random.default_rng(seed)
+    D, E, S = (2.0 ** rng.integers(-spread, spread + 1, size=k) for k in (N, P, R))
+    c = 10.0**f
+    moved = {
+        "Q": c * data["Q"] * D * D[:, None], "q": c * data["q"] * D, "A": data["A"] * D * E[:, None],
+        "b": data["b"] * E, "G": data["G"] * D * S[:, None], "h": data["h"] * S,
+    }  # fmt: skip
+    np.testing.assert_allclose(solve_qp(**moved) * D, y, rtol=1e-8, atol=1e-9)
+
+
+# -- derivatives -----------------------------------------------------------------------------------------
+def test_derivatives_on_numpy() -> None:
+    data, *_ = batch()
+    axes = {name: None if name == "A" else 0 for name in data}
+    layer = implicit_function(QP(), in_axes=(0, axes, None))(lambda data: solve_qp(**data, batched=True))
+    same(NUMPY, layer.vjp(data, MANY), gradient_of_batch(data, MANY))
+
+
+@EACH
+def test_derivatives_by_the_framework(name: str) -> None:
+    fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]
+    data, *_ = batch()
+    v, names = lib.array(MANY), list(data)
+    expected = gradient_of_batch(data, MANY)
+    if name == "torch":
+        leaves = {k: x.requires_grad_() for k, x in on(lib, data).items()}
+        (v * solve_qp(**leaves, batched=True)).sum().backward()
+        same(lib, {k: x.grad for k, x in leaves.items()}, expected)
+        return
+
+    def loss(*leaves: Any) -> Any:
+        return (v * solve_qp(**dict(zip(names, leaves, strict=True)), batched=True)).sum()
+
+    by_all = fw.jax.jit(fw.jax.grad(loss, tuple(range(len(names)))))
+    same(lib, dict(zip(names, by_all(*on(lib, data).values()), strict=True)), expected)
+
+
+@EACH
+def test_transforms_and_the_second_order(name: str) -> None:
+    fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]
+    data, *_ = program()
+    fixed = on(lib, {k: x for k, x in data.items() if k != "h"})
+    h = lib.array(data["h"])
+    transforms = fw.transforms()
+
+    def solved(h: Any) -> Any:
+        return solve_qp(**fixed, h=h)
+
+    forward, reverse = (lib.numpy(transforms[way](solved)(h)) for way in ("jacfwd", "jacrev"))
+    np.testing.assert_allclose(forward, reverse, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(V @ reverse, gradient(data, V)["h"], rtol=1e-6, atol=1e-7)
+    found = transforms["vmap"](transforms["grad"](lambda h: (solved(h) ** 2).sum()))(lib.xp.stack([h, 1.01 * h]))
+    for row, bound in zip(lib.numpy(found), (data["h"], 1.01 * data["h"]), strict=True):
+        y = solve_qp(**{**data, "h": bound})
+        np.testing.assert_allclose(row, implicit_vjp(QP(), y, {**data, "h": bound}, 2 * y)["h"], rtol=1e-7, atol=1e-9)
+    J = np.asarray(reverse)
+    hessian = transforms["hessian"](lambda h: (solved(h) ** 2).sum())(h)  # y is affine in h: 2 JᵀJ
+    np.testing.assert_allclose(lib.numpy(hessian), 2 * J.T @ J, rtol=1e-8, atol=1e-9)
+
+
+def test_multipliers_are_not_differentiated_in_silence() -> None:
+    if not TORCH:
+        pytest.skip("needs torch")
+    data = {k: x.requires_grad_() for k, x in on(TORCH[0], program()[0]).items()}
+    _, (_, mu) = solve_qp(**data, return_multipliers=True)
+    with pytest.raises(NotImplementedError, match="aux"):
+        mu.sum().backward()
+
+
+def test_what_is_told_of_a_derivative() -> None:
+    """A weakly active constraint is a warning, one that is there twice an error; and reports are handed out."""
+    if not TORCH:
+        pytest.skip("needs torch")
+    array, seen = TORCH[0].array, list[Any]()
+    G, q = array([[1.0, 0.0], [0.0, 1.0]]), array([-1.0, -2.0]).requires_grad_()
+    y = solve_qp(array(np.eye(2)), q, G=G, h=array([1.0, 5.0]), on_report=seen.append)
+    with pytest.warns(RegularityWarning, match=r"ineq\[0\] is weakly active"):
+        y.sum().backward()
+    assert seen[0].converged
+    y = solve_qp(array(np.eye(2)), q, G=array([[1.0, 0.0], [2.0, 0.0]]), h=array([0.5, 1.0]))
+    np.testing.assert_allclose(y.detach().numpy(), [0.5, 2.0])
+    with pytest.raises(QualificationError, match=r"ineq\[0\], ineq\[1\]"):
+        y.sum().backward()
+
+
+# -- failures --------------------------------------------------------------------------------------------
+BAD: dict[str, tuple[Data, type[Exception], str]] = {
+    "infeasible": ({"G": [[1.0, 0.0], [-1.0, 0.0]], "h": [-1.0, -1.0]}, InfeasibleError, "Clarabel: PrimalInfeasible"),
+    "unbounded": ({"Q": np.zeros((2, 2))}, UnboundedError, "Clarabel: DualInfeasible"),
+    "nonconvex": ({"Q": np.diag([1.0, -1.0])}, NotPositiveDefiniteError, "negative eigenvalue"),
+    "nan": ({"q": [np.nan, 0.0]}, NonFiniteError, "NaN or Inf"),
+    "minus infinity": ({"h": [-np.inf, 0.0]}, NonFiniteError, "NaN or Inf"),
+}
+
+
+def small(**other: Any) -> Data:
+    data = {"Q": np.eye(2), "q": [-1.0, -2.0], "G": [[-1.0, 0.0], [0.0, -1.0]], "h": [0.0, 0.0]}
+    return {name: np.asarray(x, dtype=float) for name, x in {**data, **other}.items()}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_has_no_solution(name: str) -> None:
+    other, kind, says = BAD[name]
+    with pytest.raises(kind, match=says) as caught:
+        solve_qp(**small(**other))
+    assert len(str(caught.value).splitlines()) <= 5
+    assert np.all(np.isnan(solve_qp(**small(**other), on_failure="nan")))
+    with pytest.warns(SolveWarning, match=says):
+        solve_qp(**small(**other), on_failure="warn")
+    solve_qp(**small(**other), on_failure="ignore")
+
+
+def test_a_solver_that_is_stopped() -> None:
+    rng = np.random.default_rng(0)
+    G, h, q = rng.normal(size=(200, 20)), rng.random(200), rng.normal(size=20)
+    with pytest.raises(NotConvergedError, match="MaxIterations"):
+        solve_qp(np.zeros((20, 20)), q, G=G, h=h, settings={"max_iter": 1})
+    data, y, *_ = program()
+    np.testing.assert_allclose(solve_qp(**data, settings={"max_iter": 3}), y, rtol=1e-11)  # its active set is known
+    with pytest.raises(InputError, match="Clarabel has none of the name 'iterations'"):
+        solve_qp(**data, settings={"iterations": 1})
+
+
+@LIBS
+def test_items_that_fail_are_named(lib: Library) -> None:
+    """The others are solved; eagerly it is told, and in a compiled program NaN."""
+    data, y, _ = batch()
+    data["h"][1, 2:] = -np.inf
+    data["G"][2, 1] = -data["G"][2, 0]
+    data["h"][2, :2] = -1.0
+    arrays = on(lib, data)
+    with pytest.raises(NonFiniteError, match=r"1 of 3 solved; item 1: NonFinite; item 2: PrimalInfeasible") as caught:
+        solve_qp(**arrays, batched=True)
+    np.testing.assert_allclose(lib.numpy(caught.value.value)[0], y[0], rtol=1e-10)
+    run = framework("jax").compiled if lib.name == "jax" else lambda f: f
+    mode = "raise" if lib.name == "jax" else "nan"
+    found = lib.numpy(run(lambda h: solve_qp(**{**arrays, "h": h}, batched=True, on_failure=mode))(arrays["h"]))
+    np.testing.assert_array_equal(np.isnan(found).all(axis=1), [False, True, True])
+    np.testing.assert_allclose(found[0], y[0], rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("other", "kind", "says"),
+    [
+        ({"h": None}, InputError, "has G and no h"),
+        ({"Q": None}, InputError, "has q and no Q"),
+        ({"G": None, "h": None}, InputError, "no constraints"),
+        ({"q": [[1.0, 2.0]]}, ShapeError, r"q has shape \(1, 2\); expected 1 axes.\nNext: batched=True"),
+        ({"G": np.ones((2, 3))}, ShapeError, r"G has shape \(2, 3\); expected \(2, 2\)"),
+        ({"Q": np.eye(3)}, ShapeError, r"Q has shape \(3, 3\); expected \(2, 2\)"),
+        ({"batched": True}, ShapeError, "one leading axis"),
+        ({"q": np.ones((2, 2)), "h": np.ones((3, 2)), "batched": True}, ShapeError, "one leading axis"),
+        ({"on_failure": "maybe"}, InputError, "on_failure"),
+    ],
+)
+def test_arguments_that_do_not_fit(other: Any, kind: type[Exception], says: str) -> None:
+    options = {name: other[name] for name in ("batched", "on_failure") if name in other}
+    data = {name: x for name, x in other.items() if name not in options}
+    given = {**small(), **{name: None if x is None else np.asarray(x, dtype=float) for name, x in data.items()}}
+    with pytest.raises(kind, match=says):
+        solve_qp(**given, **options)
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(DTypeError, match="q has dtype int"):
+        solve_qp(**{**small(), "q": np.array([1, 2])})
+
+
+def test_without_clarabel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(InputError, match=r"implicitdiff\[qp\]"):
+        solve_qp(**small())
+
+
+def test_no_items() -> None:
+    data = {name: x[None][:0] for name, x in small().items()}
+    assert solve_qp(**data, batched=True).shape == (0, 2)
