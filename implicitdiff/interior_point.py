@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse
 
 from implicitdiff.errors import InputError
 from implicitdiff.tolerances import POLISHED, POLISHING, POLISHING_STEPS, ROUNDED_LENGTH, SEMIDEFINITE, UNPOLISHED
@@ -166,9 +165,11 @@ def _is_convex(Q: Numbers) -> bool:
 
 def _by_clarabel(program: Program, settings: Any) -> Found:
     """Solve a program at the scale one, and polish."""
+    from scipy import sparse  # which import implicitdiff does not load
+
     clarabel, (Q, q, K, r, p) = clarabel_module(), program
     cones = [(clarabel.ZeroConeT, p), (clarabel.NonnegativeConeT, len(r) - p)]
-    upper, rows = scipy.sparse.csc_matrix(np.triu(Q)), scipy.sparse.csc_matrix(K)
+    upper, rows = sparse.csc_matrix(np.triu(Q)), sparse.csc_matrix(K)
     solver = clarabel.DefaultSolver(upper, q, rows, r, [kind(size) for kind, size in cones if size], settings)
     told = solver.solve()
     found = Found(np.asarray(told.x), np.asarray(told.z), str(told.status))

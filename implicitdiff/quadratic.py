@@ -50,6 +50,7 @@ def solve_qp(
     Q : array, shape (n, n)
         Positive semidefinite; its symmetric part counts. Zeros make it a linear program.
     q : array, shape (n,)
+        The slope at zero.
     A, b : array, shapes (p, n) and (p,), optional
         Equalities.
     G, h : array, shapes (r, n) and (r,), optional
