@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true, listed, named_items, to_python
-from implicitdiff.certificate import Estimate
-from implicitdiff.error_estimate import CAUSES, ErrorEstimate
+from implicitdiff.error_estimate import APPROXIMATION, CAUSES, ErrorEstimate
 from implicitdiff.errors import InaccurateError
+from implicitdiff.estimates import Estimate
 from implicitdiff.pytree import map_leaves
 from implicitdiff.tolerances import CERTIFIED
 
@@ -18,6 +18,7 @@ _NEXT = {
     "inner solution": "solve the inner problem further, or polish=1 (a Newton step first)",
     "linear solve": "a tighter rtol of the solver, more iterations, or polish=1",
     "finite differences": "give the derivatives, or write the functions so that autodiff takes them",
+    APPROXIMATION: "hessian='exact'",
     "rounding": "double precision, or scale or regularise the problem",
 }
 
@@ -36,15 +37,18 @@ def shown(backend: Any, estimate: Estimate, condition: Any, *, visible: bool) ->
     """
     xp, read = backend.xp, to_python if visible else (lambda x: x)
     parts = [estimate.inner, estimate.linear, estimate.differences, estimate.rounding]
+    names: tuple[str, ...] = CAUSES
+    if condition.exact is not condition:
+        parts, names = [*parts, estimate.approximation], (*CAUSES, APPROXIMATION)
     which = xp.argmax(xp.stack([*parts[::-1]]), axis=0)  # the last of equals: nothing at all is rounding
     which = len(parts) - 1 - which
     cause: Any = which
     if visible:
         numbers = to_python(which)
-        cause = CAUSES[numbers] if isinstance(numbers, int) else tuple(CAUSES[int(i)] for i in numbers)
+        cause = names[numbers] if isinstance(numbers, int) else tuple(names[int(i)] for i in numbers)
     return ErrorEstimate(
         absolute=read(estimate.absolute), relative=read(estimate.relative),
-        parts={name: read(part) for name, part in zip(CAUSES, parts, strict=True)}, cause=cause,
+        parts={name: read(part) for name, part in zip(names, parts, strict=True)}, cause=cause,
         contraction=read(estimate.contraction), trusted=read(estimate.trusted),
         doubt=_doubt(xp, estimate, condition) if visible else "", correction=estimate.correction,
         value=None if estimate.value is None else read(estimate.value), products=read(estimate.products),

@@ -10,6 +10,7 @@ the factors that are there. The parts of e are told apart by what the derivative
 
     inner solution        the maps at y⁺,
     linear solve          the maps at ŷ (the true residual of û),
+    Gauss-Newton          the same with the whole A, where another matrix was solved with,
     finite differences    the maps at ŷ with other steps: 2^(1/4) h for differences of fourth order, so that the change
                           is the error of the ones at h,
     rounding              what of the first two is no larger than rounding in F and in A û explains.
@@ -28,12 +29,12 @@ reparameterization", AISTATS 2024. arXiv:2402.16748 (a Newton step squares the e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array, divisor, item_norm
 from implicitdiff.errors import InputError
+from implicitdiff.estimates import Estimate, Product, nothing
 from implicitdiff.tolerances import (
     ANOTHER_STEP,
     CAUTIOUS,
@@ -47,63 +48,14 @@ from implicitdiff.tolerances import (
 )
 
 if TYPE_CHECKING:
-    from implicitdiff.linalg.solve import Solution
     from implicitdiff.rules import Rules
 
-__all__ = ["Estimate", "Product", "certify", "certify_adjoint", "newton_step"]
-
-
-class Product(NamedTuple):
-    """A derivative as it was made, so that it can be made again by the maps of another point."""
-
-    transposed: bool
-    right: Callable[[Rules], tuple[Array, Any]]
-    """At a point, the right-hand side of the system, and what is added to the derivative beside (∂L/∂θ)."""
-    b: Array
-    """The right-hand side that it was."""
-    solution: Solution
-    value: Array
-    """−Bᵀu or w, raveled: (*rhs, *items, m or n)."""
-    tree: Callable[[Array], Any]
-    """Turns that into what is handed out."""
-    beside: Any = 0
-    """What is added to it (∂L/∂θ)."""
-    loss: Callable[[Rules], Array] | None = None
-    """L at a point, where there is a loss."""
-
-    @property
-    def total(self) -> Array:
-        """The derivative."""
-        return self.beside + self.value
-
-
-class Estimate(NamedTuple):
-    """What was found, per item: arrays only, so that it may leave a compiled program."""
-
-    absolute: Array
-    relative: Array
-    inner: Array
-    linear: Array
-    differences: Array
-    rounding: Array
-    contraction: Array
-    adjoint_contraction: Array
-    trusted: Array
-    usable: Array
-    """Whether the two systems could be solved."""
-    products: Array
-    correction: Any
-    """Like the derivative; None where it was not computed (of a Jacobian, by probes)."""
-    value: Array | None
-    """L(ŷ) − ûᵀF, where there is a loss."""
-    y: Any
-    """y⁺, like y."""
-    changed: Array | None
-    """Of constraints or coordinates, which change sides between ŷ and y⁺, (*items, k)."""
+__all__ = ["certify", "certify_adjoint", "newton_step"]
 
 
 def newton_step(rules: Rules) -> Any:
     """y − A⁻¹F(y, θ), as a tree; y itself in items where that could not be solved for."""
+    rules = _exact(rules)
     p = rules.point
     solution = rules.prepared.solve(_residual(rules))
     y = p.y.vector - rules.restricted(solution.x)
@@ -119,6 +71,15 @@ def _residual(rules: Rules) -> Array:
         )
     F: Array = rules.maps.residual()
     return rules.point.backend.xp.asarray(F, copy=True)  # it may be a buffer that the next call fills again
+
+
+def _exact(rules: Rules) -> Rules:
+    """Return the rules with the whole of A, where the condition has them solve with another matrix."""
+    condition = rules.condition.exact
+    if condition is rules.condition:
+        return rules
+    problem = replace(rules.problem, condition=condition, copy=False)
+    return type(rules)(problem, flat=True, choices=rules.maps.choices, trial=True)
 
 
 def at_another(rules: Rules, step: Array) -> Rules:
@@ -140,7 +101,7 @@ def certify(rules: Rules) -> Estimate:
     """
     p, product = rules.point, rules.product
     if 0 in (p.y.n, p.theta.n, *p.items, *product.value.shape):
-        return _nothing(rules, product)
+        return nothing(rules, product)
     return _Certificate(rules, product).estimate()
 
 
@@ -149,18 +110,6 @@ def certify_adjoint(rules: Rules, solution: Any, b: Array) -> Estimate:
     value = -rules.maps.B.rmatvec(solution.x)
     product = Product(True, lambda at: (b, 0), b, solution, value, lambda value: value)
     return _Certificate(rules, product).estimate()
-
-
-def _nothing(rules: Rules, product: Product) -> Estimate:
-    """Of a derivative without entries."""
-    p = rules.point
-    xp = p.backend.xp
-    zero = xp.zeros(p.items, dtype=p.y.dtype, device=p.y.device)
-    value = None if product.loss is None else product.loss(rules)
-    correction = product.tree(xp.zeros_like(product.value))
-    numbers: list[Array] = [zero] * 8
-    rest = zero == 0, zero == 0, xp.astype(zero, xp.int32), correction, value, p.y.unravel(p.y.vector), None
-    return Estimate._make((*numbers, *rest))
 
 
 def _over(xp: Any, a: Array, b: Array) -> Array:
@@ -175,12 +124,13 @@ class _Certificate:
     Parameters
     ----------
     rules : Rules
-        At ŷ.
+        At ŷ, of the product.
     product : Product
     """
 
     def __init__(self, rules: Rules, product: Product) -> None:
-        self.rules, self.backend = rules, rules.point.backend
+        self.rules, self.backend = _exact(rules), rules.point.backend
+        self.approximate = self.rules is not rules
         self.xp, self.items = self.backend.xp, rules.point.items
         self.whole = True
         self.product = self._of_probes(product)
@@ -283,9 +233,11 @@ class _Certificate:
         left, more = self._left(there)
         w, corrected = self._solved(left)
         e = product.total - self._derivative(there, product.solution.x + w, more)
+        zero = xp.zeros_like(size)
         part, linear = self._linear(left)
+        approximation, linear = (linear, zero) if self.approximate else (zero, linear)
         exact, solved, noise = self._rounded(size)
-        inner, differences, apart, unseen = self._size(e - part), xp.zeros_like(linear), None, None
+        inner, differences, apart, unseen = self._size(e - part), zero, None, None
         if (other := self._at_other_steps()) is not None:
             apart = self._apart(other, part)
             differences = self._size(apart)
@@ -296,7 +248,6 @@ class _Certificate:
         absolute = xp.where(xp.isfinite(absolute), absolute, xp.full_like(absolute, float("inf")))
         kappa = _over(xp, self._scaled(_residual(there), rows=True), size)
         changed = None if there.maps.changed is None else there.maps.changed()
-        zero = xp.zeros_like(inner)
         rounding = xp.where(exact, inner, zero) + xp.where(solved, linear, zero)
         good = stepped & corrected & there.inputs & xp.isfinite(absolute)
         again = self._again(there, left, w)
@@ -304,7 +255,7 @@ class _Certificate:
         trusted = trusted if changed is None else trusted & ~xp.any(changed, axis=-1)
         return Estimate(
             absolute, self._relative(absolute), xp.where(exact, zero, inner), xp.where(solved, zero, linear),
-            differences, rounding, kappa, again, trusted, good, self._counted(kappa),
+            differences, rounding, approximation, kappa, again, trusted, good, self._counted(kappa),
             product.tree(e) if self.whole else None, self._value(F), rules.point.y.unravel(there.point.y.vector),
             changed,
         )  # fmt: skip
@@ -322,7 +273,7 @@ class _Certificate:
         """What of the error is that of û as a solution: the vector where it counts, else 0; and the size of ρ."""
         xp, product = self.xp, self.product
         rho = xp.asarray(product.solution.residual, dtype=left.dtype) * self._size(product.b)
-        wanted = rho > SPLIT * self._size(left)
+        wanted = (rho > SPLIT * self._size(left)) | self.approximate
 
         def solve(_: Any) -> tuple[Array, Any]:
             before, self.spent = self.spent, 0

@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from implicitdiff.errors import InputError
 from implicitdiff.records import Record, html_table
 
-__all__ = ["CAUSES", "NOTHING", "ErrorControl", "ErrorEstimate", "Polish"]
+__all__ = ["APPROXIMATION", "CAUSES", "NOTHING", "ErrorControl", "ErrorEstimate", "Polish"]
 
 CAUSES = ("inner solution", "linear solve", "finite differences", "rounding")
 """What an error is made of, in the order of the parts."""
+APPROXIMATION = "Gauss-Newton"
+"""And what another matrix than A adds to that."""
 Polish: TypeAlias = int | Literal["auto"]
 
 
@@ -82,7 +84,8 @@ class ErrorEstimate(Record):
         The same over ‖g‖₂ (or, where that cancels, over what rounding leaves of its terms).
     parts : dict of str to float or array
         The norms of its parts: ``"inner solution"`` (y is not solved for exactly), ``"linear solve"``,
-        ``"finite differences"`` and ``"rounding"``. They add up as vectors.
+        ``"finite differences"`` and ``"rounding"``; of ``LeastSquares(hessian="gauss-newton")`` also
+        ``"Gauss-Newton"``, what its matrix costs. They add up as vectors.
     cause : str or tuple of str
         The largest part; one for each item. Under the user's jit an integer array that numbers the parts.
     contraction : float or array

@@ -9,12 +9,13 @@ from typing import Any, Generic, cast
 from implicitdiff.accuracy import inaccuracy, inaccurate, nan_items, shown
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.axes import Axes, Shared, spread
-from implicitdiff.certificate import Estimate
 from implicitdiff.compilers import untraced
 from implicitdiff.conditions import as_condition
+from implicitdiff.covariance import covariance_of, standard_errors_of
 from implicitdiff.diagnosis import error_from, reject_non_finite
 from implicitdiff.error_estimate import NOTHING, ErrorControl, ErrorEstimate, Polish
 from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
+from implicitdiff.estimates import Estimate
 from implicitdiff.linalg.solve import make_report, method_of
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, settle
@@ -192,6 +193,47 @@ class Linearization(Generic[Y, T]):
             Where the solve failed, under ``on_failure="raise"``.
         """
         return self.product("gradient", outer, x0, self.control.but(error, max_error, polish))
+
+    # -- of least squares ------------------------------------------------------------------------------
+    @untraced
+    def covariance(self, scale: bool = True) -> Array:
+        """Covariance of the estimate y of a least-squares problem: s²(JᵀJ)⁻¹ with s² = ‖r‖² / (k − n).
+
+        Parameters
+        ----------
+        scale : bool, default True
+            Whether to multiply by s²; otherwise (JᵀJ)⁻¹, for residuals that are divided by known standard deviations.
+
+        Returns
+        -------
+        array, shape (n, n)
+            Over the raveled y; with ``batched=True`` (items, n, n). From a singular value decomposition of J.
+
+        Raises
+        ------
+        InputError
+            Where the condition is not `LeastSquares`, or has a loss or a regularizer, or k <= n.
+        SingularError
+            Where J has not full rank, under ``on_failure="raise"``.
+
+        Examples
+        --------
+        A line through four points:
+
+        >>> import numpy as np
+        >>> from implicitdiff import LeastSquares, linearize
+        >>> x, data = np.arange(4.0), np.array([1.0, 3.0, 5.0, 8.0])
+        >>> line = LeastSquares(lambda y, theta: y[0] + y[1] * x - theta)
+        >>> np.round(linearize(line, np.array([0.8, 2.3]), data).covariance(), 6)
+        array([[ 0.105, -0.045],
+               [-0.045,  0.03 ]])
+        """
+        return covariance_of(self._problem, scale)
+
+    @untraced
+    def standard_errors(self, scale: bool = True) -> Y:
+        """Square roots of the diagonal of ``covariance(scale)``, structured like y."""
+        return cast("Y", standard_errors_of(self._problem, scale))
 
     @property
     @untraced

@@ -21,13 +21,14 @@ from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 from implicitdiff.arrays import Array, any_true, nan_where, needed
-from implicitdiff.certificate import Estimate, Product, certify, newton_step
+from implicitdiff.certificate import certify, newton_step
 from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
 from implicitdiff.diagnosis import check_loss, reject_non_finite
 from implicitdiff.errors import ShapeError
+from implicitdiff.estimates import Estimate, Product
 from implicitdiff.linalg.solve import Prepared, Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode

@@ -5,6 +5,7 @@ from typing import Any
 from implicitdiff.conditions.base import Condition
 from implicitdiff.conditions.fixed_point import FixedPoint
 from implicitdiff.conditions.kkt import KKT
+from implicitdiff.conditions.least_squares import LeastSquares
 from implicitdiff.conditions.log_barrier import LogBarrier
 from implicitdiff.conditions.proximal import ProjectedGradient, ProximalGradient
 from implicitdiff.conditions.qp import QP
@@ -17,6 +18,7 @@ __all__ = [
     "QP",
     "Condition",
     "FixedPoint",
+    "LeastSquares",
     "LogBarrier",
     "ProjectedGradient",
     "ProximalGradient",

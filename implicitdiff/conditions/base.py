@@ -6,16 +6,16 @@ used; what is missing is derived by the backend. The signs of the condition come
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from implicitdiff.arrays import Array
+from implicitdiff.conditions.matrices import matrix_operator
 from implicitdiff.conditions.point import Point
-from implicitdiff.errors import BackendError, CallbackError, DerivativeError, InputError
-from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_map
+from implicitdiff.errors import DerivativeError, InputError
+from implicitdiff.linalg.operator import LinearMap, Operator, Product
 from implicitdiff.linalg.sparsity import Sparsity
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
@@ -32,8 +32,8 @@ __all__ = [
     "check_callables",
     "check_verify",
     "finite_part",
+    "lengths_of_leaves",
     "maps_from",
-    "matrix_operator",
 ]
 
 Function: TypeAlias = Callable[..., Any] | None
@@ -134,6 +134,11 @@ class Condition(Record):
     def point_kind(self) -> str | None:
         """What kind of stationary point y is said to be; None where nothing was said, and a saddle is told."""
         return "saddle"
+
+    @property
+    def exact(self) -> Condition:
+        """The condition with the whole of A, where it solves with a matrix that is near to it."""
+        return self
 
     @property
     def has_matrix(self) -> bool:
@@ -274,7 +279,7 @@ class _Builder:
             adjoint=forward if self.symmetric else adjoint, kind=kind, label="A",
             symmetric=True if self.symmetric else None, trusted=self.symmetric and kind != "given",
             accuracy=accuracy, derive=self._missing("jvp_y", "vjp_y"),
-            leaves=_lengths(p), like=p.y.vector, sparsity=self.given.sparsity,
+            leaves=lengths_of_leaves(p), like=p.y.vector, sparsity=self.given.sparsity,
         )  # fmt: skip
 
     def _missing(self, jvp: str, vjp: str) -> Callable[[bool], tuple[str, Any] | None]:
@@ -311,39 +316,7 @@ class _Builder:
         )  # fmt: skip
 
 
-def matrix_operator(p: Point, name: str, matrix: Any, symmetric: bool) -> Operator:
-    """Return a matrix of the user's, ∂G/∂y at a point, as an operator.
-
-    Parameters
-    ----------
-    p : Point
-    name : str
-        Of the function that returned it.
-    matrix : array, SciPy sparse matrix or LinearOperator
-    symmetric : bool
-        Whether it is said to be symmetric.
-    """
-    n, items = p.y.n, p.items
-    sparse, linear = hasattr(matrix, "tocsc"), hasattr(matrix, "matvec")
-    if (sparse or linear) and p.backend.name != "numpy":
-        raise BackendError(f"{name} returned a SciPy matrix, and y is an array of {p.backend.name}.")
-    if not sparse and not linear:
-        array = p.backend.as_array(matrix, p.y.device, p.y.dtype)
-        if array is None or math.prod(array.shape) != n * n * math.prod(items):
-            got = type(matrix).__name__ if array is None else f"an array of shape {tuple(array.shape)}"
-            raise CallbackError(f"{name} returned {got}.\nExpected a matrix of shape {(*items, n, n)}.")
-        p.y.check_placed(array, name, p.y.dtype)
-        matrix = p.backend.astype(p.backend.reshape(array, (*items, n, n)), p.y.dtype)
-    elif tuple(matrix.shape) != (n, n) or items:
-        raise CallbackError(
-            f"{name} returned {type(matrix).__name__} of shape {tuple(matrix.shape)}.\nExpected shape {(*items, n, n)}."
-        )
-    tags = {"label": "A", "symmetric": True if symmetric else None}
-    op: Operator = matrix_map(Operator, p.backend, matrix, items, p.y.dtype, p.y.device, **tags)
-    return replace(op, adjoint=op.forward) if symmetric else op
-
-
-def _lengths(point: Point) -> tuple[int, ...]:
+def lengths_of_leaves(point: Point) -> tuple[int, ...]:
     """Return the lengths of the leaves of y; an empty one counts only where vectors hold it as a part."""
     return tuple(leaf.size for leaf in point.y.leaves if leaf.size or is_tree_vector(point.y.vector))
 

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from implicitdiff.arrays import Array, times
-from implicitdiff.conditions.base import Maps, matrix_operator
+from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.constraint import Constraint, Function, paired, weighted
 from implicitdiff.conditions.given import checked_parts
+from implicitdiff.conditions.matrices import matrix_operator
 from implicitdiff.conditions.point import Point, VectorFunction
 from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_product
 from implicitdiff.namespaces import without

@@ -123,6 +123,9 @@ class Auto(Solver):
             name = _LDLT.describe(state.prepared["ldlt"])[0][0]
             state.methods = [(name, f"{why}; A is symmetric and indefinite")]
             return result
+        if getattr(op, "root", None) is not None:
+            state.methods = [("cholesky", f"{why}; A = JᵀJ, and its factor comes of a QR factorisation of J")]
+            return self._run(state, _CHOLESKY, b, None)
         if op.backend.traced:  # one factorisation, and no loop with LAPACK calls in it
             state.methods = [("lu", f"{why}; compiled, where nothing is tried first")]
             return self._run(state, _LU, b, None)
@@ -203,7 +206,7 @@ def _first_direct(op: Operator) -> Solver:
         return _LU
     if op.positive_definite is False:
         return _LDLT
-    return _LU if op.backend.traced else _CHOLESKY
+    return _LU if op.backend.traced and getattr(op, "root", None) is None else _CHOLESKY
 
 
 def _after_iterations(op: Operator) -> tuple[Solver, ...]:

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from implicitdiff.arrays import Array
+from implicitdiff.linalg.gram_operator import triangle
 from implicitdiff.solvers.base import Structure
 from implicitdiff.solvers.dense import DenseSolver
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
+    from implicitdiff.linalg.equilibration import Scaling
+    from implicitdiff.linalg.operator import Operator
 
 __all__ = ["Cholesky"]
 
@@ -23,6 +26,8 @@ __all__ = ["Cholesky"]
 @dataclass(frozen=True, eq=False, repr=False)
 class Cholesky(DenseSolver):
     """Cholesky: half the work of LU, and a proof that A is positive definite.
+
+    Of the JᵀJ of a Gauss-Newton system the factor is made by a QR factorisation of J (`LeastSquares`).
 
     Parameters
     ----------
@@ -44,6 +49,13 @@ class Cholesky(DenseSolver):
 
     def factor(self, backend: Backend, matrix: Array) -> Any:
         return backend.cho_factor(matrix)
+
+    def factors(self, operator: Operator, matrix: Array, scaling: Scaling | None) -> Any:
+        root = getattr(operator, "root", None)
+        if root is None:
+            return self.factor(operator.backend, matrix)
+        J = operator.backend.to_double(root.dense())
+        return triangle(operator.backend, J if scaling is None else J * scaling.columns[..., None, :])
 
     def apply(self, backend: Backend, factor: Any, b: Array, transposed: bool) -> Array:
         return backend.cho_solve(factor, b)

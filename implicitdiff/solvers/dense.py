@@ -73,6 +73,10 @@ class DenseSolver(Solver):
         """Factor matrices of shape (*items, n, n); entries that are not finite mean failure."""
         raise NotImplementedError
 
+    def factors(self, operator: Operator, matrix: Array, scaling: Scaling | None) -> Any:
+        """Factor the equilibrated matrix of an operator."""
+        return self.factor(operator.backend, matrix)
+
     def apply(self, backend: Backend, factor: Any, b: Array, transposed: bool) -> Array:
         """Solve with columns b, shape (*items, n, k)."""
         raise NotImplementedError
@@ -94,7 +98,7 @@ class DenseSolver(Solver):
             matrix = scaling.rows[..., :, None] * matrix * scaling.columns[..., None, :]
         if symmetric:
             matrix, failed = _symmetrised(operator, matrix, failed)
-        factor = self.factor(backend, matrix)
+        factor = self.factors(operator, matrix, scaling)
         broken = self.broken(xp, factor)
         if broken is not None:
             failed = _mark(xp, failed, broken, Status.NOT_POSITIVE_DEFINITE)
@@ -127,7 +131,8 @@ class DenseSolver(Solver):
         else:
             x, r = self._refined(state, wide / scale)
         state, residual = _by_solution(state, x), xp.sqrt(xp.vecdot(r, r))
-        status, tolerance = classify(xp, state.failed, state.rcond, residual)
+        rcond = state.rcond**2 if _is_gram(state) else state.rcond  # the residual is that of A
+        status, tolerance = classify(xp, state.failed, rcond, residual)
         if state.scaling is not None:
             converged = status == int(Status.CONVERGED)
             residual = state.scaling.reported_residual(backend, converged, (residual, tolerance), r, wide / scale)
@@ -189,7 +194,7 @@ class DenseSolver(Solver):
         rows = self.rows(state, xp.concat([b if many else b[None, ...], z], axis=0))
         x, w = (rows[:-PROBES, ...] if many else rows[0, ...]), rows[-PROBES:, ...]
         r = b - product(x)
-        if not is_double(float(xp.finfo(state.operator.dtype).eps)):
+        if not is_double(float(xp.finfo(state.operator.dtype).eps)) and not _is_gram(state):
             x = x + self.rows(state, r)
             r = b - product(x)
         return _with_condition(state, z, w), x, r
@@ -245,11 +250,17 @@ def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> D
     product = state.norm * xp.maximum(gains, gains * 0 + gain / math.sqrt(state.operator.n))
     usable = xp.isfinite(product) & (product > 0)
     rcond = quotient(xp, 1.0, product, usable)
+    rcond = xp.sqrt(rcond) if _is_gram(state) else rcond
     failed = _mark(xp, state.failed, rcond < _least(state), Status.SINGULAR)
     if state.operator.offset:
         lost = xp.max(cancelled(xp, state.operator, state.scaling, state.norm, w), axis=0)
         failed = _mark(xp, failed, rcond < lost / LOST, Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
+
+
+def _is_gram(state: DenseState) -> bool:
+    """Whether what was factored is J of A = JᵀJ: then it is the condition of J that counts."""
+    return getattr(state.operator, "root", None) is not None
 
 
 def _least(state: DenseState) -> float:
@@ -261,6 +272,7 @@ def _by_solution(state: DenseState, x: Array) -> DenseState:
     """Take over what the solution for a unit vector shows of A⁻¹, where that is more than the probe vectors did."""
     xp = state.operator.backend.xp
     gain = state.norm * item_norm(xp, x) / math.sqrt(state.operator.n)
+    gain = xp.sqrt(gain) if _is_gram(state) else gain
     if nowhere(state.rcond * gain > 1):  # as nearly always
         return state
     rcond = xp.where(state.rcond * gain > 1, 1 / divisor(xp, gain), state.rcond + 0 * gain)
