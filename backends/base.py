@@ -297,6 +297,22 @@ class Backend(ABC):
         """Run a function, and return the most bytes that it held at once; None where that cannot be seen."""
         return None
 
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a pure ``function(backend, data, *trees)`` as one of ``(data, *trees)``: compiled, where that is done.
+
+        ``backend`` is the one to compute with inside; ``data`` holds arrays and whatever else, the same at every call.
+        """
+
+        def call(*trees: Any) -> Any:
+            with self.computing():
+                return function(self, *trees)
+
+        return call
+
+    def black_box(self, function: Callable[..., Any], like: Any) -> Callable[..., Any]:
+        """Return a function of trees of arrays that need not be traceable, and returns what is ``like`` a tree."""
+        return self.callback(function)
+
     # -- linear algebra ------------------------------------------------------------------------------
     linear: Callable[..., Any] | None = None
     """``(prepared, b, x0, transposed)``: what to call in place of ``prepared.solve``: so that the solve is

@@ -55,6 +55,9 @@ from implicitdiff.errors import (
 from implicitdiff.linalg.system import linear_solve
 from implicitdiff.linearization import Linearization
 from implicitdiff.outcome import Counts, Report, Status
+from implicitdiff.outer.driver import Bilevel, BilevelResult, bilevel
+from implicitdiff.outer.schedules import Fixed, Geometric, Summable, Sweep
+from implicitdiff.outer.state import BilevelState
 from implicitdiff.quadratic import solve_qp
 from implicitdiff.registry import register_backend
 from implicitdiff.solvers import (
@@ -88,6 +91,9 @@ __all__ = [
     "Auto",
     "BackendError",
     "BiCGSTAB",
+    "Bilevel",
+    "BilevelResult",
+    "BilevelState",
     "CallbackError",
     "CheckRow",
     "Cholesky",
@@ -98,7 +104,9 @@ __all__ = [
     "DerivativeCheck",
     "DerivativeError",
     "ErrorEstimate",
+    "Fixed",
     "FixedPoint",
+    "Geometric",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
     "InaccurateError",
@@ -133,8 +141,11 @@ __all__ = [
     "SolverRow",
     "Stationary",
     "Status",
+    "Summable",
+    "Sweep",
     "UnboundedError",
     "UnknownNameError",
+    "bilevel",
     "check_derivatives",
     "check_regularity",
     "compare_solvers",

@@ -201,3 +201,13 @@ ROUNDED_LENGTH = 1e-13
 POLISHING, POLISHING_STEPS = 2.0**-26, 8
 """What the system of the active set is regularised by, half of the digits, so that a step of refinement gains as many;
 and the most steps of it, and of moving the active set."""
+
+# -- loops -----------------------------------------------------------------------------------------------
+SMALLEST_STEP = 1e-4
+"""Part of a Newton step below which none lowers ‖F‖."""
+FORGOTTEN = 0.9
+"""Part of what an estimate was wrong by that is remembered from step to step."""
+OVERSHOT = 0.9
+"""Slope at the end of a step, against that at its start, from which it went too far."""
+CONSISTENT = 1e-6
+"""Relative error of a gradient that a line search may hold against values."""

@@ -74,7 +74,7 @@ LAYERS = (
         "linearization",
         "linalg.system",
     ),
-    ("decorator", "api", "quadratic"),
+    ("decorator", "api", "quadratic", "outer"),
     ("tools.__init__", "tools.regularity", "tools.comparison", "tools.derivative_check"),
     ("testing",),
     ("__init__",),

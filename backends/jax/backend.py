@@ -15,6 +15,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.jax.derivatives import Derivatives
 from implicitdiff.backends.jax.function import differentiable_call
+from implicitdiff.backends.jax.loops import compiled, from_host
 from implicitdiff.backends.jax.runner import Runner
 from implicitdiff.backends.jax.space import JaxSpace, JaxTreeSpace
 from implicitdiff.backends.jax.systems import solved
@@ -244,6 +245,12 @@ class JaxBackend(ArrayAPIBackend):
     def inline(self) -> JaxBackend:
         """Return the backend for what is being traced."""
         return INLINE
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return compiled(self.inline, function)
+
+    def black_box(self, function: Callable[..., Any], like: Any) -> Callable[..., Any]:
+        return from_host(function, like)
 
     def runner(self, problem: Problem) -> Runner:
         return Runner(problem, self.inline)

@@ -1,0 +1,177 @@
+"""How accurately each step of a bilevel loop is solved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from implicitdiff.errors import InputError
+from implicitdiff.records import Record
+
+__all__ = ["Fixed", "Geometric", "Schedule", "Summable", "Sweep"]
+
+
+def _check(name: str, value: Any, low: float = 0.0, high: float = float("inf")) -> None:
+    """Raise where a number is not strictly between two others."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        raise InputError(f"{name} = {value!r}: expected a number between {low:g} and {high:g}.")
+
+
+class Schedule(Record):
+    """A relative tolerance for each outer step; subclasses have ``at(step)``."""
+
+    measured = False
+    """Whether the error of the gradient decides, and not a tolerance."""
+
+    def at(self, step: Any) -> Any:
+        """Return the relative tolerance of that step (0, 1, …); ``step`` may be a 0-d array of floats."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Schedule):
+    """Correct y and the adjoint in turn until the estimated error of the gradient is below a target.
+
+    One sweep is a Newton correction A δ = F(y), y ← y − δ, and an adjoint correction Aᵀ w = ∂L/∂y − Aᵀ u, u ← u + w,
+    each solved to ``eta``. The change e of the gradient is the certificate of the one before; what it leaves is
+    about max(eta, κ) e with κ the contraction of ‖F‖, and never less than sweeps before have left.
+
+    Parameters
+    ----------
+    eta : float, default 0.1
+        Relative residual of the two corrections.
+    target : float, default 0.1
+        Relative error of the gradient at which no further sweep is made.
+    most : int, default 20
+        Sweeps in one outer step, at most.
+
+    Raises
+    ------
+    InputError
+        Where a number is not positive, or ``eta`` or ``target`` not below 1.
+
+    Examples
+    --------
+    >>> from implicitdiff import Sweep
+    >>> Sweep(0.1, target=0.01)
+    Sweep(target=0.01)
+    """
+
+    eta: float = 0.1
+    target: float = 0.1
+    most: int = 20
+    measured = True
+
+    def __post_init__(self) -> None:
+        _check("eta", self.eta, 0, 1)
+        _check("target", self.target, 0, 1)
+        _check("most", self.most)
+
+    def at(self, step: Any) -> Any:
+        return self.eta
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fixed(Schedule):
+    """The same tolerance at every step, for the inner problem and the adjoint.
+
+    Parameters
+    ----------
+    rtol : float
+        Of ‖F‖ against its size at the start, and of the adjoint's residual against ‖∂L/∂y‖.
+
+    Raises
+    ------
+    InputError
+        Where it is not between 0 and 1.
+
+    Examples
+    --------
+    >>> from implicitdiff import Fixed
+    >>> Fixed(1e-8).at(3)
+    1e-08
+    """
+
+    rtol: float
+
+    def __post_init__(self) -> None:
+        _check("rtol", self.rtol, 0, 1)
+
+    def at(self, step: Any) -> Any:
+        return self.rtol
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Geometric(Schedule):
+    """Tolerances start · ratio^k, as HOAG has them.
+
+    Parameters
+    ----------
+    start : float, default 0.1
+        Of the first step.
+    ratio : float, default 0.9
+        Of each to the one before.
+
+    Raises
+    ------
+    InputError
+        Where a number is not between 0 and 1.
+
+    References
+    ----------
+    F. Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016. arXiv:1602.02355
+
+    Examples
+    --------
+    >>> from implicitdiff import Geometric
+    >>> round(Geometric(0.1, 0.9).at(2), 3)
+    0.081
+    """
+
+    start: float = 0.1
+    ratio: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check("start", self.start, 0, 1)
+        _check("ratio", self.ratio, 0, 1)
+
+    def at(self, step: Any) -> Any:
+        return self.start * self.ratio**step
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Summable(Schedule):
+    """Tolerances start / (k + 1)^power; with a power above 1 their sum is finite, and HOAG converges.
+
+    Parameters
+    ----------
+    start : float, default 0.1
+        Of the first step.
+    power : float, default 2
+        How fast they fall.
+
+    Raises
+    ------
+    InputError
+        Where ``start`` is not between 0 and 1, or ``power`` not positive.
+
+    References
+    ----------
+    F. Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016. arXiv:1602.02355
+
+    Examples
+    --------
+    >>> from implicitdiff import Summable
+    >>> Summable(0.1, 2).at(1)
+    0.025
+    """
+
+    start: float = 0.1
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check("start", self.start, 0, 1)
+        _check("power", self.power)
+
+    def at(self, step: Any) -> Any:
+        return self.start * (step + 1) ** -self.power

@@ -1,0 +1,167 @@
+"""Sweeps: corrections of y and of the adjoint in turn, whose changes of the gradient are its certificate.
+
+At (ŷ, û), with g = ∂L/∂θ(ŷ) − B(ŷ)ᵀ û, one sweep solves loosely, to η,
+
+    A(ŷ) δ = F(ŷ),                    y = ŷ − t δ   (t = 1, halved while ‖F‖ grows),
+    A(y)ᵀ w = ∂L/∂y(y) − A(y)ᵀ û,     u = û + w,
+
+and g₊ = ∂L/∂θ(y) − B(y)ᵀ u. The change e = ‖g₊ − g‖ is the error of g to first order (see `implicitdiff.certificate`),
+so that no product is made for the estimate alone. Of g₊ it is known that a sweep leaves a part max(η, κ) of an error,
+κ = ‖F(y)‖/‖F(ŷ)‖; where there were sweeps one after another, the part that was left is seen, e₊/e, and the largest
+ratio of what was seen to what was predicted is kept, and forgotten slowly.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from implicitdiff.arrays import Array, divisor
+from implicitdiff.outer.equations import Equations
+from implicitdiff.outer.schedules import Sweep
+from implicitdiff.tolerances import ROUNDED, SMALLEST_STEP
+
+__all__ = ["Corrected", "adjoint_solved", "begin", "corrected", "newton", "swept"]
+
+
+DIGIT, MOST_CORRECTIONS = 0.1, 40
+"""Relative residual of one correction of the adjoint where more are to follow, and how many there may be."""
+
+
+class Corrected(NamedTuple):
+    """y with F there, u, the gradient that they make, and what it took."""
+
+    y: Array
+    u: Array
+    F: Array
+    size: Array
+    """‖F‖."""
+    gradient: Array
+    change: Array
+    """e, of the latest sweep."""
+    expected: Array
+    """max(η, κ) e: what is left of the error by theory."""
+    doubt: Array
+    """Largest ratio of an error that was seen to what had been expected of it; 1 or more, infinite before any."""
+    gradients: Array
+    products: Array
+    sweeps: Array
+    going: Array
+    """Whether another sweep is wanted."""
+    usable: Array
+    """Whether the latest solves made steps that lowered ‖F‖, and the error is what it may be."""
+
+    @property
+    def error(self) -> Array:
+        """Estimated ‖g − g*‖."""
+        return self.doubt * self.expected
+
+
+def begin(equations: Equations, y: Array, u: Array, theta: Array, doubt: Array, *, gradient: bool) -> Corrected:
+    """Look at where a step starts: F, and the gradient by what is there, which takes no product with A."""
+    spot, zero, none = equations.at(y, theta), equations.number(0.0), equations.count(0)
+    F = spot.residual()
+    size = equations.backend.space(F).size(F)
+    g = spot.pullback(u, spot.slopes()[1]) if gradient else equations.backend.xp.zeros_like(theta)
+    far, yes = zero + float("inf"), ~(size < 0)
+    return Corrected(y, u, F, size, g, far, far, doubt, none + 1, none, none, yes, yes)
+
+
+def newton(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corrected:
+    """One loose Newton correction of y."""
+    backend, xp = equations.backend, equations.backend.xp
+    here = equations.at(s.y, theta)
+    delta = here.solve(s.F, rtol, transposed=False)
+    step, size = here.rules.restricted(delta.x), backend.space(s.F).size
+
+    def there(t: Array) -> tuple[Array, Array, Array]:
+        y = backend.detached(s.y - t * step)
+        F = equations.at(y, theta).residual()
+        return y, F, size(F)
+
+    def grows(found: Any) -> Any:
+        return ~(found[1][2] <= s.size) & (found[0] > SMALLEST_STEP)
+
+    one = equations.number(1.0)
+    first = one, there(one), equations.count(1)
+    _, (y, F, after), count = backend.while_loop(grows, lambda f: (f[0] / 2, there(f[0] / 2), f[2] + 1), first)
+    kept = after <= s.size
+    space = backend.space(s.y)
+    exact = space.size(step) <= ROUNDED * space.eps * space.size(s.y)  # at a solution, F is rounding
+    y, F = backend.space(s.y).select(kept, y, s.y), backend.space(F).select(kept, F, s.F)
+    return s._replace(
+        y=y, F=F, size=xp.where(kept, after, s.size), gradients=s.gradients + count,
+        products=s.products + delta.products, usable=s.usable & delta.usable & (kept | exact),
+    )  # fmt: skip
+
+
+def corrected(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> tuple[Corrected, Array]:
+    """One loose correction of the adjoint, the gradient with it, and what is rounding in that."""
+    spot = equations.at(s.y, theta)
+    by_y, by_theta = spot.slopes()
+    rho = by_y - spot.product(s.u, transposed=True)
+    w = spot.solve(rho, rtol, transposed=True)
+    u = equations.backend.detached(s.u + w.x)
+    g = spot.pullback(u, by_theta)
+    usable = s.usable & w.usable & spot.regular
+    space = equations.backend.space(g)
+    level = ROUNDED * space.eps * (2 * space.size(by_theta) + space.size(g))
+    return s._replace(u=u, gradient=g, products=s.products + w.products + 1, usable=usable), level
+
+
+def adjoint_solved(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corrected:
+    """Correct the adjoint until its residual is at a tolerance, and take the gradient."""
+    backend, xp = equations.backend, equations.backend.xp
+    spot = equations.at(s.y, theta)
+    by_y, by_theta = spot.slopes()
+    norm, most = backend.space(by_y).size, equations.count(MOST_CORRECTIONS)
+    wanted = rtol * norm(by_y)
+
+    def left(u: Array) -> Array:
+        return by_y - spot.product(u, transposed=True)
+
+    def body(found: tuple[Array, ...]) -> tuple[Array, ...]:
+        u, rho, products, usable, count = found
+        # a tolerance that is an array, under jit, cannot be an option of a solver: then digit by digit
+        ask = DIGIT if backend.traced else min(max(float(wanted) / float(norm(rho)) / 2, spot.least), DIGIT)
+        w = spot.solve(rho, ask, transposed=True)
+        u = backend.detached(u + w.x)
+        return u, left(u), products + w.products + 1, usable & w.usable, count + 1
+
+    def going(found: tuple[Array, ...]) -> Array:
+        return ~(norm(found[1]) <= wanted) & found[3] & (found[4] < most)
+
+    first = s.u, left(s.u), s.products + 1, s.usable, equations.count(0)
+    u, rho, products, usable, _ = backend.while_loop(going, body, first)
+    usable = usable & (norm(rho) <= wanted) & spot.regular
+    g = spot.pullback(u, by_theta)
+    return s._replace(u=u, gradient=g, products=products, usable=usable, going=xp.zeros_like(s.going))
+
+
+def swept(equations: Equations, start: Corrected, theta: Array, schedule: Sweep, inner: Any = None) -> Corrected:
+    """Sweep until the estimated error of the gradient is below the target, relative to its size.
+
+    ``inner`` takes the place of Newton's correction of y: it lowers ‖F‖ by η.
+    """
+    xp, norm = equations.backend.xp, equations.backend.space(theta).size
+
+    def sweep(before: Corrected) -> Corrected:
+        start = before._replace(usable=before.usable | True)
+        if inner is None:
+            s = newton(equations, start, theta, schedule.eta)
+        else:
+            s = inner(equations, start, theta, schedule.eta * start.size)
+        kappa = s.size / divisor(xp, before.size)
+        s, level = corrected(equations, s, theta, schedule.eta)
+        change = norm(s.gradient - before.gradient)
+        # the error of the gradient before is seen now: was more expected of it, or less?
+        seen, ratio = before.sweeps > 0, change / divisor(xp, before.expected)
+        known = xp.where(xp.isfinite(before.doubt), before.doubt, equations.number(1.0))
+        s = s._replace(
+            change=change, expected=xp.maximum(equations.number(schedule.eta), kappa) * change,
+            doubt=xp.where(seen, xp.maximum(known, ratio), before.doubt), sweeps=before.sweeps + 1,
+        )  # fmt: skip
+        wrong = ~(s.error <= schedule.target * norm(s.gradient)) & ~(change <= level)
+        wrong = wrong | ~s.usable
+        return s._replace(going=wrong & (s.sweeps < schedule.most), usable=~wrong)
+
+    return equations.backend.while_loop(lambda s: s.going, sweep, start)

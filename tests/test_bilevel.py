@@ -1,0 +1,422 @@
+"""The bilevel loop: schedules, inner solvers, optimizers, history, resuming, and problems with known optima."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from typing import Any
+
+import bolib
+import numpy as np
+import pytest
+from frameworks import EACH, framework
+
+from implicitdiff import (
+    CG,
+    KKT,
+    AccuracyWarning,
+    Bilevel,
+    BilevelState,
+    Fixed,
+    FixedPoint,
+    Geometric,
+    InputError,
+    Root,
+    SolveWarning,
+    Stationary,
+    Status,
+    Summable,
+    Sweep,
+    UnknownNameError,
+    bilevel,
+)
+
+RNG = np.random.default_rng(0)
+X, XV = RNG.normal(size=(40, 8)), RNG.normal(size=(30, 8))
+TRUE = RNG.normal(size=8) * np.array([1, 1, 1, 1, 0, 0, 0, 0])
+T, TV = X @ TRUE + 0.3 * RNG.normal(size=40), XV @ TRUE + 0.3 * RNG.normal(size=30)
+Y0, THETA0 = np.zeros(8), np.full(8, np.log(0.1))
+
+
+def grad(w: Any, lam: Any, X: Any, t: Any) -> Any:
+    """Ridge regression with a log-penalty for each weight, and a quartic term so that it is no quadratic."""
+    return X.T @ (X @ w - t) / 40 + np.exp(lam) * w + 0.1 * w**3
+
+
+def hvp(w: Any, lam: Any, v: Any, X: Any, t: Any) -> Any:
+    return X.T @ (X @ v) / 40 + np.exp(lam) * v + 0.3 * w**2 * v
+
+
+def mixed_vjp(w: Any, lam: Any, u: Any, X: Any, t: Any) -> Any:
+    return np.exp(lam) * w * u
+
+
+def outer(w: Any, lam: Any) -> Any:
+    return ((XV @ w - TV) ** 2).sum() / 60
+
+
+OUTER = (outer, lambda w, lam: (XV.T @ (XV @ w - TV) / 30, None))
+RIDGE = Stationary(grad=grad, hvp=hvp, mixed_vjp=mixed_vjp)
+
+
+def solved(lam: np.ndarray, w: np.ndarray = Y0) -> np.ndarray:
+    """The inner solution to rounding."""
+    for _ in range(50):
+        A = X.T @ X / 40 + np.diag(np.exp(lam) + 0.3 * w**2)
+        w = w - np.linalg.solve(A, grad(w, lam, X, T))
+    return w
+
+
+def truth(lam: np.ndarray) -> np.ndarray:
+    """The gradient of the outer value."""
+    w = solved(lam)
+    A = X.T @ X / 40 + np.diag(np.exp(lam) + 0.3 * w**2)
+    return -np.exp(lam) * w * np.linalg.solve(A, XV.T @ (XV @ w - TV) / 30)
+
+
+def errors(loop: Bilevel, steps: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """True and estimated relative errors of the gradients of some steps."""
+    state, found = loop.init(Y0, THETA0), []
+    for _ in range(steps):
+        theta = state.theta
+        state = loop.step(state)
+        exact = truth(theta)
+        found.append((np.linalg.norm(state.gradient - exact) / np.linalg.norm(exact), float(state.error)))
+    return tuple(np.array(found).T)  # type: ignore[return-value]
+
+
+def best() -> tuple[np.ndarray, float]:
+    """The optimum of the outer problem by SciPy, on gradients of the re-solved inner one."""
+    from scipy.optimize import minimize
+
+    found = minimize(lambda lam: (outer(solved(lam), lam), truth(lam)), THETA0, jac=True, bounds=[(-6.0, 2.0)] * 8)
+    return found.x, found.fun
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.3])
+def test_sweep_keeps_the_error_below_its_target_and_tells_it(eta: float) -> None:
+    true, estimated = errors(Bilevel(RIDGE, OUTER, args=(X, T), tolerance=Sweep(eta, target=0.1), solver="cg"))
+    assert true.max() <= 0.1
+    assert (estimated <= 0.1).all()
+    assert np.median(estimated / true) > 1 / 3  # what is told is not flattered
+
+
+def test_sweep_to_a_smaller_target_is_more_accurate() -> None:
+    loops = [Bilevel(RIDGE, OUTER, args=(X, T), tolerance=Sweep(0.1, target=target)) for target in (0.1, 1e-6)]
+    loose, tight = (errors(loop, 8)[0].max() for loop in loops)
+    assert tight <= 1e-6 < loose
+
+
+@pytest.mark.parametrize("inner", ["newton-cg", "lbfgs", "gradient"])
+def test_fixed_tolerance_by_each_inner_solver(inner: str) -> None:
+    true, estimated = errors(Bilevel(RIDGE, OUTER, args=(X, T), inner=inner, tolerance=Fixed(1e-9)), 6)
+    assert true.max() < 1e-6
+    assert np.isnan(estimated).all()
+
+
+@pytest.mark.parametrize("schedule", [Geometric(0.1, 0.5), Summable(0.1, 3)])
+def test_tolerances_that_fall(schedule: Any) -> None:
+    true, _ = errors(Bilevel(RIDGE, OUTER, args=(X, T), tolerance=schedule), 15)
+    assert true[-1] < 0.03 * true[:3].max()
+    assert schedule.at(2) == pytest.approx(schedule.at(0) * (0.25 if isinstance(schedule, Geometric) else 1 / 27))
+
+
+def test_a_sweep_costs_less_than_a_small_tolerance() -> None:
+    states = []
+    for tolerance in (Sweep(0.1), Fixed(1e-8)):
+        found = bilevel(RIDGE, OUTER, Y0, THETA0, args=(X, T), tolerance=tolerance, steps=20)
+        states.append(found.state)
+        assert sum(row.products for row in found.history) == found.state.products
+    assert states[0].products < 0.7 * states[1].products
+    assert states[0].inner_gradients < 0.7 * states[1].inner_gradients
+
+
+def test_counts_are_the_calls_of_the_functions() -> None:
+    calls = {"grad": 0, "hvp": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    condition = Stationary(grad=counted("grad", grad), hvp=counted("hvp", hvp), mixed_vjp=mixed_vjp, verify=False)
+    loop = Bilevel(condition, OUTER, args=(X, T))
+    state = loop.init(Y0, THETA0)
+    calls.update(grad=0, hvp=0)
+    for _ in range(5):
+        state = loop.step(state)
+    assert (state.inner_gradients, state.products) == (calls["grad"], calls["hvp"])
+
+
+@pytest.mark.parametrize("form", ["third", "keyword", "none"])
+def test_own_inner_solver(form: str) -> None:
+    asked = []
+
+    def third(w: Any, lam: Any, tolerance: float, X: Any, t: Any) -> Any:
+        asked.append(tolerance)
+        return solved(lam, w)
+
+    def keyword(w: Any, lam: Any, X: Any, t: Any, tolerance: float = 1.0) -> Any:
+        asked.append(tolerance)
+        return solved(lam, w)
+
+    def none(w: Any, lam: Any, X: Any, t: Any) -> Any:
+        return solved(lam, w)
+
+    inner = {"third": third, "keyword": keyword, "none": none}[form]
+    true, _ = errors(Bilevel(RIDGE, OUTER, args=(X, T), inner=inner, tolerance=Sweep(0.1)), 5)
+    assert true.max() < 0.1
+    assert all(0 < t < 10 for t in asked)
+    assert bool(asked) == (form != "none")
+
+
+@pytest.mark.parametrize("method", ["L-BFGS-B", "SLSQP"])
+def test_optimizers_of_scipy_come_to_the_optimum(method: str) -> None:
+    _, value = best()
+    found = bilevel(RIDGE, OUTER, Y0, THETA0, args=(X, T), optimizer=method, bounds=(-6.0, 2.0), steps=200)
+    assert found.status is Status.CONVERGED
+    assert outer(solved(found.theta), None) == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(found.y, solved(found.theta), rtol=1e-5)
+
+
+def test_bounds_and_projection_hold() -> None:
+    low = np.linspace(-3, -2, 8)
+    found = bilevel(RIDGE, OUTER, Y0, THETA0, args=(X, T), bounds=(low, -1.0), steps=40)
+    assert (found.theta >= low).all()
+    assert (found.theta <= -1).all()
+    assert ((found.theta == -1) | (found.theta == low)).any()
+    same = bilevel(RIDGE, OUTER, Y0, THETA0, args=(X, T), project=lambda lam: np.full(8, lam.mean()), steps=10)
+    assert np.ptp(same.theta) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_resumes_bit_for_bit(optimizer: str) -> None:
+    options: dict[str, Any] = {"args": (X, T), "optimizer": optimizer}
+    whole = bilevel(RIDGE, OUTER, Y0, THETA0, steps=12, **options)
+    half = bilevel(RIDGE, OUTER, Y0, THETA0, steps=5, **options)
+    saved = pickle.loads(pickle.dumps(half.state))
+    rest = bilevel(RIDGE, OUTER, Y0, THETA0, steps=7, resume=saved, **options)
+    for a, b in zip(leaves(whole.state), leaves(rest.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [row[:-1] for row in (*half.history, *rest.history)] == [row[:-1] for row in whole.history]
+    np.testing.assert_array_equal(whole.y, rest.y)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return the arrays and numbers of a state."""
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    return [leaf for part in tree for leaf in leaves(part)] if isinstance(tree, (tuple, list)) else [tree]
+
+
+def test_a_step_is_pure() -> None:
+    loop = Bilevel(RIDGE, OUTER, args=(X, T))
+    state = loop.step(loop.init(Y0, THETA0))
+    before = [np.array(x) for x in leaves(state)]
+    one, two = loop.step(state), loop.step(state)
+    for a, b in zip(before, leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(leaves(one), leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_trees_and_other_conditions() -> None:
+    """A fixed point with a map that is no gradient, trees for y and θ."""
+    M = RNG.normal(size=(3, 3)) / 4
+
+    def fun(y: Any, theta: Any) -> Any:
+        z = M @ y["a"] + theta["b"]
+        return {"a": z}
+
+    target = np.array([1.0, 2.0, 3.0])
+    condition = FixedPoint(
+        fun, jvp=lambda y, t, v: {"a": M @ v["a"]}, vjp=lambda y, t, u: {"a": M.T @ u["a"]},
+        mixed_vjp=lambda y, t, u: {"b": u["a"]}, mixed_jvp=lambda y, t, v: {"a": v["b"]},
+    )  # fmt: skip
+    loss = (lambda y, t: ((y["a"] - target) ** 2).sum(), lambda y, t: ({"a": 2 * (y["a"] - target)}, None))
+    found = bilevel(condition, loss, {"a": np.zeros(3)}, {"b": np.zeros(3)}, optimizer="sgd", steps=150)
+    np.testing.assert_allclose(found.theta["b"], (np.eye(3) - M) @ target, rtol=1e-3)
+    np.testing.assert_allclose(found.y["a"], target, rtol=1e-3)
+    with pytest.raises(InputError, match="is no gradient"):
+        bilevel(Root(lambda y, t: y - t), lambda y, t: (y**2).sum(), np.ones(2), np.ones(2), inner="lbfgs")
+
+
+@pytest.mark.parametrize("problem", bolib.PROBLEMS, ids=lambda p: p.name)
+def test_optima_of_bolib(problem: bolib.Problem) -> None:
+    p = problem
+    G = () if p.G is None else ({"type": "ineq", "fun": lambda x: np.array(p.G(x))},)
+    if p.g is None:
+        condition, inner = Stationary(lambda y, x: p.f(x, y)), "newton-cg"
+    else:
+        condition = KKT(lambda y, x: p.f(x, y), ineq=lambda y, x: -np.array(p.g(x, y)))
+        inner = lambda y, x: bolib.solve(p, x, y)
+    bounds = None if p.feasible is None else p.feasible
+    found = bilevel(
+        condition, lambda y, x: p.F(x, y), np.array(p.y, float), np.array(p.x, float), inner=inner,
+        optimizer="SLSQP", tolerance=Fixed(1e-8), constraints=G, bounds=bounds,
+    )  # fmt: skip
+    assert found.status is Status.CONVERGED
+    assert p.F(found.theta, found.y) == pytest.approx(p.optimum, abs=2e-4, rel=1e-6)
+
+
+def test_a_lower_problem_without_a_solution_is_told() -> None:
+    p = next(p for p in bolib.PROBLEMS if p.name == "Colson2002BIPA2")
+    condition = KKT(lambda y, x: p.f(x, y), ineq=lambda y, x: -np.array(p.g(x, y)))
+    with pytest.warns(AccuracyWarning, match="infeasible"):
+        found = bilevel(
+            condition, lambda y, x: p.F(x, y), np.array(p.y, float), np.array([4.0]), steps=20, optimizer="SLSQP",
+            inner=lambda y, x: bolib.solve(p, x, y), tolerance=Fixed(1e-8), bounds=(0.0, None),
+        )  # fmt: skip
+    assert found.status is Status.STAGNATED
+
+
+def test_history(tmp_path: Any) -> None:
+    found = bilevel(RIDGE, OUTER, Y0, THETA0, args=(X, T), steps=6)
+    rows = found.history
+    assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1].value < rows[0].value
+    assert rows[0].value == pytest.approx(outer(solved(THETA0), None), rel=1e-2)
+    lines = rows.table().splitlines()
+    assert len(lines) == 8
+    assert lines[-1].split()[:3] == ["total", str(found.state.inner_gradients), str(found.state.products)]
+    rows.save(tmp_path / "rows.csv")
+    saved = np.genfromtxt(tmp_path / "rows.csv", delimiter=",", names=True)
+    np.testing.assert_array_equal(saved["value"], [row.value for row in rows])
+    rows.save(tmp_path / "rows.json")
+    assert (tmp_path / "rows.json").read_text().count('"step"') == 6
+    pytest.importorskip("matplotlib")
+    figure = rows.plot()
+    assert [len(ax.lines) for ax in figure.axes] == [1, 2]
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [row.value for row in rows])
+
+
+def test_callback_stops_and_progress_shows(capsys: Any) -> None:
+    pytest.importorskip("tqdm")
+    seen: list[BilevelState] = []
+    found = bilevel(
+        RIDGE, OUTER, Y0, THETA0, args=(X, T), progress=True,
+        callback=lambda state: seen.append(state) or len(seen) == 3,
+    )  # fmt: skip
+    assert len(found.history) == 3
+    assert seen[-1] is found.state
+    assert "outer steps" in capsys.readouterr().err
+
+
+def test_what_goes_wrong_is_told() -> None:
+    """A gradient that misses its tolerance, and one that is not finite."""
+    with pytest.warns(AccuracyWarning, match="missed its tolerance in 2 of 2"):
+        found = bilevel(
+            RIDGE, OUTER, Y0, THETA0, args=(X, T), tolerance=Sweep(0.1, 1e-9, most=1), steps=2, solver=CG(maxiter=1)
+        )
+    assert found.status is Status.MAX_ITERATIONS
+    with pytest.warns(SolveWarning, match="gradient of outer step 2 is not finite"):
+        found = bilevel(
+            RIDGE, OUTER, Y0, THETA0, args=(X, T), steps=5,
+            project=lambda lam: np.where(lam == THETA0, lam, np.inf),
+        )  # fmt: skip
+    assert found.status is Status.NON_FINITE
+    assert len(found.history) == 1
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"optimizer": "adamw"}, UnknownNameError, "optimizer = 'adamw'"),
+    ({"optimizer": 3}, InputError, "optimizer is int"),
+    ({"optimizer": "L-BFGS-B", "learning_rate": 0.1}, InputError, "learning_rate"),
+    ({"inner": "newton"}, UnknownNameError, "inner = 'newton'"),
+    ({"inner": 3}, InputError, "inner is int"),
+    ({"tolerance": 1e-6}, InputError, "tolerance = 1e-06"),
+    ({"learning_rate": -1.0}, InputError, "learning_rate = -1.0"),
+    ({"steps": -1}, InputError, "steps = -1"),
+    ({"bounds": (1.0, 0.0)}, InputError, "bounds"),
+    ({"bounds": 1.0}, InputError, "bounds"),
+    ({"project": 1}, InputError, "project"),
+    ({"callback": 1}, InputError, "callback"),
+    ({"resume": 1}, InputError, "resume"),
+    ({"constraints": [{}]}, InputError, "constraints"),
+    ({"solver": "none"}, UnknownNameError, "solver"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG, ids=lambda x: None)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        bilevel(RIDGE, OUTER, Y0, THETA0, **{"args": (X, T), "steps": 1, **options})
+
+
+def test_wrong_schedules() -> None:
+    for make in (lambda: Sweep(0.0), lambda: Sweep(0.1, target=1.0), lambda: Fixed(0), lambda: Geometric(0.1, 1.0),
+                 lambda: Summable(-1), lambda: Fixed(True)):  # fmt: skip
+        with pytest.raises(InputError, match="expected a number between"):
+            make()
+
+
+# -- frameworks ----------------------------------------------------------------------------------------
+def problem_in(fw: Any) -> tuple[Any, Any, tuple[Any, ...], Any, Any]:
+    """The problem above as functions of a framework's arrays, which it derives itself."""
+    xp = fw.xp
+
+    def objective(w: Any, lam: Any, X: Any, t: Any) -> Any:
+        r = X @ w - t
+        return (r * r).sum() / 80 + (xp.exp(lam) * w * w).sum() / 2 + 0.025 * (w**4).sum()
+
+    Xv, tv = xp.asarray(XV), xp.asarray(TV)
+    args = (xp.asarray(X), xp.asarray(T))
+    return objective, lambda w, lam: ((Xv @ w - tv) ** 2).sum() / 60, args, xp.asarray(Y0), xp.asarray(THETA0)
+
+
+@EACH
+def test_frameworks(name: str) -> None:
+    fw = framework(name)
+    objective, loss, args, y0, theta0 = problem_in(fw)
+    loop = Bilevel(objective, loss, args=args)
+    state, same = loop.init(y0, theta0), Bilevel(RIDGE, OUTER, args=(X, T))
+    mine = same.init(Y0, THETA0)
+    for _ in range(4):
+        exact = truth(fw.numpy(state.theta))
+        state, mine = loop.step(state), same.step(mine)
+        assert np.linalg.norm(fw.numpy(state.gradient) - exact) <= 0.1 * np.linalg.norm(exact)
+        assert float(state.error) <= 0.1
+        assert int(state.products) == mine.products
+    assert type(state.theta) is type(theta0)
+    np.testing.assert_allclose(fw.numpy(state.theta), mine.theta, rtol=1e-6)
+
+
+@EACH
+def test_optimizers_of_the_frameworks(name: str) -> None:
+    fw = framework(name)
+    objective, loss, args, y0, theta0 = problem_in(fw)
+    own = functools.partial(fw.torch.optim.Adam, lr=0.1) if name == "torch" else pytest.importorskip("optax").adam(0.1)
+    options: dict[str, Any] = {"args": args, "steps": 3}
+    ours = bilevel(objective, loss, y0, theta0, **options)
+    theirs = bilevel(objective, loss, y0, theta0, optimizer=own, **options)
+    np.testing.assert_allclose(fw.numpy(ours.theta), fw.numpy(theirs.theta), rtol=1e-6)
+    rest = bilevel(objective, loss, y0, theta0, optimizer=own, resume=theirs.state, **options)
+    whole = bilevel(objective, loss, y0, theta0, optimizer=own, args=args, steps=6)
+    np.testing.assert_array_equal(fw.numpy(rest.theta), fw.numpy(whole.theta))
+
+
+def test_steps_in_a_scan() -> None:
+    fw = framework("jax")
+    objective, loss, args, y0, theta0 = problem_in(fw)
+    loop = Bilevel(objective, loss, args=args, tolerance=Geometric(0.1, 0.5))
+    first = loop.init(y0, theta0)
+    end, values = fw.jax.jit(
+        lambda state: fw.jax.lax.scan(lambda s, _: ((n := loop.step(s)), n.value), state, None, length=4)
+    )(first)
+    state = first
+    for value in values:
+        state = loop.step(state)
+        np.testing.assert_allclose(float(value), float(state.value), rtol=1e-12)
+    np.testing.assert_allclose(np.asarray(end.theta), np.asarray(state.theta), rtol=1e-12)
+
+
+def test_black_box_under_jax() -> None:
+    fw = framework("jax")
+    objective, loss, args, y0, theta0 = problem_in(fw)
+    inner = lambda w, lam, tolerance, X, t: solved(np.asarray(lam), np.asarray(w))
+    found = bilevel(objective, loss, y0, theta0, args=args, inner=inner, steps=3)
+    exact = truth(np.asarray(bilevel(objective, loss, y0, theta0, args=args, inner=inner, steps=2).theta))
+    np.testing.assert_allclose(np.asarray(found.state.gradient), exact, rtol=0.1 * np.abs(exact).max())
+    assert found.status is Status.CONVERGED
