@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ from implicitdiff.errors import (
     ShapeError,
     UnboundedError,
 )
-from implicitdiff.interior_point import NON_FINITE, NONCONVEX, SOLVED, Found, Program, settings_of, solve_items
 from implicitdiff.outcome import Report, settle
 from implicitdiff.problem import Settings
+from implicitdiff.programs.interior_point import settings_of
+from implicitdiff.programs.program import NON_FINITE, NONCONVEX, SOLVED, Program
+from implicitdiff.programs.solve import solve_all
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.typing import FunctionOptions, OnFailure, SolverLike, completed
 
@@ -40,8 +43,9 @@ def solve_qp(
 ) -> Any:  # fmt: skip
     """Solve min ½ yᵀQy + qᵀy subject to Ay = b, Gy <= h, so that the solution can be differentiated in all of the data.
 
-    Clarabel finds the solution and the active constraints (``pip install 'implicitdiff[qp]'``), a step of Newton's
-    method on these makes it exact to rounding, and `QP` differentiates it: by Torch's and JAX's own autodiff, forward
+    A strictly convex program is solved by Newton's method on the active set, all of a batch at once; where that ends
+    without a solution, and where Q is singular, by Clarabel (``pip install 'implicitdiff[qp]'``), and made exact to
+    rounding on its active set. `QP` differentiates the solution: by Torch's and JAX's own autodiff, forward
     and in reverse, to second order, within ``jax.jit`` and under ``vmap``. It is solved on the CPU, in double
     precision, wherever the arrays are.
 
@@ -190,9 +194,7 @@ class _Call:
         shapes = {name: tuple(map(int, x.shape)) for name, x in data.items()}
         self.sizes = [shapes[name][-1] if name in shapes else 0 for name in ("q", "b", "h")]
         self.items = tuple(dict.fromkeys(shapes[name][0] for name, own in axes.items() if own))
-        self.batched = bool(self.items)
-        self.dtype: Any = None
-        self.seen: list[tuple[tuple[int, ...], list[Found]]] | None = []
+        self.seen: list[tuple[tuple[int, ...], list[str]]] | None = []
         """What ran at once, and can be told of; None where nobody listens any more."""
 
     def solved(self) -> tuple[Array, Array | None, Array | None]:
@@ -217,36 +219,39 @@ class _Call:
         data = dict(zip(self.data, arrays, strict=True))
         leads = [x.shape[: x.ndim - _AXES[name]] for name, x in data.items()]
         lead, dtype = np.broadcast_shapes(*leads), np.result_type(*arrays)
-        full = {name: np.broadcast_to(x, (*lead, *x.shape[x.ndim - _AXES[name] :])) for name, x in data.items()}
-        found = solve_items([_program(full, at) for at in np.ndindex(*lead)], self.settings)
+        p = self.sizes[1]
+        y, z, status = solve_all(self._program(data, lead), self.settings)
         if self.seen is not None:
-            self.seen.append((lead, found))
-        n, p, r = self.sizes
-        columns = [np.stack([f.y for f in found]) if found else np.zeros((0, n))]
-        z = np.stack([f.z for f in found]) if found else np.zeros((0, p + r))
-        bad = np.array([f.status != SOLVED for f in found], dtype=float).reshape(-1, 1)
-        return [x.reshape(*lead, x.shape[-1]).astype(dtype) for x in (*columns, z[:, :p], z[:, p:], bad)]
+            self.seen.append((lead, status))
+        bad = np.array([one != SOLVED for one in status], dtype=float)[:, None]
+        return [x.reshape(*lead, x.shape[-1]).astype(dtype) for x in (y, z[:, :p], z[:, p:], bad)]
 
-    def _error(self, lead: tuple[int, ...], found: Sequence[Found]) -> Exception | None:
+    def _program(self, data: Mapping[str, Any], lead: tuple[int, ...]) -> Program:
+        """Return all programs along one axis, in double precision."""
+        count, (n, p, r) = math.prod(lead), self.sizes
+
+        def whole(name: str, *shape: int) -> Any:
+            if name not in data:
+                return np.zeros((count, *shape))
+            return np.broadcast_to(np.asarray(data[name], dtype=float), (*lead, *shape)).reshape(count, *shape)
+
+        Q = whole("Q", n, n)
+        K = np.concatenate([whole("A", p, n), whole("G", r, n)], axis=1)
+        right = np.concatenate([whole("b", p), whole("h", r)], axis=1)
+        return Program((Q + Q.swapaxes(1, 2)) / 2, whole("q", n), K, right, p)
+
+    def _error(self, lead: tuple[int, ...], found: Sequence[str]) -> Exception | None:
         """Build the error for the programs that were not solved; None where all were."""
         by_status: dict[str, list[int]] = {}
         for i, one in enumerate(found):
-            if one.status != SOLVED:
-                by_status.setdefault(one.status, []).append(i)
+            if one != SOLVED:
+                by_status.setdefault(one, []).append(i)
         if not by_status:
             return None
         kind, says = _explained(next(iter(by_status)), self.data)
         bad = sum(map(len, by_status.values()))
         named = "; ".join(f"{'item' if len(i) == 1 else 'items'} {listed(i)}: {s}" for s, i in by_status.items())
         return kind(f"{len(found) - bad} of {len(found)} solved; {named}.\n{says}" if lead else says)
-
-
-def _program(data: Mapping[str, Any], at: tuple[int, ...]) -> Program:
-    one = {name: np.asarray(x[at], dtype=float) for name, x in data.items()}
-    n = len(one["q"])
-    K = np.concatenate([one.get("A", np.zeros((0, n))), one.get("G", np.zeros((0, n)))])
-    r = np.concatenate([one.get("b", np.zeros(0)), one.get("h", np.zeros(0))])
-    return Program((one["Q"] + one["Q"].T) / 2, one["q"], K, r, len(one.get("b", ())))
 
 
 def _explained(status: str, data: Mapping[str, Any]) -> tuple[type[Exception], str]:

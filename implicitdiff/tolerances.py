@@ -193,6 +193,8 @@ NOISE = 3
 # -- quadratic programs that are solved here -----------------------------------------------------------------
 SEMIDEFINITE = 1e-10
 """Negative part of an eigenvalue of Q, beside its largest entry, that counts as rounding of a semidefinite one."""
+STRICTLY_CONVEX = 1e-6
+"""Pivot of Q, beside its largest entry, from which Q is inverted: what that loses is made good by refinement."""
 POLISHED, UNPOLISHED = 1e-10, 1e-6
 """Residual of the conditions of a polished solution, beside the sums that it is the rest of; and of one that is as
 Clarabel found it, whose products of multipliers and distances are 1e-8."""

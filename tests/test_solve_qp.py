@@ -29,6 +29,7 @@ from implicitdiff import (
     implicit_vjp,
     solve_qp,
 )
+from implicitdiff.programs import solve
 
 pytest.importorskip("clarabel")
 N, P, R, ITEMS = 5, 2, 4, 3
@@ -118,6 +119,23 @@ def test_a_batch_some_of_which_is_shared(lib: Library) -> None:
     found, (_, multipliers) = solve_qp(**on(lib, data), batched=True, return_multipliers=True)
     np.testing.assert_allclose(lib.numpy(found), y, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(lib.numpy(multipliers), mu, rtol=1e-11, atol=1e-12)
+
+
+def test_by_clarabel_and_by_newton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interior-point method, in threads, where the other ends without a solution: the same to rounding."""
+    found = [program(seed) for seed in range(6)]
+    data = {name: np.stack([d[name] for d, *_ in found]) for name in found[0][0]}
+    newton, taken = solve.by_newton, list[np.ndarray]()
+
+    def never(given: Any) -> Any:
+        y, z, solved = newton(given)
+        taken.append(solved)
+        return np.nan * y, np.nan * z, solved & False
+
+    monkeypatch.setattr(solve, "by_newton", never)
+    for got, expected in zip(solve_qp(**data, batched=True), (y for _, y, *_ in found), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-11)
+    assert np.all(taken)
 
 
 @pytest.mark.parametrize("kept", ["A", "G"])

@@ -37,11 +37,10 @@ LAYERS = (
         "records",
         "error_estimate",
         "identities",
-        "interior_point",
     ),
     ("outcome",),
     ("projections", "proxes"),
-    ("linalg.__init__", "linalg.vector_space", "ravel", "registry", "axes"),
+    ("linalg.__init__", "linalg.vector_space", "ravel", "registry", "axes", "programs"),
     ("linalg.operator", "problem"),
     (
         "linalg.block_operator",
