@@ -19,6 +19,7 @@ from implicitdiff.conditions import (
     Root,
     Stationary,
 )
+from implicitdiff.conditions.multipliers import multipliers_from_scipy, split_multipliers
 from implicitdiff.decorator import implicit_function
 from implicitdiff.error_estimate import ErrorEstimate
 from implicitdiff.errors import (
@@ -156,10 +157,12 @@ __all__ = [
     "implicit_vjp",
     "linear_solve",
     "linearize",
+    "multipliers_from_scipy",
     "projections",
     "proxes",
     "register_backend",
     "register_solver",
     "solve_qp",
     "solver_names",
+    "split_multipliers",
 ]

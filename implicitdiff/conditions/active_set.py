@@ -155,7 +155,9 @@ def classified(
     pull = multipliers * units.distance
     held = candidate & ~equality
     small = xp.abs(pull) <= limits.active * units.force
-    wrong = ~equality & ~small & ((candidate & (pull < 0)) | ~candidate)
+    # an interior-point method leaves some of the multipliers of what is not active
+    left = ~candidate & (xp.abs(pull) > limits.violated * units.force)
+    wrong = ~equality & (left | (candidate & ~small & (pull < 0)))
     size = xp.where(equality, xp.abs(values), values)
     violated = size > limits.violated * units.distance
     return ActiveSet(

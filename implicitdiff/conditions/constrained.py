@@ -89,14 +89,22 @@ class Constrained(Condition):
 
     # -- the problem, for subclasses to say --------------------------------------------------------------
     @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """The constraints, equalities first."""
+    def constraints(self) -> tuple[Any, ...]:
+        """The constraints as they were given, of either kind."""
         return tuple(Constraint(name, name, f) for name, f in (("eq", self.eq), ("ineq", self.ineq)) if f is not None)
+
+    def constraints_at(self, point: Point) -> list[Constraint]:
+        """The constraints at a point, equalities first."""
+        found = [part for c in self.constraints for part in c.at(point)]
+        return sorted(found, key=lambda c: c.kind)
 
     def parts(self, point: Point) -> dict[str, tuple[Callable[[Array, Array], Array], bool]]:
         part = point.part()
-        found = {c.name: (part.raveled_function(c.fun, c.name), False) for c in self.constraints}
-        return {"f": (part.scalar_function(self.objective(point.lead).f, "f"), True), **found} if found else {}
+        at = [c for c in self.constraints_at(point) if not c.linear]
+        found = {c.name: (part.raveled_function(c.fun, c.name), False) for c in at}
+        return (
+            {"f": (part.scalar_function(self.objective(point.lead).f, "f"), True), **found} if self.constraints else {}
+        )
 
     def objective(self, lead: int) -> Objective:
         """f as a function of trees; ``lead`` is the number of leading axes of items."""
@@ -104,7 +112,10 @@ class Constrained(Condition):
 
     def first_order(self, point: Point) -> FirstOrder:
         """Constraints, their gradients, and ∇f."""
-        lagrangian = Lagrangian(point, self.objective(point.lead), self.constraints)
+        constraints = self.constraints_at(point)
+        if not constraints:
+            raise _unconstrained()
+        lagrangian = Lagrangian(point, self.objective(point.lead), constraints)
         size = lagrangian.slices[-1].stop
         if not size:
             raise _unconstrained()
@@ -115,7 +126,7 @@ class Constrained(Condition):
         """F, A and B of the Lagrangian's stationary point over (y, z), all constraints in it."""
         if first.lagrangian is not None:
             return first.lagrangian.system(first, z)
-        constraints = self.constraints
+        constraints = self.constraints_at(point)
         every = lambda y, theta, *args: tuple(c.values(y, theta, *args) for c in constraints)  # noqa: E731
         lagrangian = _lagrangian(self.objective(point.lead).f, every, point.lead)
         raveler = Raveler(point.backend, (point.y.unravel(point.y.vector), z), "y", bool(point.items))
@@ -139,7 +150,7 @@ class Constrained(Condition):
         if given is not None and backend.mode is not Mode.INLINE:
             candidate = candidate | _active_by_multiplier(first, given, units, limits)
             z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
-            whole = self.system(point, first, given)
+            whole = self.system(point, first, xp.where(candidate, z, xp.zeros_like(z)))
         else:  # also where the derivative is differentiated again: there z has to follow y and theta
             z, dependent = active_set.recovered(backend, first, units, candidate)
             whole = self.system(point, first, xp.where(candidate, z, xp.zeros_like(z)))
@@ -203,8 +214,6 @@ class Constrained(Condition):
             raise InputError(f"multipliers holds {len(both)} parts; expected the pair (of eq, of ineq).")
         vectors = []
         for name, part in zip(sizes, both, strict=True):
-            if part is None and not sizes[name]:
-                continue
             vectors.append(_multiplier(point, part, name, sizes[name]))
         return vectors[0] if len(vectors) == 1 else point.backend.concat(vectors)
 
@@ -332,7 +341,10 @@ def _equalities(point: Point, first: FirstOrder) -> Array:
 
 def _multiplier(point: Point, part: Any, name: str, size: int) -> Array:
     backend = point.backend
-    if part is None or not size:
+    empty = part is None or 0 in getattr(part, "shape", (1,))
+    if empty and not size:
+        return point.backend.xp.zeros((*point.items, 0), dtype=point.y.dtype, device=point.y.device)
+    if empty or not size:
         raise InputError(f"multipliers: there {'are' if size else 'is no'} {name}, and its part is {part!r}.")
     leaf = backend.as_leaf(part, f"multipliers of {name}")
     if math.prod(leaf.shape) != size * math.prod(point.items):

@@ -36,6 +36,8 @@ class Constraint:
         ``∂c/∂y`` as ``jacobian(y, theta, *args)``.
     hessian : callable, optional
         ``Σ z_i ∂²c_i/∂y²`` as ``hessian(y, theta, z, *args)``.
+    linear : bool
+        Whether c is affine in y, and has no θ in it.
     """
 
     kind: str
@@ -43,6 +45,11 @@ class Constraint:
     fun: Callable[..., Any]
     jacobian: Callable[..., Any] | None = None
     hessian: Callable[..., Any] | None = None
+    linear: bool = False
+
+    def at(self, point: Point) -> list[Constraint]:
+        """Return the constraints that it is at a point."""
+        return [self]
 
     @property
     def given(self) -> tuple[Callable[..., Any], ...]:

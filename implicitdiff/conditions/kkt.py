@@ -10,6 +10,7 @@ from implicitdiff.conditions.base import Function, check_callables, check_verify
 from implicitdiff.conditions.constrained import Constrained, Route
 from implicitdiff.conditions.constraint import Constraint
 from implicitdiff.conditions.lagrangian import Objective
+from implicitdiff.conditions.scipy_constraints import collected
 from implicitdiff.errors import InputError
 
 __all__ = ["KKT"]
@@ -31,9 +32,11 @@ class KKT(Constrained):
     ----------
     f : callable
         ``f(y, theta, *args) -> scalar``, to be minimised.
-    eq, ineq : callable, optional
+    eq, ineq : callable, SciPy's constraint, or sequence of them, optional
         ``h(y, theta, *args)`` and ``g(y, theta, *args)``: an array of constraints of any shape, or a tree of arrays;
-        one of the two at least.
+        one of the two at least. Or SciPy's Bounds, LinearConstraint, NonlinearConstraint or dict: rows with lb = ub are
+        equalities, wherever it stands. Its functions are called as SciPy does, or, if they require more than one
+        argument, as fun(y, theta, *args), jac(y, theta, *args) and hess(y, theta, v, *args).
     grad : callable, optional
         ``∇_y f(y, theta, *args) -> like y``.
     hvp : callable, optional
@@ -123,14 +126,16 @@ class KKT(Constrained):
             "ineq_jacobian": ineq_jacobian, "eq_hessian": eq_hessian, "ineq_hessian": ineq_hessian,
             "lagrangian_hessian": lagrangian_hessian,
         }  # fmt: skip
-        check_callables(**functions)
+        check_callables(**{name: given for name, given in functions.items() if name not in {"eq", "ineq"}})
         check_verify(verify)
         if eq is None and ineq is None:
             raise InputError("KKT needs eq or ineq; without constraints use Stationary(f).")
         for name in ("eq", "ineq"):
+            functions[name] = collected(functions[name], name)
             of = next((n for n in (f"{name}_jacobian", f"{name}_hessian") if functions[n] is not None), None)
-            if functions[name] is None and of is not None:
-                raise InputError(f"{of} is given, and {name} is not.")
+            if of is not None and not callable(functions[name]):
+                what = "not" if functions[name] is None else "no single function"
+                raise InputError(f"{of} is given, and {name} is {what}.")
         fields = {"f": f, **functions, "multipliers": multipliers, "route": route, "active_tol": active_tol,
                   "verify": verify}  # fmt: skip
         for name, value in fields.items():
@@ -138,15 +143,23 @@ class KKT(Constrained):
         self._check_options()
 
     @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        eq = Constraint("eq", "eq", self.eq, self.eq_jacobian, self.eq_hessian) if self.eq else None
-        ineq = Constraint("ineq", "ineq", self.ineq, self.ineq_jacobian, self.ineq_hessian) if self.ineq else None
-        return tuple(c for c in (eq, ineq) if c is not None)
+    def constraints(self) -> tuple[Any, ...]:
+        own = {"eq": (self.eq_jacobian, self.eq_hessian), "ineq": (self.ineq_jacobian, self.ineq_hessian)}
+        found: list[Any] = []
+        for kind, given in (("eq", self.eq), ("ineq", self.ineq)):
+            found += (
+                given
+                if isinstance(given, tuple)
+                else []
+                if given is None
+                else [Constraint(kind, kind, given, *own[kind])]
+            )
+        return tuple(found)
 
     @property
     def to_verify(self) -> tuple[Callable[..., Any], ...]:
-        given = (*self.objective(0).given, *(g for c in self.constraints for g in c.given))
-        return (self.f, *(c.fun for c in self.constraints), *given) if self.verify and given else ()
+        given = [*self.objective(0).given, *(g for c in self.constraints for g in c.given)]
+        return (self.f, *(c.fun for c in self.constraints if c.fun), *given) if self.verify and given else ()
 
     def objective(self, lead: int) -> Objective:
         return Objective(self.f, self.grad, self.hvp, self.hessian, self.lagrangian_hessian)

@@ -76,6 +76,8 @@ class _Term(NamedTuple):
     slope: Callable[[Point], Function] | None
     second: Callable[[], Operator | None]
     """Its Hessian, where that is given."""
+    linear: bool = False
+    """Whether it is affine in y, and has no θ in it."""
 
 
 class Lagrangian:
@@ -195,7 +197,7 @@ class Lagrangian:
             name = f"{c.name}_hessian"
             return matrix_operator(self.point, name, self.point.call(of_group, name, z[..., s]), True)
 
-        return _Term(c.name, value, None if c.jacobian is None else slope, second)
+        return _Term(c.name, value, None if c.jacobian is None else slope, second, c.linear)
 
     def terms(self, z: Array) -> list[_Term]:
         groups = zip(self.constraints, self.slices, strict=True)
@@ -266,7 +268,7 @@ class Lagrangian:
     def system(self, first: FirstOrder, z: Array) -> Maps:
         """F, A and B of the Lagrangian's stationary point over (y, z), for z of shape (*items, k)."""
         backend, point, n = self.backend, self.point, self.point.y.n
-        terms = self.terms(z)
+        terms = [t for t in self.terms(z) if not t.linear]
         derived = self.derived(terms, point.part())
         H, order = self._hessian(terms, z, derived), n + first.rows.shape[-2]
         columns = backend.xp.matrix_transpose(first.rows)

@@ -22,7 +22,7 @@ from implicitdiff.pytree import flatten
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["check_outer"]
+__all__ = ["check_outer", "uses"]
 
 LIMIT = 100
 """Values that are looked at, from the nearest on: it is done at every call."""
@@ -51,6 +51,13 @@ def check_outer(outer: Any, backend: Backend, y: Any, theta: Any, point: Callabl
                 "Likely cause: a name that stands for the solution or the parameters outside of outer, too.\n"
                 "Next: write it as outer(y, theta) and use those. What is to be a constant: give outer a copy of it."
             )
+
+
+def uses(function: Any, backend: Backend, **trees: Any) -> set[str]:
+    """Return the names of the trees of which a function sees a leaf beside its arguments."""
+    known = _Known(backend, trees)
+    sees((function,), known.is_array, known.look, LIMIT)
+    return known.seen
 
 
 class _Known:
