@@ -16,7 +16,8 @@ from implicitdiff.errors import (
     SolveError,
     SolveWarning,
 )
-from implicitdiff.outcome import explain, warn
+from implicitdiff.failures import explain
+from implicitdiff.outcome import warn
 from implicitdiff.ravel import Raveler
 from implicitdiff.tolerances import is_double
 

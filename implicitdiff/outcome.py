@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from implicitdiff.arrays import Array, listed, to_python
-from implicitdiff.errors import (
-    NonFiniteProductError,
-    NotConvergedError,
-    NotPositiveDefiniteError,
-    NotSymmetricError,
-    PreconditionerError,
-    SingularError,
-    SolveError,
-    SolveWarning,
-)
+from implicitdiff.arrays import listed
+from implicitdiff.errors import SolveError, SolveWarning
 from implicitdiff.records import Record, brief, html_table
-from implicitdiff.tolerances import SAFETY
 
 if TYPE_CHECKING:
     from implicitdiff.error_estimate import ErrorEstimate
-    from implicitdiff.linalg.operator import Operator
 
-__all__ = ["MODES", "Counts", "Report", "Status", "explain", "settle", "tally", "warn"]
+__all__ = ["MODES", "Counts", "Report", "Status", "settle", "tally", "warn"]
 
 
 class Status(IntEnum):
@@ -37,16 +26,19 @@ class Status(IntEnum):
     CONVERGED = 0
     APPROXIMATE = 1
     """An approximation by design (a truncated series, a diagonal): never called converged."""
-    MAX_ITERATIONS = 2
-    STAGNATED = 3
+    LEAST_SQUARES = 2
+    """The system has no solution; x is the one of least squares and least norm. Fine where a least-squares method was
+    asked for by `linear_solve`, a failure where a derivative needs a solution."""
+    MAX_ITERATIONS = 3
+    STAGNATED = 4
     """The true residual no longer falls, and is above the tolerance."""
-    NOT_POSITIVE_DEFINITE = 4
-    NOT_SYMMETRIC = 5
-    SINGULAR = 6
-    BAD_PRECONDITIONER = 7
+    NOT_POSITIVE_DEFINITE = 5
+    NOT_SYMMETRIC = 6
+    SINGULAR = 7
+    BAD_PRECONDITIONER = 8
     """It holds NaN or Inf, is singular, or not symmetric positive definite where the method needs that."""
-    NON_FINITE = 8
-    CONTRADICTED = 9
+    NON_FINITE = 9
+    CONTRADICTED = 10
     """Under the user's own jit, where it cannot be an error: what was given or said of derivatives is not so."""
 
     @property
@@ -61,7 +53,7 @@ def tally(status: Any) -> str:
     Examples
     --------
     >>> import numpy as np
-    >>> tally(np.array([0, 4, 0, 4, 6]))
+    >>> tally(np.array([0, 5, 0, 5, 7]))
     '2 of 5 converged; items 1, 3: NOT_POSITIVE_DEFINITE; item 4: SINGULAR'
     """
     if isinstance(status, Status):
@@ -98,6 +90,11 @@ class Counts(NamedTuple):
     condition : float or array, optional
         What a relative error of A is multiplied by in the solution, where that is known and not 1/rcond; from below
         for iterative methods.
+    rank : int or array, optional
+        Rank of A, where it was decided.
+    leak : float or array, optional
+        Part of the right-hand side that no A x reaches, relative to ‖b‖: of Aᵀ u = v the part of v in the null space
+        of A.
     method : int or array, optional
         Which of the methods that ``Solver.describe`` lists was used, where it lists several.
     """
@@ -109,6 +106,8 @@ class Counts(NamedTuple):
     rcond: Any = None
     tolerance: Any = None
     condition: Any = None
+    rank: Any = None
+    leak: Any = None
     method: Any = None
 
 
@@ -146,6 +145,11 @@ class Report(Record):
         Estimate of the reciprocal condition number of the equilibrated matrix, from direct solvers.
     damping : float
         The δ of (A + δI) that was solved with.
+    rank, nullity : int, array or None
+        Rank of A, and dimension of its null space, where a method decided on them (`Pinv`).
+    leak : float, array or None
+        Part of the right-hand side that no A x (of a gradient, no Aᵀ u) reaches, relative to its norm: for a gradient,
+        what the loss sees of the null space of A. Where an iterative method told, a bound from above.
     error : ErrorEstimate or None
         How far off the derivative is, estimated; where ``error=True`` or ``max_error`` asked for it.
     polished_y : pytree or None
@@ -167,6 +171,9 @@ class Report(Record):
     rcond: Any = None
     damping: float = 0.0
     solved: Any = None
+    rank: Any = None
+    nullity: Any = None
+    leak: Any = None
     error: ErrorEstimate | None = None
     polished_y: Any = field(default=None, compare=False)
     solution: Any = field(default=None, compare=False)
@@ -212,172 +219,3 @@ def settle(error: SolveError | None, on_failure: str) -> None:
         raise error
     if on_failure == "warn":
         warn(f"{type(error).__name__}: {error}", SolveWarning)
-
-
-def explain(operator: Operator, solution: Any, solver: str) -> SolveError:
-    """Build the error for a solve of which at least one item failed, with the method of that name."""
-    xp = operator.backend.xp
-    codes = xp.asarray(solution.status)
-    worst = Status(int(xp.max(codes)))
-    kind, says = _TABLE[worst]
-    if worst not in _NOT_ZERO and _is_zero(operator):
-        kind, head, hint = SingularError, *_ZERO
-    else:
-        head, cause, following = says(operator, solver)
-        hint = f"Likely cause: {cause}\nNext: {following}"
-    head = head.format(solver=solver, A=operator.label, **_facts(xp, solution, codes, worst))
-    items = f"{tally(codes)}.\n" if operator.items else ""
-    return kind(f"{items}{head}\n{hint}")
-
-
-def _facts(xp: Any, solution: Any, codes: Array, worst: Status) -> dict[str, str]:
-    here = codes == int(worst)
-
-    def pick(field: Any) -> str:
-        if field is None:
-            return "unknown"
-        values = xp.broadcast_to(xp.asarray(field), codes.shape)
-        value = to_python(values if not codes.shape else values[here][0])
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    return {
-        "residual": pick(solution.residual), "tolerance": pick(solution.tolerance),
-        "iterations": pick(solution.iterations), "products": _products(solution),
-        "how": f"residual = {pick(solution.residual)}" if solution.rcond is None
-        else f"rcond = {pick(solution.rcond)}, residual = {pick(solution.residual)}",
-    }  # fmt: skip
-
-
-def _products(solution: Any) -> str:
-    return getattr(solution, "products", "") or "the product"
-
-
-def _is_zero(operator: Operator) -> bool:
-    """Whether A maps a vector without structure to zero (costs one product, after a failure only)."""
-    like, xp = operator.like, operator.backend.xp
-    if like is None:  # x may come of a program whose vectors are of another kind or order
-        like = xp.zeros((*operator.items, operator.n), dtype=operator.dtype, device=operator.device)
-    z = operator.backend.space(like).probe()
-    level = SAFETY * operator.offset * max(operator.accuracy, float(xp.finfo(operator.dtype).eps))
-
-    def left(image: Array, z: Array) -> Array:  # I − ∂T is zero to the rounding of 1
-        return xp.where(xp.abs(image) <= level * xp.abs(z), xp.zeros_like(image), image)
-
-    image = operator.matvec(z)
-    image = image.map(left, z) if hasattr(image, "map") else left(image, z)
-    return bool(operator.backend.space(like).is_zero(image))
-
-
-_NOT_ZERO = {Status.NON_FINITE, Status.NOT_SYMMETRIC, Status.BAD_PRECONDITIONER}
-_ZERO = (
-    "{A} v = 0 for a probe vector v: F does not depend on y, or its Hessian is zero.",
-    "Likely cause: the condition was given the wrong function, or y and theta are swapped.\n"
-    "Next: check that F(y, theta) changes with y.",
-)
-_DIRECT = {"lu", "ldlt", "cholesky"}
-
-# What to say for a status: head, likely cause, what to try next. The advice goes by what is known of A, and never names
-# the method that has just failed.
-Text = tuple[str, str, str]
-
-
-def _or(*choices: str) -> str:
-    return ", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else choices[0]
-
-
-def _others(operator: Operator, solver: str) -> str:
-    """Methods that may do better on an A that need not be positive definite."""
-    names = ("minres", "lu") if operator.symmetric else ("gmres", "lu")
-    return _or(*(f"solver={name!r}" for name in names if name != solver))
-
-
-def _exhausted(operator: Operator, solver: str) -> Text:
-    return (
-        "{solver} stopped after {iterations} iterations at a residual of {residual}, above {tolerance}.",
-        f"{operator.label} is ill-conditioned, or maxiter is too small.",
-        _or("raise maxiter", "give a preconditioner", "add damping", "loosen rtol", "try solver='lu'") + ".",
-    )
-
-
-def _stagnated(operator: Operator, solver: str) -> Text:
-    advice = ["add damping"] if solver in _DIRECT else ["add damping", "loosen rtol"]
-    if solver != "lu":
-        advice.insert(0, "try solver='lu' (it reports the condition number)")
-    return (
-        "{solver} stagnated after {iterations} iterations: the true residual stays at {residual}, above {tolerance}.",
-        "a singular or very ill-conditioned operator, or noisy products (finite differences).",
-        _or(*advice) + ".",
-    )
-
-
-def _indefinite(operator: Operator, solver: str) -> Text:
-    cause = "y is a saddle point or a maximum, or the Hessian is singular."
-    if not operator.symmetric:
-        cause = f"{operator.label} is not symmetric, or singular, or y is no minimum."
-    return (
-        "{solver}: {A} is not positive definite (zero or negative curvature was met).",
-        cause,
-        _or(_others(operator, solver), "damping in the solver") + ".",
-    )
-
-
-def _asymmetric(operator: Operator, solver: str) -> Text:
-    said = (
-        "was declared symmetric, and it is not"
-        if operator.symmetric
-        else f"was declared symmetric, and it is not: {solver} takes it to be"
-    )
-    return (
-        f"{{solver}}: {{A}} {said}.",
-        "hvp or hessian has an error, or a Root was given to a method for symmetric matrices.",
-        "compare vᵀ(A w) with wᵀ(A v); for a truly asymmetric operator use solver='gmres' or 'lu'.",
-    )
-
-
-def _singular(operator: Operator, solver: str) -> Text:
-    advice = ["regularise the problem", "add damping"]
-    if operator.symmetric and solver != "minres":
-        advice.append("use solver='minres' where the loss ignores the flat directions")
-    return (
-        "{solver}: {A} is singular, or so to working precision ({how}).",
-        "the solution is not unique (a redundant parameter, a flat direction), or F ignores part of y.",
-        _or(*advice) + ".",
-    )
-
-
-def _preconditioner(operator: Operator, solver: str) -> Text:
-    fault = "is singular" if solver == "gmres" else "is not symmetric positive definite"
-    return (
-        f"{{solver}}: the preconditioner {fault}, or its products hold NaN or Inf.",
-        "a wrong sign, a factorisation that failed, or the product with another matrix.",
-        "evaluate M b, compare vᵀ(M w) with wᵀ(M v), or leave the preconditioner out.",
-    )
-
-
-def _non_finite(operator: Operator, solver: str) -> Text:
-    return (
-        "{products} with {A} holds NaN or Inf, although y, theta and the vector are finite.",
-        "a derivative that does not exist at y (a square root or a norm at 0, a log of 0).",
-        "evaluate that callback at y, and smooth the function there.",
-    )
-
-
-def _contradicted(operator: Operator, solver: str) -> Text:
-    return (
-        "{solver}: what was said of {A} is not so: a given product, or the kind of the point.",
-        "hvp, jvp, mixed_vjp or another product is not the derivative of its function; or y is no minimum.",
-        "run check_derivatives(condition, y, theta), which names the callable.",
-    )
-
-
-_TABLE: dict[Status, tuple[type[SolveError], Callable[[Operator, str], Text]]] = {
-    Status.MAX_ITERATIONS: (NotConvergedError, _exhausted),
-    Status.STAGNATED: (NotConvergedError, _stagnated),
-    Status.NOT_POSITIVE_DEFINITE: (NotPositiveDefiniteError, _indefinite),
-    Status.NOT_SYMMETRIC: (NotSymmetricError, _asymmetric),
-    Status.SINGULAR: (SingularError, _singular),
-    Status.BAD_PRECONDITIONER: (PreconditionerError, _preconditioner),
-    Status.NON_FINITE: (NonFiniteProductError, _non_finite),
-    Status.CONTRADICTED: (SolveError, _contradicted),
-}
-"""Of each status that is a failure, the class of the error and what it says."""

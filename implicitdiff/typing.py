@@ -31,7 +31,9 @@ Y = TypeVar("Y")
 T = TypeVar("T")
 """Parameters: what comes back like theta."""
 
-SolverName: TypeAlias = Literal["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab"]
+SolverName: TypeAlias = Literal[
+    "auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab", "lsmr", "minres_qlp", "pinv"
+]  # fmt: skip
 OnFailure: TypeAlias = Literal["raise", "warn", "nan", "ignore"]
 ConditionLike: TypeAlias = Condition | Callable[..., Any]
 """A bare callable is the inner objective."""

@@ -18,12 +18,15 @@ from implicitdiff import (
     CG,
     GMRES,
     LDLT,
+    LSMR,
     LU,
     MINRES,
+    MINRESQLP,
     Auto,
     BiCGSTAB,
     Cholesky,
     FixedPoint,
+    Pinv,
     Root,
     Stationary,
     implicit_jvp,
@@ -264,11 +267,13 @@ N = 30
 TIGHT: dict[str, Any] = {
     "auto": Auto(rtol=1e-13), "lu": LU(), "ldlt": LDLT(), "cholesky": Cholesky(), "cg": CG(rtol=1e-13),
     "minres": MINRES(rtol=1e-13), "gmres": GMRES(rtol=1e-13), "bicgstab": BiCGSTAB(rtol=1e-13),
+    "lsmr": LSMR(rtol=1e-13), "minres_qlp": MINRESQLP(rtol=1e-13), "pinv": Pinv(),
 }  # fmt: skip
 RIGHT_FOR = {
-    "pos": tuple(TIGHT), "sym": ("auto", "lu", "ldlt", "minres", "gmres", "bicgstab"),
-    "gen": ("auto", "lu", "gmres", "bicgstab"),
-}  # fmt: skip
+    "pos": tuple(TIGHT),
+    "sym": ("auto", "lu", "ldlt", "minres", "gmres", "bicgstab", "lsmr", "minres_qlp", "pinv"),
+    "gen": ("auto", "lu", "gmres", "bicgstab", "lsmr", "pinv"),
+}
 
 
 def with_eigenvalues(values: Any, seed: int = 0) -> np.ndarray:

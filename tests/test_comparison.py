@@ -9,6 +9,7 @@ import pytest
 from frameworks import EACH, framework
 
 import implicitdiff as idf
+from implicitdiff.solvers import suitable
 
 RNG = np.random.default_rng(3)
 N = 12
@@ -31,7 +32,7 @@ def compare(A, **options):
 def test_every_solver_is_a_row_with_its_error():
     found = compare(H)
     truth = np.linalg.solve(H, np.ones(N))
-    assert [row.solver for row in found] == ["auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab"]
+    assert [row.solver for row in found] == ["auto", *suitable("positive definite")]
     for row, gradient in zip(found, found.gradients, strict=True):
         assert row.status == "CONVERGED"
         assert row.converged

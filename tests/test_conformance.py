@@ -14,7 +14,7 @@ import pytest
 from conftest import JAX, TORCH
 
 import implicitdiff as idf
-from implicitdiff import outcome, registry
+from implicitdiff import failures, registry
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.numpy import NumpyBackend
 from implicitdiff.solvers import suitable
@@ -187,7 +187,7 @@ def test_a_bad_registration_is_refused(arguments: Any, told: str) -> None:
 
 
 def test_every_failure_has_an_error_and_a_message() -> None:
-    assert {status for status in idf.Status if not status.ok} == set(outcome._TABLE)
+    assert {status for status in idf.Status if not status.ok} == set(failures._TABLE)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,11 +36,7 @@ from conftest import (
 )
 
 from implicitdiff import (
-    CG,
-    GMRES,
-    MINRES,
     Auto,
-    BiCGSTAB,
     FixedPoint,
     NotConvergedError,
     NotPositiveDefiniteError,
@@ -55,6 +52,7 @@ from implicitdiff import (
     linear_solve,
     linearize,
 )
+from implicitdiff.solvers import get_solver
 
 LAPLACIAN = np.array([[2.0, -1.0, -1.0], [-1.0, 2.0, -1.0], [-1.0, -1.0, 2.0]])
 GRAPH = np.diag([2.0, 1.0, 3.0, 2.0, 2.0]) - np.array(
@@ -117,7 +115,10 @@ def test_02_singular_up_to_rounding(lib, door, solver):
 @each_door(*GENERAL_DOORS)
 @pytest.mark.parametrize("name", GENERAL)
 def test_02_singular_up_to_rounding_asymmetric(lib, door, name):
-    found = through(lib, door, COUNTING / 10, np.array([1.0, 0.0, 0.0]), name)
+    found = through(lib, door, COUNTING / 10, b := np.array([1.0, 0.0, 0.0]), name)
+    if door.startswith("solve") and get_solver(name).least_squares:  # then that is what was asked for
+        assert_right(lib, found, np.linalg.pinv(COUNTING / 10, rcond=1e-12) @ b, 1e-8)
+        return
     assert_told(found, UNSOLVABLE, rf"rcond = {SOME_NUMBER}|residual.*{SOME_NUMBER}")
 
 
@@ -272,12 +273,7 @@ def test_09_rectangular_parameters(lib, form, m, name):
 
 
 # -- 10 and 11: not there ------------------------------------------------------------------------------------------
-TWO_STEPS = {
-    "cg": CG(maxiter=2),
-    "minres": MINRES(maxiter=2),
-    "gmres": GMRES(maxiter=2),
-    "bicgstab": BiCGSTAB(maxiter=2),
-}
+TWO_STEPS = {name: replace(get_solver(name), maxiter=2) for name in ITERATIVE}
 
 
 @pytest.mark.parametrize("mode", MODES)

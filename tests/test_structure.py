@@ -38,7 +38,7 @@ LAYERS = (
         "error_estimate",
         "identities",
     ),
-    ("outcome",),
+    ("outcome", "failures"),
     ("projections", "proxes"),
     ("linalg.__init__", "linalg.vector_space", "ravel", "registry", "axes", "programs"),
     ("linalg.operator", "problem"),
@@ -54,7 +54,7 @@ LAYERS = (
         "linalg.detection",
         "linalg.sparsity",
     ),
-    ("linalg.preconditioner",),
+    ("linalg.preconditioner", "linalg.rectangular"),
     ("solvers",),
     ("linalg.solve", "solution_check"),
     (

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, nan_where
 from implicitdiff.backends.array_api import ArrayAPIBackend
-from implicitdiff.backends.jax.derivatives import Derivatives
+from implicitdiff.backends.jax.derivatives import Derivatives, without_derivative
 from implicitdiff.backends.jax.function import differentiable_call
 from implicitdiff.backends.jax.loops import compiled, from_host
 from implicitdiff.backends.jax.runner import Runner
@@ -26,7 +26,7 @@ from implicitdiff.errors import BackendError
 from implicitdiff.linalg.system import System, SystemRun
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 from implicitdiff.mode import Mode
-from implicitdiff.outcome import Report
+from implicitdiff.outcome import Report, Status
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, hint
 from implicitdiff.ravel import reject_dtype
@@ -39,7 +39,8 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambda _, leaves: TreeVector(leaves))
 
 _ARRAY_FIELDS = (
-    "status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solved", "solution",
+    "status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solved", "rank",
+    "nullity", "leak", "solution",
 )  # fmt: skip
 _STATIC_FIELDS = ("solver", "reason", "seconds", "damping")
 
@@ -269,7 +270,7 @@ class _Inline(JaxBackend):
     mode = Mode.INLINE
 
     def linear(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
-        if not prepared.operator.n or 0 in b.shape:
+        if not prepared.operator.n or 0 in b.shape or prepared.operator.rows != prepared.operator.columns:
             return prepared.solve(b, x0, transposed=transposed)
         operator, _ = prepared.state(transposed)
         _, state = prepared.state(False)
@@ -288,13 +289,18 @@ class _Inline(JaxBackend):
                     solution = prepared.limit(solution, right, transposed ^ flipped)
                 if prepared.on_solved is not None:
                     prepared.on_solved(solution, right, transposed ^ flipped)
-                return alike((solution.x, solution._replace(x=None)))
+                if not prepared.least_squares:
+                    return alike((solution.x, solution._replace(x=None)))
+                return alike((nan_where(self, solution.failed, solution.x), solution))
 
             return solve
 
         x, rest = lax.custom_linear_solve(
             product, b, solver(False), transpose_solve=solver(True), symmetric=bool(operator.symmetric), has_aux=True
         )
+        if prepared.least_squares:  # where there is no solution A⁻¹(ḃ − Ȧ x) is not the derivative
+            least = rest.status == int(Status.LEAST_SQUARES)
+            x = self.space(x).select(self.xp.broadcast_to(least, x.shape[:-1]), without_derivative(rest.x), x)
         return rest._replace(x=x)
 
 

@@ -152,3 +152,14 @@ def _by_rows(reverse: Product, value: Any, items: tuple[int, ...]) -> Product:
     unit = jnp.reshape(jnp.eye(n, dtype=value.dtype), (n, *(1,) * len(items), n))
     rows = jax.vmap(reverse)(varying(jnp.broadcast_to(unit, (n, *value.shape)), value))
     return lambda v: jnp.moveaxis(jnp.sum(rows * v, axis=-1), 0, -1)
+
+
+@jax.custom_jvp
+def without_derivative(x: Any) -> Any:
+    """Return x, whose derivative is NaN: there is none that is known, and zero would be wrong."""
+    return x
+
+
+@without_derivative.defjvp
+def _not_known(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return primals[0], tangents[0] * jnp.nan

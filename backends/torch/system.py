@@ -2,6 +2,16 @@
 
 For A x = b and the cotangent x̄ of x let z = A⁻ᵀ x̄. The cotangents are b̄ = z and Ā = −z xᵀ, where z is the solution of
 a system again: any order follows. Forward, ẋ = A⁻¹ (ḃ − Ȧ x).
+
+A method of least squares has x = A⁺ b, and with r = b − A x, as long as the rank stays what it is (Golub and Pereyra),
+
+    ẋ = A⁺ (ḃ − Ȧ x) + A⁺ A⁺ᵀ Ȧᵀ r + (I − A⁺ A) Ȧᵀ A⁺ᵀ x,
+    b̄ = z = A⁺ᵀ x̄,    Ā = −z xᵀ + r (A⁺ z)ᵀ + (A⁺ᵀ x) (x̄ − Aᵀ z)ᵀ.
+
+References
+----------
+G. H. Golub, V. Pereyra, "The differentiation of pseudo-inverses and nonlinear least squares problems whose variables
+separate", SIAM J. Numer. Anal. 10 (1973) 413-432. DOI 10.1137/0710036
 """
 
 from __future__ import annotations
@@ -66,23 +76,37 @@ class Solved(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Array) -> None:
         ctx.system, _, matrix, _ = inputs
-        ctx.save_for_backward(matrix, output)
-        ctx.save_for_forward(matrix, output)
+        ctx.save_for_backward(matrix, output, inputs[3])
+        ctx.save_for_forward(matrix, output, inputs[3])
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
-        matrix, x = ctx.saved_tensors
+        matrix, x, b = ctx.saved_tensors
         system, A = _transposed(ctx.system, matrix)
         z = _apply(system, A, cotangent, [])
-        return None, None, None if matrix is None else -_outer(ctx.system, z, x), z
+        if matrix is None:
+            return None, None, None, z
+        by_matrix = -_outer(ctx.system, z, x)
+        if ctx.system.least_squares:
+            r, rest = b - _times(ctx.system, matrix, x), cotangent - _times(ctx.system, matrix.mT, z)
+            by_matrix = by_matrix + _outer(ctx.system, r, _apply(replace(ctx.system, x0=None), matrix, z, []))
+            by_matrix = by_matrix + _outer(ctx.system, _apply(system, A, x, []), rest)
+        return None, None, by_matrix, z
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, dA: Array | None, db: Array | None) -> Array:
-        matrix, x = ctx.saved_tensors
-        b = torch.zeros_like(x) if db is None else db
+        matrix, x, given = ctx.saved_tensors
+        b = torch.zeros_like(given) if db is None else db
         if dA is not None:
-            b = b - (dA @ x[..., None])[..., 0] if ctx.system.batched or x.ndim == 1 else b - dA @ x
-        return _apply(ctx.system, ctx.system.A if matrix is None else matrix, b, [])
+            b = b - _times(ctx.system, dA, x)
+        moved = _apply(ctx.system, ctx.system.A if matrix is None else matrix, b, [])
+        if dA is None or matrix is None or not ctx.system.least_squares:
+            return moved
+        system, A = _transposed(ctx.system, matrix)
+        r, turned = given - _times(ctx.system, matrix, x), dA.mT
+        outside = _times(ctx.system, turned, _apply(system, A, x, []))
+        into = _apply(system, A, _times(ctx.system, turned, r), []) - _times(ctx.system, matrix, outside)
+        return moved + _apply(replace(ctx.system, x0=None), matrix, into, []) + outside
 
     @staticmethod
     def vmap(
@@ -93,6 +117,11 @@ class Solved(torch.autograd.Function):
             each = [x if d is None or x is None else x.select(d, i) for x, d in zip(tensors, in_dims[2:], strict=True)]
             outs.append(Solved.apply(system, reports, *each))
         return torch.stack(outs), 0
+
+
+def _times(system: System, matrix: Array, x: Array) -> Array:
+    """A x, for each right-hand side or item."""
+    return (matrix @ x[..., None])[..., 0] if system.batched or x.ndim == 1 else matrix @ x
 
 
 def _outer(system: System, z: Array, x: Array) -> Array:

@@ -257,8 +257,8 @@ class Operator(LinearMap):
         return replace(self, matrix=matrix, forward=forward, adjoint=forward if self.symmetric else adjoint)
 
     def damped(self, damping: float) -> Operator:
-        """Return A + δI."""
-        if not damping:
+        """Return A + δI; one that is not square as it is, for what damping means there is the method's."""
+        if not damping or self.rows != self.columns:
             return self
         xp, matrix, sparse = self.backend.xp, self.matrix, self.sparse
         if matrix is not None:

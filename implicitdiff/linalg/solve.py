@@ -38,6 +38,9 @@ class Solution(NamedTuple):
     operator_norm: Any
     method: Any
     condition: Any = None
+    rank: Any = None
+    nullity: Any = None
+    leak: Any = None
 
     def uncertainty(self, xp: Any, accuracy: float) -> Any:
         """Relative error of x where A has one of that accuracy; None where nothing is known of the condition number."""
@@ -76,6 +79,8 @@ class Prepared:
     operator: Operator
     solver: Any
     nan_on_failure: bool = False
+    least_squares: bool = False
+    """Whether a solution of least squares is what was asked for."""
     seconds: float = 0.0
     methods: Sequence[tuple[str, str]] = ()
     spent: int = 0
@@ -134,9 +139,15 @@ class Prepared:
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.nan_on_failure:
             solution = solution.without_doubt(xp, op.rounding)
-            solution = solution._replace(x=nan_where(op.backend, solution.failed, x))
+            solution = solution._replace(x=nan_where(op.backend, self.failed(solution), x))
         self.seconds = time.perf_counter() - start
         return solution
+
+    def failed(self, solution: Solution) -> Array:
+        """Items that did not succeed."""
+        if not self.least_squares:
+            return solution.failed
+        return solution.failed & (solution.status != int(Status.LEAST_SQUARES))
 
     @property
     def factored(self) -> bool:
@@ -305,10 +316,15 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
         return xp.max(field, axis=0) if rhs else field
 
     matvecs = worst(counts.matvecs) * max(rhs, 1) + assembled
-    least = None if counts.rcond is None else -worst(-xp.asarray(counts.rcond, device=device))
+
+    def least(field: Any) -> Any:
+        return None if field is None else -worst(-xp.asarray(field, device=device))
+
+    rank = least(counts.rank)
     return Solution(
         x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),
-        worst(counts.tolerance), least, worst(counts.operator_norm), worst(counts.method), worst(counts.condition),
+        worst(counts.tolerance), least(counts.rcond), worst(counts.operator_norm), worst(counts.method),
+        worst(counts.condition), rank, None if rank is None else op.columns - rank, worst(counts.leak),
     )  # fmt: skip
 
 
@@ -325,7 +341,11 @@ def make_report(
     status = read(solution.status)
     single = isinstance(status, int)
     name, reason = method_of(solution, methods) if visible else summary_of(methods)
-    rcond = read(solution.rcond)
+
+    def known(field: Any) -> Any:
+        found = read(field)
+        return None if isinstance(found, float) and math.isnan(found) else found
+
     return Report(
         status=Status(status) if single else status,
         converged=status == Status.CONVERGED if single else status == int(Status.CONVERGED),
@@ -338,8 +358,11 @@ def make_report(
         solved=None if solved is None else read(solved),
         derivatives=derivatives,
         seconds=seconds,
-        rcond=None if isinstance(rcond, float) and math.isnan(rcond) else rcond,
+        rcond=known(solution.rcond),
         damping=damping,
+        rank=known(solution.rank),
+        nullity=known(solution.nullity),
+        leak=known(solution.leak),
         solution=solution.x,
     )
 

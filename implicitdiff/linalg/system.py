@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 from implicitdiff.arrays import Array, any_true, nan_where
 from implicitdiff.compilers import public
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
+from implicitdiff.failures import explain
 from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
 from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, prepare
 from implicitdiff.mode import Mode
-from implicitdiff.outcome import Report, explain, settle
+from implicitdiff.outcome import Report, Status, settle
 from implicitdiff.problem import Settings
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.solvers import get_solver
@@ -56,7 +57,9 @@ class System:
     def prepared(self, vector: Array) -> Prepared:
         """Return the operator with its solver."""
         nan_on_failure = self.backend.mode is Mode.INLINE and self.settings.on_failure != "ignore"
-        return prepare(_as_operator(self, vector), self.settings.solver, nan_on_failure=nan_on_failure)
+        prepared = prepare(_as_operator(self, vector), self.settings.solver, nan_on_failure=nan_on_failure)
+        prepared.least_squares = self.least_squares
+        return prepared
 
     def vectors(self) -> tuple[Array, Array | None]:
         """Return b and the start as vectors (*rhs, *items, n)."""
@@ -74,6 +77,16 @@ class System:
         finite = self.backend.space(vector).finite(vector)
         if (not self.batched or self.settings.on_failure == "raise") and any_true(self.backend.xp, ~finite):
             raise NonFiniteError("b holds NaN or Inf.")
+
+    @property
+    def least_squares(self) -> bool:
+        """Whether the method is one of least squares: then that is what was asked for."""
+        return bool(getattr(get_solver(self.settings.solver), "least_squares", False))
+
+    def failed(self, solution: Solution) -> Array:
+        """Items that did not succeed."""
+        fine = (solution.status == int(Status.LEAST_SQUARES)) & self.least_squares
+        return solution.failed & ~fine
 
     def solved(self) -> SystemRun:
         """Solve where the arrays are."""
@@ -163,9 +176,10 @@ def solve_system(system: System) -> tuple[Array, Report]:
     with engine.computing():
         solution, facts, mode = engine.solved(system)
         x, error = solution.x, None
-        if mode is not Mode.INLINE and any_true(engine.xp, solution.failed):
+        failed = system.failed(solution)
+        if mode is not Mode.INLINE and any_true(engine.xp, failed):
             error = _explained(system, solution, facts)
-            x = nan_where(engine, solution.failed, x) if on_failure == "nan" else x
+            x = nan_where(engine, failed, x) if on_failure == "nan" else x
         x = engine.xp.matrix_transpose(x) if len(x.shape) == 2 and not system.batched else x
         report = make_report(solution, stationarity=float("nan"), mode=mode, **facts)
     if error is not None:
@@ -203,9 +217,11 @@ def _as_operator(system: System, vector: Array) -> Operator:
         if same is not None:
             tags.update(symmetric=same, trusted=same)
         op: Operator = matrix_map(Operator, backend, A, items, vector.dtype, device, **tags)
-        if (op.rows, op.columns) != (n, n):
+        solver = get_solver(system.settings.solver)
+        if op.rows != n or (op.columns != n and getattr(solver, "square", True)):
+            any_columns = "" if getattr(solver, "square", True) else " or (rows of b, any number)"
             raise ShapeError(
-                f"A has shape {tuple(A.shape)}, b {tuple(system.b.shape)}; expected A of shape ({n}, {n})."
+                f"A has shape {tuple(A.shape)}, b {tuple(system.b.shape)}; expected A of shape ({n}, {n}){any_columns}."
             )
         return op
     if not callable(A):

@@ -14,18 +14,24 @@ from implicitdiff.solvers.cg import CG
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.ldlt import LDLT
+from implicitdiff.solvers.lsmr import LSMR
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
+from implicitdiff.solvers.minres_qlp import MINRESQLP
+from implicitdiff.solvers.pinv import Pinv
 
 __all__ = [
     "CG",
     "GMRES",
     "LDLT",
+    "LSMR",
     "LU",
     "MINRES",
+    "MINRESQLP",
     "Auto",
     "BiCGSTAB",
     "Cholesky",
+    "Pinv",
     "Solver",
     "get_solver",
     "register_solver",
@@ -34,7 +40,8 @@ __all__ = [
 ]
 
 _FACTORIES: dict[str, Callable[[], Any]] = {
-    solver.name: functools.cache(solver) for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES, BiCGSTAB)
+    solver.name: functools.cache(solver)
+    for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES, BiCGSTAB, LSMR, MINRESQLP, Pinv)
 }
 
 

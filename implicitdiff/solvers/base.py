@@ -49,12 +49,12 @@ class Solver(Record):
     damping: float = 0.0
     structure: ClassVar[Structure] = "general"
     """What A has to be; on any other the method is wrong, or breaks down."""
-    square: ClassVar[bool] = True
-    """Whether A has to be square."""
+    square: ClassVar[bool] = True  # whether A has to be
     direct: ClassVar[bool] = False
     """Whether the method factors an assembled matrix; one that does not needs products only."""
-    approximate: ClassVar[bool] = False
-    """Whether it is an approximation by design, which ends as `Status.APPROXIMATE`."""
+    approximate: ClassVar[bool] = False  # whether by design: it ends as `Status.APPROXIMATE`
+    least_squares: ClassVar[bool] = False
+    """Whether x is that of least squares and least norm, where A is singular or not square."""
     verified: ClassVar[bool] = False
     """Whether the residual that the solver reports is the true one; that of any other is recomputed."""
 

@@ -23,7 +23,8 @@ def check_solver(solver: Any, *, n: int = 12, seed: int = 0, rtol: float = 1e-6)
 
     It has to solve systems of the ``structure`` that it declares, transposed, with many right-hand sides and in
     batches; in any unit of b; to say of a singular A, of products that hold NaN and of an A of another structure that
-    it did not succeed; and to be a value: equal to a copy of it, and hashable. An ``approximate`` one has to end as
+    it did not succeed (one of ``least_squares`` has to find the solution of least squares and least norm, and to say
+    so); and to be a value: equal to a copy of it, and hashable. An ``approximate`` one has to end as
     `Status.APPROXIMATE`, and is not held to the right solution.
 
     Parameters
@@ -153,7 +154,16 @@ class _SolverChecks:
     def singular(self) -> None:
         values, Q = np.linspace(1.0, 10.0, self.n), np.linalg.qr(self.rng.normal(size=(self.n, self.n)))[0]
         values[0] = 0.0
-        self._refuses((Q * values) @ Q.T, "a singular A")
+        A = (Q * values) @ Q.T
+        if not getattr(self.solver, "least_squares", False):
+            self._refuses(A, "a singular A")
+            return
+        x, report = self.solve(A, self.b)
+        status = Status(int(report.status))
+        require(status is Status.LEAST_SQUARES, f"a singular A is called {status.name}; expected LEAST_SQUARES")
+        close(
+            x, np.linalg.pinv(A, rcond=1e-10, hermitian=True) @ self.b, self.rtol, "x of least squares, and least norm,"
+        )
 
     def non_finite(self) -> None:
         self._refuses(lambda v: np.full_like(v, np.nan), "a product that is NaN", transpose=lambda u: u * np.nan)
