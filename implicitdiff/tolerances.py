@@ -111,6 +111,9 @@ ACTIVE = ByPrecision(1e-6, 3e-4)
 """Distance, or multiplier, that counts as zero, in its unit: what solvers of programs leave is less."""
 VIOLATED = ByPrecision(1e-4, 1e-2)
 """Distance that counts as a violation."""
+DEPENDENT_ROWS = ByPrecision(1e-12, 1e-6)
+"""Reciprocal condition number of the least-squares system of sparse gradients, of the order of their least singular
+value squared, from which they are dependent."""
 DEPENDENT = 1e-4
 """Part of a vector in the null space of the gradients of active constraints from which they are dependent."""
 

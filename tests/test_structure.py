@@ -47,6 +47,7 @@ LAYERS = (
         "linalg.gram_operator",
         "linalg.equilibration",
         "linalg.blocks",
+        "linalg.rows",
         "linalg.segments",
         "linalg.coloring",
         "linalg.pattern",

@@ -15,7 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, item_norm, item_numbers, needed, times
+from implicitdiff.conditions.sparse_multipliers import least_squares, multipliers, unit_rows
 from implicitdiff.conditions.units import Units
+from implicitdiff.linalg.rows import SparseRows, rows_times, turned_times
 from implicitdiff.tolerances import ACTIVE, DEPENDENT, VIOLATED
 
 if TYPE_CHECKING:
@@ -68,11 +70,17 @@ def candidates(backend: Backend, equality: Array, first: Any, units: Units, limi
     near = ~tight & (gap <= limits.violated * units.distance)
 
     def by_multiplier(tight: Array) -> Array:
-        unit, gram = _gram(backend, first.rows * units.reach[..., None, :], _safe(xp, units.distance), tight | near)
-        slack = xp.where(near, gap / _safe(xp, units.distance), xp.zeros_like(gap))
+        safe = _safe(xp, units.distance)
+        slack = xp.where(near, gap / safe, xp.zeros_like(gap))
+        if isinstance(first.rows, SparseRows):
+            held, right = tight | near, -first.gradient * units.reach
+            unit = unit_rows(first.rows, units.reach, safe, held)
+            z = least_squares(unit, held, slack * slack)(rows_times(unit, right))[0]
+            return tight | (near & (z / safe * units.give * units.give > gap))
+        unit, gram = _gram(backend, first.rows * units.reach[..., None, :], safe, tight | near)
         gram = gram + (slack * slack)[..., None] * xp.eye(gap.shape[-1], dtype=gap.dtype, device=backend.device(gap))
         z = backend.cho_solve(backend.cho_factor(gram), -times(unit, first.gradient * units.reach)[..., None])[..., 0]
-        return tight | (near & (z / _safe(xp, units.distance) * units.give * units.give > gap))
+        return tight | (near & (z / safe * units.give * units.give > gap))
 
     return backend.if_any(near, by_multiplier, tight)
 
@@ -88,8 +96,12 @@ def recovered(backend: Backend, first: Any, units: Units, candidate: Array) -> t
     other constraints, G z = −J∇f; one step of refinement on the residual of the least-squares problem itself makes up
     for the squared condition number.
     """
-    xp, rows, gradient = backend.xp, first.rows * units.reach[..., None, :], first.gradient * units.reach
-    safe = _safe(xp, units.distance)
+    xp, gradient, safe = backend.xp, first.gradient * units.reach, _safe(backend.xp, units.distance)
+    if isinstance(first.rows, SparseRows):
+        unit = unit_rows(first.rows, units.reach, safe, candidate)
+        z, dependent = multipliers(unit, candidate, gradient)
+        return backend.astype(z / safe, first.rows.dtype), dependent
+    rows = first.rows * units.reach[..., None, :]
     unit, gram = _gram(backend, rows, safe, candidate)
     dependent, factor = _dependent(backend, gram, candidate)
 
@@ -142,6 +154,7 @@ def _in_null_space(xp: Any, gram: Array) -> Array:
 def dependent_rows(backend: Backend, rows: Array, active: Array) -> Array | None:
     """Mark the active rows of J that are linearly dependent, or None. For eager use, after a failure."""
     xp = backend.xp
+    rows = rows.dense() if isinstance(rows, SparseRows) else rows
     gram = _gram(backend, rows, _safe(xp, item_norm(xp, rows)), active)[1]
     found = active & _in_null_space(xp, gram)
     return found if bool(xp.any(found)) else None
@@ -168,7 +181,7 @@ def classified(
 
 def unbalanced(xp: Any, first: Any, units: Units, limits: Limits, z: Array) -> Array:
     """Tell whether ∇f + Jᵀz is far from zero, for all constraints of an item alike."""
-    pull = times(xp.matrix_transpose(first.rows), z)
+    pull = turned_times(xp, first.rows, z)
     size = units.reach * xp.maximum(xp.abs(first.gradient), xp.abs(pull))
     scale = xp.max(xp.maximum(size, (units.reach / units.bend) ** 2), axis=-1, keepdims=True)
     left = xp.max(xp.abs(first.gradient + pull) * units.reach, axis=-1, keepdims=True)

@@ -14,6 +14,15 @@ from implicitdiff.conditions.lagrangian import FirstOrder
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, ShapeError
 from implicitdiff.linalg.operator import LinearMap, Operator
+from implicitdiff.linalg.rows import (
+    SparseMatrix,
+    SparseRows,
+    as_sparse,
+    rows_times,
+    scaled_rows,
+    stacked,
+    turned_times,
+)
 
 __all__ = ["QP"]
 
@@ -31,14 +40,15 @@ class QP(Constrained):
 
     Parameters
     ----------
-    Q : array, shape (n, n), optional
+    Q : array or SciPy sparse matrix, shape (n, n), optional
         Its symmetric part counts; the derivative with respect to it is symmetric.
     q : array, shape (n,), optional
         Zero where it is not given.
     A, b : array, shapes (p, n) and (p,), optional
-        Equalities.
+        Equalities. A may be a SciPy sparse matrix.
     G, h : array, shapes (r, n) and (r,), optional
-        Inequalities.
+        Inequalities. G may be a SciPy sparse matrix. Where Q, A or G is sparse, the whole system is, and is factored by
+        SuperLU on every framework; matrices in theta are dense.
     multipliers, route, active_tol
         As for `KKT`; the multipliers are the pair of those of Ay = b and of Gy <= h, or the one that there is.
 
@@ -79,6 +89,8 @@ class QP(Constrained):
         for name, value in given.items():
             if len(getattr(value, "shape", ())) != _AXES[name]:
                 raise ShapeError(f"{name} has shape {getattr(value, 'shape', None)}; expected {_AXES[name]} axes.")
+        sparse = {name: (x + x.T) / 2 if name == "Q" else x for name, x in given.items() if hasattr(x, "tocsr")}
+        given = {**given, **{name: SparseMatrix(x) for name, x in sparse.items()}}
         fields = {"data": given, "multipliers": multipliers, "route": route, "active_tol": active_tol}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -107,9 +119,9 @@ class _Blocks(NamedTuple):
     There rows and right-hand sides are zero.
     """
 
-    H: Array
+    H: Any
     q: Array
-    rows: Array
+    rows: Any
     right: Array
     p: int
     absent: Array
@@ -154,7 +166,7 @@ class _Bound(Constrained):
         """All data at θ, checked and completed, with the axes of the items in front."""
         point, n = self.point, self.point.y.n
         backend, device, dtype = point.backend, point.y.device, point.y.dtype
-        fixed = {name: backend.astype(backend.as_leaf(x, name), dtype) for name, x in self.qp.data.items()}
+        fixed = {name: self._fixed(name, x) for name, x in self.qp.data.items()}
         data = {**fixed, **self.parts(theta)}
         if "Q" not in data and "q" not in data:
             raise InputError("QP has neither Q nor q: give them to QP, or in theta.")
@@ -164,6 +176,8 @@ class _Bound(Constrained):
             if matrix in data and vector not in data:
                 raise InputError(f"QP has {matrix} and no {vector}.")
         empty: dict[str, tuple[int, ...]] = {"Q": (n, n), "q": (n,), "A": (0, n), "b": (0,), "G": (0, n), "h": (0,)}
+        if any(isinstance(x, SparseRows) for x in data.values()) and "Q" not in data:
+            data["Q"] = SparseRows.zeros((n, n), backend, point.items, dtype, device)
         for name, shape in empty.items():
             if name not in data:
                 data[name] = backend.xp.zeros(shape, dtype=dtype, device=device)
@@ -173,8 +187,16 @@ class _Bound(Constrained):
             got = tuple(data[name].shape)
             if got[len(got) - _AXES[name] :] != shape:
                 raise ShapeError(f"{name} has shape {got[len(got) - _AXES[name] :]}; expected {shape} for y of {n}.")
-            data[name] = backend.xp.broadcast_to(data[name], (*point.items, *shape))
+            if not isinstance(data[name], SparseRows):
+                data[name] = backend.xp.broadcast_to(data[name], (*point.items, *shape))
         return data
+
+    def _fixed(self, name: str, x: Any) -> Any:
+        """Data that is no parameter."""
+        point = self.point
+        if isinstance(x, SparseMatrix):
+            return x.on(point.backend, point.items, point.y.dtype, point.y.device)
+        return point.backend.astype(point.backend.as_leaf(x, name), point.y.dtype)
 
     @cached_property
     def _here(self) -> _Blocks:
@@ -182,18 +204,19 @@ class _Bound(Constrained):
 
     def _blocks(self, theta: Array) -> _Blocks:
         xp, d = self.point.backend.xp, self.all_data(theta)
-        rows, right = xp.concat([d["A"], d["G"]], axis=-2), xp.concat([d["b"], d["h"]], axis=-1)
+        right = xp.concat([d["b"], d["h"]], axis=-1)
         absent = xp.concat([xp.zeros_like(d["b"], dtype=xp.bool), d["h"] == float("inf")], axis=-1)
-        rows, right = (xp.where(mask, xp.zeros_like(x), x) for mask, x in ((absent[..., None], rows), (absent, right)))
-        return _Blocks(_symmetric(xp, d["Q"]), d["q"], rows, right, d["A"].shape[-2], absent)
+        right = xp.where(absent, xp.zeros_like(right), right)
+        H, rows = _system(self.point.backend, d, absent)
+        return _Blocks(H, d["q"], rows, right, d["A"].shape[-2], absent)
 
     # -- to first order --------------------------------------------------------------------------------
     def first_order(self, point: Point) -> FirstOrder:
         here, y = self._here, point.y.vector
         xp, H = point.backend.xp, here.H
-        values = times(here.rows, y) - here.right
+        values = rows_times(here.rows, y) - here.right
         values = xp.where(here.absent, xp.full_like(values, -float("inf")), values)
-        return FirstOrder(here.p, values, here.rows, times(H, y) + here.q, lambda v: times(H, v), H)
+        return FirstOrder(here.p, values, here.rows, rows_times(H, y) + here.q, lambda v: rows_times(H, v), H)
 
     def system(self, point: Point, first: FirstOrder, z: Array) -> Maps:
         xp, backend, n = point.backend.xp, point.backend, point.y.n
@@ -201,22 +224,20 @@ class _Bound(Constrained):
         k = rows.shape[-2]
 
         def product(x: Array) -> Array:
-            return xp.concat([times(H, x[..., :n]) + times(xp.matrix_transpose(rows), x[..., n:]),
-                              times(rows, x[..., :n])], axis=-1)  # fmt: skip
+            v, w = x[..., :n], x[..., n:]
+            return xp.concat([rows_times(H, v) + turned_times(xp, rows, w), rows_times(rows, v)], axis=-1)
 
         A = Operator(backend, n + k, n + k, point.items, y.dtype, point.y.device, forward=product, adjoint=product,
                      symmetric=True, trusted=True)  # fmt: skip
 
+        def residual_of(there: _Blocks, y: Array, z: Array) -> Array:
+            slope = rows_times(there.H, y) + there.q + turned_times(xp, there.rows, z)
+            return xp.concat([slope, rows_times(there.rows, y) - there.right], axis=-1)
+
         def at(both: Array, theta: Array) -> Array:
-            there, y, z = self._blocks(theta), both[..., :n], both[..., n:]
-            slope = times(there.H, y) + there.q + times(xp.matrix_transpose(there.rows), z)
-            return xp.concat([slope, times(there.rows, y) - there.right], axis=-1)
+            return residual_of(self._blocks(theta), both[..., :n], both[..., n:])
 
-        def residual() -> Array:
-            slope = times(H, y) + self._here.q + times(xp.matrix_transpose(rows), z)
-            return xp.concat([slope, times(rows, y) - self._here.right], axis=-1)
-
-        return Maps(residual, at, A, self._mixed(z, n + k, p), hessian=H)
+        return Maps(lambda: residual_of(self._here, y, z), at, A, self._mixed(z, n + k, p), hessian=H)
 
     # -- B = (∂²𝓛/∂θ∂y, ∂c/∂θ) ---------------------------------------------------------------------------
     def _mixed(self, z: Array, rows: int, p: int) -> LinearMap:
@@ -268,6 +289,17 @@ class _Bound(Constrained):
         by_mu = by_mu + times(d["G"], y) if "G" in d else by_mu
         by_mu = by_mu - d["h"] if "h" in d else by_mu
         return xp.concat([slope, by_lam, by_mu], axis=-1)
+
+
+def _system(backend: Any, d: dict[str, Any], absent: Array) -> tuple[Any, Any]:
+    """The symmetric part of Q, and A over G without what is absent: sparse where one of them is."""
+    xp = backend.xp
+    if not any(isinstance(d[name], SparseRows) for name in "QAG"):
+        rows = xp.concat([d["A"], d["G"]], axis=-2)
+        return _symmetric(xp, d["Q"]), xp.where(absent[..., None], xp.zeros_like(rows), rows)
+    H = d["Q"] if isinstance(d["Q"], SparseRows) else as_sparse(backend, _symmetric(xp, d["Q"]))
+    rows = stacked([as_sparse(backend, d[name]) for name in "AG"])
+    return H, scaled_rows(rows, backend.astype(~absent, rows.dtype), None)
 
 
 def _outer(a: Array, b: Array) -> Array:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.active_set import ActiveSet
 from implicitdiff.conditions.base import Embedding, Maps, Observations
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.units import Units, center
-from implicitdiff.linalg.block_operator import padded, saddle
+from implicitdiff.linalg.block_operator import SaddleOperator, padded, saddle
 from implicitdiff.linalg.operator import LinearMap, Product, matrix_product
+from implicitdiff.linalg.rows import SparseRows, saddle_entries, scaled_rows
+from implicitdiff.linalg.sparsity import with_entries
 
 __all__ = ["Choices", "reduced"]
 
@@ -26,7 +28,7 @@ class Choices(NamedTuple):
 
 
 def reduced(
-    point: Point, whole: Maps, rows: Array, units: Units, found: ActiveSet
+    point: Point, whole: Maps, rows: Any, units: Units, found: ActiveSet
 ) -> Maps:  # fmt: skip
     """Scale the system and reduce it to the active set."""
     backend, n = point.backend, point.y.n
@@ -36,20 +38,16 @@ def reduced(
     give = xp.where(units.give > 0, units.give, xp.ones_like(units.give))
     w = held * 2.0 ** xp.round(xp.log2(1 / (one * give)))
     corner = (1 - held) / (one * one)
-    ones, zeros = xp.ones_like(rows[..., 0, :]), xp.zeros_like(rows[..., 0, :])
+    ones, zeros = xp.ones_like(units.bend), xp.zeros_like(units.bend)
     scale, diagonal = backend.concat([ones, w]), backend.concat([zeros, corner])
 
     def wrap(product: Product) -> Product:
         return lambda x: scale * product(scale * x) - diagonal * x
 
     both = backend.concat([units.bend, one + xp.zeros_like(w)])
-    blocks = {"primal": n, "jacobian": w[..., None] * rows, "corner": corner, "positive_definite": False,
+    blocks = {"primal": n, "jacobian": scaled_rows(rows, w, None), "corner": corner, "positive_definite": False,
               "units": both}  # fmt: skip
-    A = saddle(whole.A.rewrapped(wrap), **blocks)
-    if whole.hessian is not None:
-        matrix = A.matrix_of(xp.concat([whole.hessian, blocks["jacobian"]], axis=-2))
-        product = matrix_product(xp, matrix)
-        A = replace(A, matrix=matrix, forward=product, adjoint=product)
+    A = _with_matrix(saddle(whole.A.rewrapped(wrap), **blocks), whole.hessian, diagonal)
     usable = ~xp.any(found.violated | found.dependent, axis=-1)
     quiet = usable & ~xp.any(found.weak | found.wrong | found.unbalanced, axis=-1)
     residual, at = whole.residual, whole.at
@@ -65,6 +63,18 @@ def reduced(
         scale=scale,
         choices=Choices(units, found.active, z, w),
     )
+
+
+def _with_matrix(A: SaddleOperator, hessian: Any, diagonal: Array) -> Any:
+    """The operator with its matrix, dense or sparse, where that of H is known."""
+    if hessian is None:
+        return A
+    if isinstance(hessian, SparseRows):
+        return with_entries(A, saddle_entries(hessian, A.jacobian, -diagonal))
+    xp = A.backend.xp
+    matrix = A.matrix_of(xp.concat([hessian, A.jacobian], axis=-2))
+    product = matrix_product(xp, matrix)
+    return replace(A, matrix=matrix, forward=product, adjoint=product)
 
 
 def _scaled(B: LinearMap, scale: Array) -> LinearMap:

@@ -23,7 +23,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, divisor, item_norm, quotient, times
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, quotient
+from implicitdiff.linalg.rows import (
+    absolute,
+    diagonal_of,
+    row_norms,
+    row_sizes,
+    rows_times,
+    scaled_rows,
+    squared,
+)
 from implicitdiff.tolerances import ENERGY_NOISE, SMALL, UNITS_APART
 
 __all__ = ["Units", "center", "curvature_units", "energy", "leaf_sizes", "power_of_two", "units_at"]
@@ -116,7 +125,7 @@ def _leaves(here: _Measured) -> tuple[Array, Array]:
     """ℓ, and whether there is anything to tell it from, per item."""
     xp, leaf = here.point.backend.xp, leaf_sizes(here.point, here.point.y.vector)
     # where y is zero, the distance to a constraint is a length as well
-    steep = xp.max(xp.abs(here.rows), axis=-1)
+    steep = row_sizes(xp, here.rows)
     usable = xp.isfinite(here.values) & (steep > 0)
     away = quotient(xp, xp.abs(here.values), steep, usable)
     whole = xp.max(leaf, axis=-1, keepdims=True)
@@ -157,11 +166,11 @@ def _by_curvature(here: _Measured, leaf: Array, known: Array, hessian: Array) ->
 
 def curvature_units(xp: Any, y: Array, slope: Array, leaf: Array, hessian: Array) -> Array:
     """d_j = |H_jj|^(-1/2), of |y|, |∇f|, ℓ and H; where H is flat, ℓ_j in relation to the others."""
-    one, zero, size = xp.ones_like(y), xp.zeros_like(y), xp.abs(hessian)
-    diagonal = xp.linalg.diagonal(size)
+    one, zero, size = xp.ones_like(y), xp.zeros_like(y), absolute(xp, hessian)
+    diagonal = diagonal_of(xp, size)
     curved = diagonal > 0
     d = xp.where(curved, one / xp.sqrt(xp.where(curved, diagonal, one)), zero)
-    across = xp.max(size * d[..., None, :], axis=-1)  # no curvature of its own: by those that it goes with
+    across = row_sizes(xp, scaled_rows(size, None, d))  # no curvature of its own: by those that it goes with
     far = xp.max(xp.where(curved, xp.maximum(y / xp.where(curved, d, one), slope * d), zero), axis=-1, keepdims=True)
     linked = ~curved & (across * leaf > ENERGY_NOISE * far)
     d = xp.where(linked, one / xp.where(linked, across, one), d)
@@ -181,10 +190,10 @@ def power_of_two(xp: Any, x: Array) -> Array:
 def _measured(here: _Measured, u: Array, d: Array) -> Units:
     """Measure the constraints in units of the coordinates."""
     xp = here.point.backend.xp
-    distance, give = item_norm(xp, here.rows * u[..., None, :]), item_norm(xp, here.rows * d[..., None, :])
-    share = here.rows * u[..., None, :] / _safe(xp, distance)[..., None]
+    distance, give = (row_norms(xp, scaled_rows(here.rows, None, unit)) for unit in (u, d))
+    share = squared(scaled_rows(here.rows, 1 / _safe(xp, distance), u))
     stiff = xp.where(give > 0, distance / _safe(xp, give), xp.zeros_like(give)) ** 2
-    return Units(u, d, distance, give, stiff + times(share * share, xp.abs(here.gradient) * u))
+    return Units(u, d, distance, give, stiff + rows_times(share, xp.abs(here.gradient) * u))
 
 
 def _safe(xp: Any, x: Array) -> Array:
@@ -194,7 +203,7 @@ def _safe(xp: Any, x: Array) -> Array:
 def _doubtful(here: _Measured, high: Units) -> Array:
     """Whether the active set may be another one where |y_j| is the unit, and not ℓ_j; per item."""
     xp = here.point.backend.xp
-    low = item_norm(xp, here.rows * xp.abs(here.point.y.vector)[..., None, :])
+    low = row_norms(xp, scaled_rows(here.rows, None, xp.abs(here.point.y.vector)))
     out = xp.where(here.inequality, here.values, xp.abs(here.values))
 
     def decided(limit: float, distance: Array, sign: int) -> Array:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
+from implicitdiff.linalg.rows import scaled_rows
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -26,7 +27,7 @@ class SaddleOperator(Operator):
     ----------
     primal : int
         n, the order of H.
-    jacobian : array, shape (*items, k, n)
+    jacobian : array or SparseRows, shape (*items, k, n)
         J.
     corner : array, shape (*items, k)
         The diagonal of D.
@@ -52,7 +53,8 @@ class SaddleOperator(Operator):
             import scipy.sparse
 
             sparse = (sparse + scipy.sparse.diags_array(shift)).tocsc()
-        changes = {"matrix": matrix, "sparse": sparse, "damping": self.damping + damping}
+        entries = None if self.entries is None else self.entries.shifted(xp, shift, self.device)
+        changes = {"matrix": matrix, "sparse": sparse, "entries": entries, "damping": self.damping + damping}
         return self.rewrapped(lambda product: lambda x: product(x) + shift * x, **changes)
 
     def in_units(self) -> SaddleOperator:
@@ -65,7 +67,7 @@ class SaddleOperator(Operator):
             self.matrix if self.matrix is not None else self._cache.get("matrix"),
         )
         y, z = scale[..., :n], scale[..., n:]
-        blocks = {"jacobian": z[..., :, None] * self.jacobian * y[..., None, :], "corner": z * self.corner * z,
+        blocks = {"jacobian": scaled_rows(self.jacobian, z, y), "corner": z * self.corner * z,
                   "units": None}  # fmt: skip
         if matrix is not None:
             blocks["matrix"] = scale[..., :, None] * matrix * scale[..., None, :]

@@ -45,6 +45,12 @@ class Entries(NamedTuple):
         terms = self.values * xp.take(x, columns, axis=-1)
         return self.pattern.segments.over(xp, terms, device)
 
+    def shifted(self, xp: Any, shift: Array, device: Any) -> Entries:
+        """A + diag(shift), for one of order n; the diagonal is part of the pattern."""
+        rows, columns = self.pattern.rows, self.pattern.columns
+        mask = xp.asarray((rows == columns).astype(np.float64), dtype=self.values.dtype, device=device)
+        return self._replace(values=self.values + mask * xp.take(shift, xp.asarray(rows, device=device), axis=-1))
+
     def largest(self, xp: Any, device: Any) -> Array:
         """max |A_ij| over each row, shape (*items, n)."""
         return self.pattern.segments.over(xp, xp.abs(self.values), device, xp.max)

@@ -110,7 +110,7 @@ class LinearMap:
 
         forward, adjoint = (None if p is None else wrap(p) for p in (self.forward, self.adjoint))
         if getattr(self, "entries", None) is not None:
-            changes = {"entries": None, "sparsity": None, **changes}
+            changes = {"entries": None, **changes}
         return replace(self, forward=forward, adjoint=adjoint, derive=derived, _cache={}, **changes)
 
     def dense(self) -> Array:
@@ -268,10 +268,16 @@ class Operator(LinearMap):
 
             sparse = (sparse + damping * scipy.sparse.eye_array(self.n, dtype=sparse.dtype)).tocsc()
 
+        entries = self.entries
+        if entries is not None:
+            shift = xp.full((self.n,), damping, dtype=self.dtype, device=self.device)
+            entries = entries.shifted(xp, shift, self.device)
+
         def wrap(product: Product) -> Product:
             return lambda x: product(x) + damping * x
 
-        return self.rewrapped(wrap, matrix=matrix, sparse=sparse, damping=self.damping + damping)
+        changes = {"matrix": matrix, "sparse": sparse, "entries": entries, "damping": self.damping + damping}
+        return self.rewrapped(wrap, **changes)
 
 
 def matrix_map(

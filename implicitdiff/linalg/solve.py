@@ -134,7 +134,7 @@ class Prepared:
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
             x = nan_where(op.backend, broken, x)
         self.methods = methods_of(self.solver, state)
-        if used.entries is not None:
+        if used.entries is not None and used.entries.products:
             self.methods = _assembled(self.methods, used.entries.products)
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.nan_on_failure:

@@ -14,7 +14,7 @@ from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.pattern import Pattern, as_pattern
 from implicitdiff.linalg.vector_space import is_tree_vector
 
-__all__ = ["Sparsity", "assembled", "check_sparsity", "sparsity_of"]
+__all__ = ["Sparsity", "assembled", "check_sparsity", "sparsity_of", "with_entries"]
 
 TRIES = 3
 """A pattern that is found is that of one point: others may bring entries, twice at one of them by bad luck."""
@@ -99,6 +99,12 @@ def assembled(op: Operator) -> Operator:
     if not op.n or 0 in op.items or is_tree_vector(op.like):
         return op
     found, spent = _read(op, sparsity)
+    made: Operator = with_entries(op, found, spent)
+    return made
+
+
+def with_entries(op: Any, found: Entries, spent: int = 0) -> Any:
+    """Return an operator that multiplies by its entries, on NumPy as a SciPy matrix; ``spent`` products on them."""
     xp, cache = op.backend.xp, {"probes": op.probes + spent}
     if op.backend.name == "numpy" and not op.items:
         matrix = found.pattern.matrix(found.values)

@@ -23,6 +23,7 @@ from implicitdiff.errors import InputError
 from implicitdiff.linalg.block_operator import SaddleOperator
 from implicitdiff.linalg.equilibration import Scaling
 from implicitdiff.linalg.operator import Operator
+from implicitdiff.linalg.rows import SparseRows
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver, methods_of
 from implicitdiff.tolerances import RESIDUAL_OF_OTHERS
@@ -103,6 +104,8 @@ class _Blockwise(Solver):
         """Return the operator in units; as it is, where a preconditioner says what H is."""
         if not isinstance(operator, SaddleOperator):
             raise InputError(f"{type(self).__name__} solves saddle systems; name it as route= of a KKT condition.")
+        if isinstance(operator.jacobian, SparseRows):
+            raise InputError(f"route: the {self.route} is dense, and the system is sparse.\nNext: route='kkt'.")
         if operator.units is None or getattr(self.inner, "preconditioner", None) is not None:
             return None, operator
         return Scaling(operator.units, operator.units), operator.in_units()

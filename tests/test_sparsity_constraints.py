@@ -1,0 +1,175 @@
+"""Sparse matrices of programs with constraints: like dense ones, on every framework, and where those do not fit."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from conftest import JAX, NUMPY, PLAIN, TORCH, Library
+
+import implicitdiff as idf
+
+RNG = np.random.default_rng(11)
+N, P, R = 12, 3, 8
+
+
+def program(n: int = N, p: int = P, r: int = R) -> dict[str, Any]:
+    """Q, A and G sparse, q, b and h."""
+    rng = np.random.default_rng(n)
+
+    def wide(k: int) -> Any:
+        return (sp.random_array((k, n), density=0.2, rng=rng) + sp.eye_array(k, n)).tocsr()
+
+    half = sp.random_array((n, n), density=0.1, rng=rng)
+    return {"Q": half @ half.T + sp.eye_array(n), "q": rng.normal(size=n), "A": wide(p), "b": 0.1 * rng.normal(size=p),
+            "G": wide(r), "h": 0.1 * rng.random(r)}  # fmt: skip
+
+
+def dense(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.toarray() if hasattr(x, "toarray") else x for name, x in data.items()}
+
+
+def solved(data: dict[str, Any]) -> np.ndarray:
+    """The solution, of the active set that the dense condition's own solver finds."""
+    found = dense(data)
+    n, p = len(found["q"]), len(found["b"])
+    active = np.zeros(len(found["h"]), dtype=bool)
+    for _ in range(100):  # primal active set by violation and sign: small programs of this kind end in a few turns
+        J = np.vstack([found["A"], found["G"][active]])
+        K = np.block([[found["Q"], J.T], [J, np.zeros((len(J), len(J)))]])
+        x = np.linalg.solve(K, np.concatenate([-found["q"], found["b"], found["h"][active]]))
+        wrong = active.copy()
+        wrong[active] = x[n + p :] < 0
+        new = (active & ~wrong) | (found["G"] @ x[:n] - found["h"] > 1e-12)
+        if np.array_equal(new, active):
+            return x[:n]
+        active = new
+    raise AssertionError("no active set")
+
+
+DATA = program()
+Y = solved(DATA)
+V = RNG.normal(size=N)
+VECTORS = ("q", "b", "h")
+
+
+def arrays(lib: Library, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: lib.array(dense(DATA)[name]) for name in names}
+
+
+@pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "minres"])
+@pytest.mark.parametrize("given", ["QAG", "G", "QA"])
+@pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
+def test_sparse_data_is_like_dense(lib: Library, given: str, solver: str) -> None:
+    """What is not given sparse is in theta, dense, or a dense constant."""
+    rest = {name: lib.array(dense(DATA)[name]) for name in "Q" if name not in given}
+    matrices = tuple(name for name in "AG" if name not in given)
+    condition = idf.QP(**{name: DATA[name] for name in given}, **rest)
+    theta = arrays(lib, (*VECTORS, *matrices))
+    g, report = idf.implicit_vjp(condition, lib.array(Y), theta, lib.array(V), solver=solver, return_report=True)
+    fixed = {name: dense(DATA)[name] for name in "QAG" if name not in theta}
+    want = idf.implicit_vjp(idf.QP(**fixed), Y, {name: dense(DATA)[name] for name in theta}, V)
+    for name in theta:
+        np.testing.assert_allclose(lib.numpy(g[name]), want[name], rtol=1e-5, atol=1e-8)
+    assert solver in {"minres", "lu"} or "the matrix is sparse" in report.reason
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
+def test_every_direction_and_given_multipliers(lib: Library) -> None:
+    exact = idf.QP(**{name: dense(DATA)[name] for name in "QAG"})
+    theta = {name: DATA[name] for name in VECTORS}
+    J, y = np.vstack([dense(DATA)["A"], dense(DATA)["G"]]), Y
+    active = np.concatenate([np.ones(P, dtype=bool), J[P:] @ y - DATA["h"] > -1e-9])
+    z = np.zeros(P + R)
+    z[active] = np.linalg.lstsq(J[active].T, -dense(DATA)["Q"] @ y - DATA["q"], rcond=None)[0]
+    pair = lib.array(z[:P]), lib.array(z[P:])
+    condition = idf.QP(**{name: DATA[name] for name in "QAG"}, multipliers=pair)
+    lin = idf.linearize(condition, lib.array(y), arrays(lib, VECTORS))
+    tangent = {name: RNG.normal(size=theta[name].shape) for name in VECTORS}
+    found = lin.jvp({name: lib.array(t) for name, t in tangent.items()})
+    np.testing.assert_allclose(lib.numpy(found), idf.implicit_jvp(exact, y, theta, tangent), rtol=1e-7, atol=1e-10)
+    found, want = lin.jacobian(), idf.implicit_jacobian(exact, y, theta)
+    for name in VECTORS:
+        np.testing.assert_allclose(lib.numpy(found[name]), want[name], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
+def test_a_batch_and_infinite_bounds(lib: Library) -> None:
+    items = []
+    for k in range(3):
+        data = {**DATA, "q": DATA["q"] * (1 + 0.5 * k), "h": np.where(np.arange(R) == k, 1e3, DATA["h"])}
+        items.append((solved(data), {"q": data["q"], "b": data["b"], "h": np.where(data["h"] > 1, np.inf, data["h"])}))
+    condition = idf.QP(**{name: DATA[name] for name in "QAG"})
+    theta = {name: lib.array(np.stack([item[1][name] for item in items])) for name in VECTORS}
+    y, v = lib.array(np.stack([item[0] for item in items])), lib.array(np.stack([V] * 3))
+    g = idf.implicit_vjp(condition, y, theta, v, batched=True)
+    exact = idf.QP(**{name: dense(DATA)[name] for name in "QAG"})
+    for k, (own, data) in enumerate(items):
+        want = idf.implicit_vjp(exact, own, data, V)
+        for name in VECTORS:
+            np.testing.assert_allclose(lib.numpy(g[name])[k], want[name], rtol=1e-7, atol=1e-10)
+
+
+def test_dependent_gradients_are_named() -> None:
+    twice = sp.vstack([DATA["A"], DATA["A"][[0]]]).tocsr()
+    condition = idf.QP(Q=DATA["Q"], A=twice, G=DATA["G"])
+    theta = {"q": DATA["q"], "b": np.append(DATA["b"], DATA["b"][0]), "h": DATA["h"]}
+    with pytest.raises(idf.QualificationError, match=r"LICQ fails: the gradients of eq\[0\], eq\[3\] are"):
+        idf.implicit_vjp(condition, Y, theta, V)
+
+
+def test_what_is_violated_or_weak_is_told() -> None:
+    condition = idf.QP(**{name: DATA[name] for name in "QAG"})
+    theta = {name: DATA[name] for name in VECTORS}
+    gap = DATA["G"] @ Y - DATA["h"]
+    loose = int(np.argmin(gap))
+    with pytest.raises(idf.InfeasibleError, match=rf"y violates ineq\[{loose}\]"):
+        idf.implicit_vjp(
+            condition, Y, {**theta, "h": np.where(np.arange(R) == loose, theta["h"] + gap - 1, theta["h"])}, V
+        )
+    touched = {**theta, "h": np.where(np.arange(R) == loose, theta["h"] + gap, theta["h"])}
+    with pytest.warns(idf.RegularityWarning, match=rf"ineq\[{loose}\] is weakly active"):
+        idf.implicit_vjp(condition, Y, touched, V)
+
+
+@pytest.mark.parametrize("route", ["schur", "nullspace"])
+def test_dense_routes_are_refused(route: Any) -> None:
+    condition = idf.QP(**{name: DATA[name] for name in "QAG"}, route=route)
+    with pytest.raises(idf.InputError, match="is dense, and the system is sparse"):
+        idf.implicit_vjp(condition, Y, {name: DATA[name] for name in VECTORS}, V)
+
+
+def test_what_dense_matrices_have_no_room_for() -> None:
+    """Smoothing under 30 000 bounds, of which it is said which are active: their gradients would take 7 GiB."""
+    n, rng = 30_000, np.random.default_rng(5)
+    D = sp.diags_array([-np.ones(n - 1), np.ones(n - 1)], offsets=[0, 1], shape=(n - 1, n))
+    Q, G = (sp.eye_array(n) + 10 * D.T @ D).tocsc(), sp.eye_array(n).tocsr()
+    active = rng.random(n) < 0.3
+    y = np.where(active, 0.1, 0.05 * np.sin(np.arange(n)) - 0.1)
+    q = -Q @ y - np.where(active, 1.0, 0.0)
+    h, v = np.where(active, y, y + 1.0), rng.normal(size=n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        g, report = idf.implicit_vjp(idf.QP(Q=Q, G=G), y, {"q": q, "h": h}, v, return_report=True)
+    free = ~active
+    w = np.zeros(n)
+    w[free] = sp.linalg.spsolve(Q[free][:, free].tocsc(), v[free])
+    np.testing.assert_allclose(g["q"], -w, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(g["h"][active], (v - Q @ w)[active], rtol=1e-8, atol=1e-12)
+    assert report.solver == "lu"
+
+
+@pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
+def test_inside_of_a_program(lib: Any) -> None:
+    import jax
+
+    condition, exact = (idf.QP(**{name: d[name] for name in "QAG"}) for d in (DATA, dense(DATA)))
+    found = jax.jit(lambda y, theta, v: idf.implicit_vjp(condition, y, theta, v))(
+        lib.array(Y), arrays(lib, VECTORS), lib.array(V)
+    )
+    want = idf.implicit_vjp(exact, Y, {name: DATA[name] for name in VECTORS}, V)
+    for name in VECTORS:
+        np.testing.assert_allclose(found[name], want[name], rtol=1e-7, atol=1e-10)
