@@ -152,9 +152,7 @@ class ComplexGradientDifferences(SecondDerivatives):
             return complex_step(lambda z: self.function(y, z), theta, w, self.sizes[1])
 
         what = f"the gradient of {name_of(self.function)}"
-        return Sampler(
-            self.backend, slope, self.y, self.theta, leaves=self.leaves, scalar=True, rounding=True, what=what
-        )
+        return Sampler(self.backend, slope, self.y, self.theta, leaves=self.leaves, scalar=True, what=what)
 
     def _cross(self, w: Array, by: str, onto: str, first: int) -> Array:
         """wᵀ ∂²f/∂(by)∂(onto), for the entries from the first on."""
