@@ -31,7 +31,7 @@ THREAD_VARIABLES = (
 )  # fmt: skip
 PACKAGES = ("implicitdiff", "numpy", "scipy", "array-api-compat")
 PACKAGES_OF = {
-    "torch": ("torch", "torchopt"),
+    "torch": ("torch", "torchopt", "clarabel", "cvxpylayers", "qpth"),
     "jax": ("jax", "jaxlib", "jaxopt", "optimistix", "lineax"),
 }
 

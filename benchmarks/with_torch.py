@@ -12,6 +12,7 @@ import torch
 from benchmarks.frameworks import RTOL, Framework, Peer, cases, time_batch
 from benchmarks.measure import Function, Setting, Spread
 from benchmarks.problems import Logistic, Penalties
+from benchmarks.qp_layers import qp_layers
 from benchmarks.report import Row, Skipped
 from implicitdiff import CG, implicit_vjp
 
@@ -180,4 +181,4 @@ def _torch(setting: Setting) -> Torch:
     return Torch(setting.device)
 
 
-CASES = cases(_torch)
+CASES = {**cases(_torch), "qp layers": lambda setting: qp_layers(_torch(setting), setting)}
