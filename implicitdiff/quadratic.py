@@ -24,8 +24,8 @@ from implicitdiff.errors import (
 from implicitdiff.outcome import Report, settle
 from implicitdiff.problem import Settings
 from implicitdiff.programs.interior_point import settings_of
-from implicitdiff.programs.program import NON_FINITE, NONCONVEX, SOLVED, Program
-from implicitdiff.programs.solve import solve_all
+from implicitdiff.programs.program import NON_FINITE, NONCONVEX, SOLVED, Program, is_sparse
+from implicitdiff.programs.solve import solve_all, solve_sparse
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.typing import FunctionOptions, OnFailure, SolverLike, completed
 
@@ -51,14 +51,15 @@ def solve_qp(
 
     Parameters
     ----------
-    Q : array, shape (n, n)
+    Q : array or SciPy sparse matrix, shape (n, n)
         Positive semidefinite; its symmetric part counts. Zeros make it a linear program.
     q : array, shape (n,)
         The slope at zero.
     A, b : array, shapes (p, n) and (p,), optional
-        Equalities.
+        Equalities. A may be a SciPy sparse matrix.
     G, h : array, shapes (r, n) and (r,), optional
-        Inequalities; an entry of h may be infinite.
+        Inequalities; an entry of h may be infinite. G may be a SciPy sparse matrix. What is sparse is a constant,
+        shared by all items, and makes all of the program sparse.
     batched : bool
         Whether they carry a leading axis of independent programs. Those that do not are shared by all of them, and get
         the gradient that is summed over the programs.
@@ -126,17 +127,21 @@ def solve_qp(
            [0.5]])
     """
     given = {"Q": Q, "q": q, "A": A, "b": b, "G": G, "h": h}
-    data = {name: value for name, value in given.items() if value is not None}
-    _check_pairs(data)
+    both = {name: value for name, value in given.items() if value is not None}
+    _check_pairs(both)
     Settings(solver, on_failure)
+    sparse = {name: x for name, x in both.items() if is_sparse(x)}
+    data = {name: x for name, x in both.items() if name not in sparse}
     engine = backend_for(data) if backend is None else get_backend(backend)
-    axes = _check_shapes(data, {name: engine.as_leaf(x, name) for name, x in data.items()}, batched)
-    call = _Call(engine, data, axes, on_failure, settings_of(settings or {}))
+    arrays = {name: engine.as_leaf(x, name) for name, x in data.items()}
+    axes = _check_shapes({**arrays, **sparse}, batched)
+    call = _Call(engine, data, sparse, axes, on_failure, settings_of(settings or {}))
     y, lam, mu = call.solved()
     options: dict[str, Any] = {"solver": solver, "on_failure": on_failure, "on_report": on_report, "backend": engine}
     if batched:
-        options["in_axes"] = (0, {name: 0 if own else None for name, own in axes.items()}, 0)
-    function: Any = ImplicitFunction(_solution, _CONDITION, True, completed(FunctionOptions, options))
+        options["in_axes"] = (0, {name: 0 if axes[name] else None for name in data}, 0)
+    condition = QP(**sparse, multipliers=_multipliers) if sparse else _CONDITION
+    function: Any = ImplicitFunction(_solution, condition, True, completed(FunctionOptions, options))
     y, multipliers = function(data, y, lam, mu)
     return (y, multipliers) if return_multipliers else y
 
@@ -162,7 +167,7 @@ def _check_pairs(data: Mapping[str, Any]) -> None:
         raise InputError("solve_qp has no constraints.\nNext: linear_solve(Q, -q) solves for the minimum.")
 
 
-def _check_shapes(data: Mapping[str, Any], arrays: Mapping[str, Array], batched: bool) -> dict[str, bool]:
+def _check_shapes(arrays: Mapping[str, Any], batched: bool) -> dict[str, bool]:
     """Raise where shapes do not fit; whether each carries the axis of items."""
     axes = {name: batched and len(x.shape) == _AXES[name] + 1 for name, x in arrays.items()}
     for name, x in arrays.items():
@@ -188,9 +193,10 @@ class _Call:
     """One call: from the framework to NumPy and back."""
 
     def __init__(
-        self, engine: Any, data: Mapping[str, Any], axes: Mapping[str, bool], mode: str, settings: Any
-    ) -> None:
-        self.engine, self.data, self.mode, self.settings = engine, data, mode, settings
+        self, engine: Any, data: Mapping[str, Any], sparse: Mapping[str, Any], axes: Mapping[str, bool], mode: str,
+        settings: Any,
+    ) -> None:  # fmt: skip
+        self.engine, self.data, self.sparse, self.mode, self.settings = engine, data, sparse, mode, settings
         shapes = {name: tuple(map(int, x.shape)) for name, x in data.items()}
         self.sizes = [shapes[name][-1] if name in shapes else 0 for name in ("q", "b", "h")]
         self.items = tuple(dict.fromkeys(shapes[name][0] for name, own in axes.items() if own))
@@ -220,25 +226,43 @@ class _Call:
         leads = [x.shape[: x.ndim - _AXES[name]] for name, x in data.items()]
         lead, dtype = np.broadcast_shapes(*leads), np.result_type(*arrays)
         p = self.sizes[1]
-        y, z, status = solve_all(self._program(data, lead), self.settings)
+        y, z, status = (self._sparsely if self.sparse else self._densely)(data, lead)
         if self.seen is not None:
             self.seen.append((lead, status))
         bad = np.array([one != SOLVED for one in status], dtype=float)[:, None]
         return [x.reshape(*lead, x.shape[-1]).astype(dtype) for x in (y, z[:, :p], z[:, p:], bad)]
 
-    def _program(self, data: Mapping[str, Any], lead: tuple[int, ...]) -> Program:
-        """Return all programs along one axis, in double precision."""
-        count, (n, p, r) = math.prod(lead), self.sizes
+    def _densely(self, data: Mapping[str, Any], lead: tuple[int, ...]) -> Any:
+        n, p, r = self.sizes
+        Q, rows = _along(data, "Q", lead, n, n), [_along(data, "A", lead, p, n), _along(data, "G", lead, r, n)]
+        right = np.concatenate([_along(data, "b", lead, p), _along(data, "h", lead, r)], axis=1)
+        program = Program(
+            (Q + Q.swapaxes(1, 2)) / 2, _along(data, "q", lead, n), np.concatenate(rows, axis=1), right, p
+        )
+        return solve_all(program, self.settings)
 
-        def whole(name: str, *shape: int) -> Any:
-            if name not in data:
-                return np.zeros((count, *shape))
-            return np.broadcast_to(np.asarray(data[name], dtype=float), (*lead, *shape)).reshape(count, *shape)
+    def _sparsely(self, data: Mapping[str, Any], lead: tuple[int, ...]) -> Any:
+        """Some matrices are sparse: so is each program, and the dense ones are those of all items."""
+        from scipy import sparse
 
-        Q = whole("Q", n, n)
-        K = np.concatenate([whole("A", p, n), whole("G", r, n)], axis=1)
-        right = np.concatenate([whole("b", p), whole("h", r)], axis=1)
-        return Program((Q + Q.swapaxes(1, 2)) / 2, whole("q", n), K, right, p)
+        n, p, r = self.sizes
+        matrices = [sparse.csc_array(x, dtype=float) for x in self._matrices(data)]
+        Q, K = (matrices[0] + matrices[0].T) / 2, sparse.vstack(matrices[1:], format="csc")
+        right = np.concatenate([_along(data, "b", lead, p), _along(data, "h", lead, r)], axis=1)
+        return solve_sparse(Q.tocsc(), _along(data, "q", lead, n), K, right, p, self.settings)
+
+    def _matrices(self, data: Mapping[str, Any]) -> list[Any]:
+        n, p, r = self.sizes
+        found = []
+        for name, rows in (("Q", n), ("A", p), ("G", r)):
+            x = self.sparse.get(name, data.get(name, np.zeros((rows, n))))
+            if x.ndim > 2 and math.prod(x.shape[:-2]) != 1:
+                raise InputError(
+                    f"{name} differs from item to item, beside a sparse matrix, which does not.\n"
+                    "Next: solve the items one by one, or with dense matrices."
+                )
+            found.append(x if is_sparse(x) else x.reshape(rows, n))
+        return found
 
     def _error(self, lead: tuple[int, ...], found: Sequence[str]) -> Exception | None:
         """Build the error for the programs that were not solved; None where all were."""
@@ -252,6 +276,14 @@ class _Call:
         bad = sum(map(len, by_status.values()))
         named = "; ".join(f"{'item' if len(i) == 1 else 'items'} {listed(i)}: {s}" for s, i in by_status.items())
         return kind(f"{len(found) - bad} of {len(found)} solved; {named}.\n{says}" if lead else says)
+
+
+def _along(data: Mapping[str, Any], name: str, lead: tuple[int, ...], *shape: int) -> Any:
+    """Return one of the data for all programs along one axis, in double precision; zeros where there is none."""
+    count = math.prod(lead)
+    if name not in data:
+        return np.zeros((count, *shape))
+    return np.broadcast_to(np.asarray(data[name], dtype=float), (*lead, *shape)).reshape(count, *shape)
 
 
 def _explained(status: str, data: Mapping[str, Any]) -> tuple[type[Exception], str]:

@@ -11,6 +11,7 @@ from conftest import JAX, NUMPY, PLAIN, TORCH, Library
 from frameworks import EACH, framework
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from implicitdiff import (
     QP,
@@ -249,6 +250,55 @@ def test_what_is_told_of_a_derivative() -> None:
     np.testing.assert_allclose(y.detach().numpy(), [0.5, 2.0])
     with pytest.raises(QualificationError, match=r"ineq\[0\], ineq\[1\]"):
         y.sum().backward()
+
+
+# -- sparse matrices -------------------------------------------------------------------------------------
+def chain() -> tuple[Data, np.ndarray]:
+    """A banded program with bounds and one sum, whose matrices are sparse, and its solution by dense ones."""
+    n = 40
+    Q = sparse.diags_array([np.full(n - 1, -1.0), np.full(n, 2.2), np.full(n - 1, -1.0)], offsets=[-1, 0, 1])
+    G, A = sparse.vstack([sparse.eye_array(n), -sparse.eye_array(n)]), sparse.csr_matrix(np.ones((1, n)))
+    h, q = np.r_[np.full(n, 0.3), np.full(n - 1, 0.2), np.inf], np.sin(np.arange(n) / 3)
+    data = {"Q": Q, "q": q, "A": A, "b": np.array([1.0]), "G": G, "h": h}
+    return data, solve_qp(**{k: x.toarray() if sparse.issparse(x) else x for k, x in data.items()})
+
+
+@LIBS
+def test_sparse_matrices(lib: Library) -> None:
+    """Constants on every framework: the same solution as with dense ones, alone and in a batch."""
+    data, y = chain()
+    given = {k: x if sparse.issparse(x) else lib.array(x) for k, x in data.items()}
+    np.testing.assert_allclose(lib.numpy(solve_qp(**given)), y, atol=1e-12)
+    q = lib.array(np.stack([data["q"], 0 * data["q"]]))
+    np.testing.assert_allclose(lib.numpy(solve_qp(**{**given, "q": q}, batched=True))[0], y, atol=1e-12)
+
+
+@EACH
+def test_derivatives_beside_sparse_matrices(name: str) -> None:
+    fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]
+    data, y = chain()
+    dense = {k: x.toarray() if sparse.issparse(x) else x for k, x in data.items()}
+    v = np.cos(np.arange(len(y)))
+    expected = implicit_vjp(QP(), y, dense, v)
+    fixed = {k: x if sparse.issparse(x) else lib.array(x) for k, x in data.items() if k != "q"}
+    gradient = fw.gradient(lambda q: (lib.array(v) * solve_qp(**fixed, q=q)).sum())(lib.array(data["q"]))
+    np.testing.assert_allclose(lib.numpy(gradient), expected["q"], atol=1e-12)
+
+
+def test_sparse_matrices_that_do_not_fit() -> None:
+    data, _ = chain()
+    with pytest.raises(NotPositiveDefiniteError):
+        solve_qp(**{**data, "Q": data["Q"] - 0.5 * sparse.eye_array(40)})
+    with pytest.raises(NotPositiveDefiniteError):
+        solve_qp(**{**data, "Q": -data["Q"]})
+    with pytest.raises(InfeasibleError):
+        solve_qp(**{**data, "b": np.array([100.0])})
+    with pytest.raises(InputError, match="A differs from item to item, beside a sparse matrix"):
+        solve_qp(**{**data, "A": np.ones((2, 1, 40))}, batched=True)
+    semidefinite = sparse.diags_array(np.r_[np.ones(20), np.zeros(20)])
+    y, (lam, mu) = solve_qp(**{**data, "Q": semidefinite}, return_multipliers=True)
+    left = semidefinite @ y + data["q"] + data["A"].T @ lam + data["G"].T @ mu
+    np.testing.assert_allclose(left, 0, atol=1e-11)
 
 
 # -- failures --------------------------------------------------------------------------------------------

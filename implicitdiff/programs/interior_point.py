@@ -13,14 +13,14 @@ B. Stellato et al., "OSQP: an operator splitting solver for quadratic programs",
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 
 from implicitdiff.errors import InputError
-from implicitdiff.programs.program import SOLVED, UNFIT, Found, Numbers, Program, is_solution
+from implicitdiff.programs.program import SOLVED, UNFIT, Found, Numbers, Program, is_solution, is_sparse
 from implicitdiff.tolerances import POLISHED, POLISHING, POLISHING_STEPS, UNPOLISHED
 
 __all__ = ["by_clarabel", "settings_of"]
@@ -57,7 +57,7 @@ def by_clarabel(program: Program, settings: Any) -> Found:
 
     clarabel, (Q, q, K, r, p) = _clarabel(), program
     cones = [(clarabel.ZeroConeT, p), (clarabel.NonnegativeConeT, len(r) - p)]
-    upper, rows = sparse.csc_matrix(np.triu(Q)), sparse.csc_matrix(K)
+    upper, rows = sparse.csc_matrix(sparse.triu(Q)), sparse.csc_matrix(K)
     solver = clarabel.DefaultSolver(upper, q, rows, r, [kind(size) for kind, size in cones if size], settings)
     told = solver.solve()
     found = Found(np.asarray(told.x), np.asarray(told.z), str(told.status))
@@ -88,18 +88,31 @@ def _on_active_set(program: Program, held: Numbers, y: Numbers, z: Numbers) -> t
     """Newton's method for Qy + q + Jᵀz = 0, Jy = r on the rows that are held: by a regularised matrix, refined."""
     Q, q, K, r, _ = program
     n, J, right = len(q), K[held], r[held]
-    shift = POLISHING * np.r_[np.ones(n), -np.ones(len(J))]
-    whole = np.block([[Q, J.T], [J, np.zeros((len(J), len(J)))]])
+    shift = POLISHING * np.r_[np.ones(n), -np.ones(len(right))]
+    whole, solve = _factored(Q, J, shift)
     x, b = np.r_[y, z[held]], np.r_[-q, right]
     with np.errstate(all="ignore"):
-        factor = scipy.linalg.lu_factor(whole + np.diag(shift), check_finite=False)
         best, size = x, np.inf
         for _ in range(POLISHING_STEPS):
             left = b - whole @ x
             if not (now := float(np.max(np.abs(left), initial=0.0))) < size:
                 break
             best, size = x, now
-            x = x + scipy.linalg.lu_solve(factor, left, check_finite=False)
+            x = x + solve(left)
     full = np.zeros(len(r))
     full[held] = best[n:]
     return best[:n], full
+
+
+def _factored(Q: Any, J: Any, shift: Numbers) -> tuple[Any, Callable[[Numbers], Numbers]]:
+    """Return [[Q, Jᵀ], [J, 0]], and what solves with it once it is shifted."""
+    if is_sparse(Q):
+        from scipy import sparse
+        from scipy.sparse.linalg import splu
+
+        whole = sparse.block_array([[Q, J.T], [J, None]], format="csc")
+        return whole, splu((whole + sparse.diags_array(shift)).tocsc()).solve
+    whole = np.block([[Q, J.T], [J, np.zeros((len(J), len(J)))]])
+    with np.errstate(all="ignore"):
+        factor = scipy.linalg.lu_factor(whole + np.diag(shift), check_finite=False)
+    return whole, lambda b: scipy.linalg.lu_solve(factor, b, check_finite=False)

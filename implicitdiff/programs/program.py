@@ -9,7 +9,18 @@ import numpy as np
 from implicitdiff.arrays import times
 from implicitdiff.tolerances import ROUNDED_LENGTH
 
-__all__ = ["NONCONVEX", "NON_FINITE", "SOLVED", "UNFIT", "Found", "Numbers", "Program", "is_solution", "transposed"]
+__all__ = [
+    "NONCONVEX",
+    "NON_FINITE",
+    "SOLVED",
+    "UNFIT",
+    "Found",
+    "Numbers",
+    "Program",
+    "is_solution",
+    "is_sparse",
+    "transposed",
+]
 
 Numbers: TypeAlias = "np.ndarray[Any, Any]"
 SOLVED = "Solved"
@@ -21,11 +32,14 @@ UNFIT = "Solved, but not to the tolerance that holds here"
 
 
 class Program(NamedTuple):
-    """min ½ yᵀQy + qᵀy subject to the first p rows of K y = r, the others K y <= r; all may have leading axes."""
+    """min ½ yᵀQy + qᵀy subject to the first p rows of K y = r, the others K y <= r.
 
-    Q: Numbers
+    All may have a leading axis of items; or it is one program, of which Q and K may be SciPy's sparse arrays.
+    """
+
+    Q: Any
     q: Numbers
-    K: Numbers
+    K: Any
     r: Numbers
     p: int
 
@@ -42,9 +56,14 @@ class Found(NamedTuple):
     status: str
 
 
-def transposed(x: Numbers) -> Numbers:
+def is_sparse(x: Any) -> bool:
+    """Whether it is one of SciPy's sparse arrays."""
+    return hasattr(x, "tocsc")
+
+
+def transposed(x: Any) -> Any:
     """Transpose matrices."""
-    return np.swapaxes(x, -1, -2)
+    return x.T if is_sparse(x) else np.swapaxes(x, -1, -2)
 
 
 def _largest(x: Numbers) -> Numbers:
@@ -54,7 +73,7 @@ def _largest(x: Numbers) -> Numbers:
 def is_solution(program: Program, y: Numbers, z: Numbers, tolerance: float) -> Numbers:
     """Whether y and z satisfy all of the conditions, per item; rows are of norm one, and columns of one unit."""
     Q, q, K, r, p = program
-    sums = times(np.abs(Q), np.abs(y)) + np.abs(q) + times(np.abs(transposed(K)), np.abs(z))
+    sums = times(abs(Q), np.abs(y)) + np.abs(q) + times(abs(transposed(K)), np.abs(z))
     force, reach = tolerance * _largest(sums), tolerance * (_largest(y) + np.abs(r))
     reach = reach + ROUNDED_LENGTH  # where y is zero; the scale of the data is one
     gap, mu = times(K, y) - r, z[..., p:]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from implicitdiff.programs.program import Numbers, Program
+from implicitdiff.programs.program import Numbers, Program, is_sparse
 
 __all__ = ["Scaling"]
 
@@ -15,8 +17,8 @@ class Scaling:
     Parameters
     ----------
     given : Program
-        A batch; there are no infinities in it.
-    size : array, shape (items,), optional
+        Without infinities.
+    size : array, shape (items,) or (), optional
         σ, where it is known; else it comes from the data.
 
     Attributes
@@ -27,19 +29,19 @@ class Scaling:
 
     def __init__(self, given: Program, size: Numbers | None = None) -> None:
         Q, q, K, r, p = given
-        diagonal = np.sqrt(np.abs(np.diagonal(Q, axis1=-2, axis2=-1)))
-        steep = np.max(np.abs(K), axis=-2, initial=0.0)
-        self.d = _inverse(np.where(diagonal > 0, diagonal, steep))
-        K = K * self.d[..., None, :]
+        diagonal = np.sqrt(np.abs(Q.diagonal() if is_sparse(Q) else np.diagonal(Q, axis1=-2, axis2=-1)))
+        self.d = _inverse(np.where(diagonal > 0, diagonal, _column_sizes(K)))
+        K = _scaled(K, np.ones_like(r), self.d)
         self.e = _inverse(np.sqrt((K * K).sum(axis=-1)))
-        K, r = K * self.e[..., None], r * self.e
-        Q, q = Q * self.d[..., None, :] * self.d[..., None], q * self.d
+        K, r = _scaled(K, self.e, np.ones_like(q)), r * self.e
+        Q, q = _scaled(Q, self.d, self.d), q * self.d
+        curvature = abs(Q).max() if is_sparse(Q) else np.max(np.abs(Q), axis=(-2, -1), initial=0.0)
         if size is None:
-            size = _size(Q, q, r, p)
+            size = _size(curvature > 0, q, r, p)
         self.sigma = _power(size)[..., None]
-        curved = self.sigma[..., 0] * np.max(np.abs(Q), axis=(-2, -1), initial=0.0)
-        self.c = _power(np.maximum(curved, np.max(np.abs(q), axis=-1, initial=0.0)))[..., None]
-        self.program = Program(Q * (self.sigma / self.c)[..., None], q / self.c, K, r / self.sigma, p)
+        self.c = _power(np.maximum(self.sigma[..., 0] * curvature, np.max(np.abs(q), axis=-1, initial=0.0)))[..., None]
+        f = self.sigma / self.c
+        self.program = Program(Q * (f[0] if is_sparse(Q) else f[..., None]), q / self.c, K, r / self.sigma, p)
 
     def solution(self, y: Numbers) -> Numbers:
         """Return y in the units of the program."""
@@ -50,9 +52,23 @@ class Scaling:
         return self.c * self.e * z
 
 
-def _size(Q: Numbers, q: Numbers, r: Numbers, p: int) -> Numbers:
+def _scaled(M: Any, rows: Numbers, columns: Numbers) -> Any:
+    """Return a matrix with scaled rows and columns."""
+    if is_sparse(M):
+        return M.multiply(rows[:, None]).multiply(columns).tocsc()
+    return M * rows[..., None] * columns[..., None, :]
+
+
+def _column_sizes(K: Any) -> Numbers:
+    """Largest entry of each column."""
+    if is_sparse(K):
+        return abs(K).max(axis=0).toarray().ravel() if K.shape[0] else np.zeros(K.shape[1])
+    found: Numbers = np.max(np.abs(K), axis=-2, initial=0.0)
+    return found
+
+
+def _size(curved: Numbers, q: Numbers, r: Numbers, p: int) -> Numbers:
     """What y has to be away from zero for: equalities, inequalities that zero violates, the slope."""
-    curved = np.any(Q, axis=(-2, -1))
     slope = np.where(curved, np.max(np.abs(q), axis=-1, initial=0.0), 0.0)
     away = np.maximum(np.max(np.abs(r[..., :p]), axis=-1, initial=0.0), np.max(-r[..., p:], axis=-1, initial=0.0))
     # too small a unit is no harm: Clarabel's tolerances are relative for what is large
@@ -63,8 +79,7 @@ def _size(Q: Numbers, q: Numbers, r: Numbers, p: int) -> Numbers:
 
 def _power(x: Numbers) -> Numbers:
     """x to the next power of two; 1 where it is zero."""
-    found: Numbers = 2.0 ** np.round(np.log2(np.where(x > 0, x, 1.0)))
-    return found
+    return np.asarray(2.0 ** np.round(np.log2(np.where(x > 0, x, 1.0))))
 
 
 def _inverse(x: Numbers) -> Numbers:
