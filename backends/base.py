@@ -190,6 +190,10 @@ class Backend(ABC):
         """Return an array through which nothing is differentiated."""
         return x
 
+    def underivable(self, tree: Any, error: Callable[[], Exception]) -> Any:
+        """Return a tree of values of which a derivative is an error, where the framework is tracing."""
+        return tree
+
     # -- vectors -------------------------------------------------------------------------------------
     def space(self, x: Array) -> Any:
         """Return the space of a vector, in which the iterative solvers work."""

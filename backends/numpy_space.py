@@ -134,7 +134,8 @@ class Slices:
     def check(self, prepared: Any, b: Array) -> None:
         """Raise, in all processes, for what a slice is not enough for."""
         operator, solver = prepared.operator, prepared.solver
-        if not isinstance(solver, Krylov):
+        approximation = getattr(solver, "approximate", False) and getattr(solver, "products_only", False)
+        if not (isinstance(solver, Krylov) or approximation):
             raise BackendError(
                 f"solver {getattr(solver, 'name', solver)!r} needs the whole matrix, and each process holds a slice.\n"
                 "Next: solver='cg', 'minres' or 'gmres'."

@@ -57,7 +57,7 @@ def newton_step(rules: Rules) -> Any:
     """y − A⁻¹F(y, θ), as a tree; y itself in items where that could not be solved for."""
     rules = _exact(rules)
     p = rules.point
-    solution = rules.prepared.solve(_residual(rules))
+    solution = rules.prepared.exact.solve(_residual(rules))
     y = p.y.vector - rules.restricted(solution.x)
     y = p.y.space.select(~solution.failed & p.y.space.finite(y), y, p.y.vector)
     return p.y.unravel(p.backend.detached(y))

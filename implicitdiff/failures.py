@@ -188,6 +188,14 @@ def _contradicted(operator: Operator, solver: str) -> Text:
     )
 
 
+def _diverged(operator: Operator, solver: str) -> Text:
+    return (
+        "{solver} diverged: after {iterations} terms the residual of its series is {residual}, and grows.",
+        f"a step larger than 2 / λmax, bounds that do not hold, or {operator.label} is not definite.",
+        "leave the step (or the bounds) to be found; solver='truncated' at a minimum, else an exact method.",
+    )
+
+
 _TABLE: dict[Status, tuple[type[SolveError], Callable[[Operator, str], Text]]] = {
     Status.LEAST_SQUARES: (SingularError, _inconsistent),
     Status.MAX_ITERATIONS: (NotConvergedError, _exhausted),
@@ -198,5 +206,6 @@ _TABLE: dict[Status, tuple[type[SolveError], Callable[[Operator, str], Text]]] =
     Status.BAD_PRECONDITIONER: (PreconditionerError, _preconditioner),
     Status.NON_FINITE: (NonFiniteProductError, _non_finite),
     Status.CONTRADICTED: (SolveError, _contradicted),
+    Status.DIVERGED: (NotConvergedError, _diverged),
 }
 """Of each status that is a failure, the class of the error and what it says."""

@@ -16,7 +16,8 @@ from implicitdiff.diagnosis import error_from, reject_non_finite
 from implicitdiff.error_estimate import NOTHING, ErrorControl, ErrorEstimate, Polish
 from implicitdiff.errors import NotConvergedError, NotPositiveDefiniteError, SingularError, SolveError
 from implicitdiff.estimates import Estimate
-from implicitdiff.linalg.solve import make_report, method_of
+from implicitdiff.linalg.reports import make_report
+from implicitdiff.linalg.solve import method_of
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, settle
 from implicitdiff.polishing import polished

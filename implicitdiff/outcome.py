@@ -40,6 +40,8 @@ class Status(IntEnum):
     NON_FINITE = 9
     CONTRADICTED = 10
     """Under the user's own jit, where it cannot be an error: what was given or said of derivatives is not so."""
+    DIVERGED = 11
+    """The residual of a series grows: its step is too large, or A is not of the kind that it is for."""
 
     @property
     def ok(self) -> bool:

@@ -5,6 +5,7 @@ The error of a derivative is of first order in that of y, and a Newton step squa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from implicitdiff.arrays import any_true
@@ -14,7 +15,7 @@ from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
 from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
-__all__ = ["no_numbers", "polished", "uncertified"]
+__all__ = ["approximated_twice", "no_numbers", "once_only", "polished", "uncertified"]
 
 
 def no_numbers() -> InputError:
@@ -28,6 +29,23 @@ def uncertified(what: str, options: str = "error, max_error or polish") -> Deriv
         f"{what} is asked for, together with {options}.\n"
         "Likely cause: what they do is of first order: a y that was polished, and an estimate, have no derivative.\n"
         "Next: take it without them, at a y that is solved for."
+    )
+
+
+def once_only(problem: Any, solver: Any) -> Any:
+    """Return a problem for a solver that approximates: where values are traced, its point has no derivative."""
+    if problem.backend.mode is not Mode.INLINE:
+        return problem
+    y, theta = problem.backend.underivable((problem.y, problem.theta), lambda: approximated_twice(solver))
+    return replace(problem, y=y, theta=theta)
+
+
+def approximated_twice(solver: Any) -> DerivativeError:
+    """Build the error for a second derivative through an approximation."""
+    return DerivativeError(
+        f"a second derivative is asked for, through solver={getattr(solver, 'name', type(solver).__name__)!r}.\n"
+        "Likely cause: the rule for it holds for solutions of the system, and nobody knows how far it is off here.\n"
+        "Next: an exact solver, 'cg' at a minimum, 'gmres' or 'lu'."
     )
 
 

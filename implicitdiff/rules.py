@@ -33,6 +33,7 @@ from implicitdiff.linalg.solve import Prepared, Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Status
+from implicitdiff.polishing import once_only
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import LeafRaveler, Raveler
 from implicitdiff.solution_check import SolutionCheck, Step
@@ -112,6 +113,8 @@ class Rules:
     ) -> None:
         engine, settings = problem.backend, problem.settings
         self.condition, self.solver = as_condition(problem.condition), get_solver(settings.solver)
+        if getattr(self.solver, "approximate", False):
+            problem = once_only(problem, self.solver)
         keep = not flat and _may_stay_trees(problem, self.condition, self.solver)
         self.problem, self.nan_on_failure = problem, engine.mode is Mode.INLINE and settings.on_failure != "ignore"
 

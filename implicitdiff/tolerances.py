@@ -219,3 +219,14 @@ OVERSHOT = 0.9
 """Slope at the end of a step, against that at its start, from which it went too far."""
 CONSISTENT = 1e-6
 """Relative error of a gradient that a line search may hold against values."""
+
+# -- approximations --------------------------------------------------------------------------------------
+POWER, POWER_CHANGE = 30, 1e-3
+"""Turns of a power iteration at most, and the relative change of the eigenvalue at which it is done: it is known to a
+few percent then, and half of it would do."""
+GROWTH = 1e8
+"""How many times larger than at its start a residual may become: beyond, half the digits of x are lost."""
+POWER_SHORT = 0.05
+"""How far below the largest eigenvalue a power iteration may have stopped, where a bound has to hold."""
+RANK = 1e-10
+"""Eigenvalue of a sketch, against its largest, below which it is none."""

@@ -32,7 +32,8 @@ T = TypeVar("T")
 """Parameters: what comes back like theta."""
 
 SolverName: TypeAlias = Literal[
-    "auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab", "lsmr", "minres_qlp", "pinv"
+    "auto", "lu", "ldlt", "cholesky", "cg", "minres", "gmres", "bicgstab", "lsmr", "minres_qlp", "pinv",
+    "truncated", "chebyshev", "neumann", "one_step", "phantom", "diagonal", "nystrom",
 ]  # fmt: skip
 OnFailure: TypeAlias = Literal["raise", "warn", "nan", "ignore"]
 ConditionLike: TypeAlias = Condition | Callable[..., Any]

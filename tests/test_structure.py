@@ -57,7 +57,7 @@ LAYERS = (
     ),
     ("linalg.preconditioner", "linalg.rectangular"),
     ("solvers",),
-    ("linalg.solve", "solution_check"),
+    ("linalg.solve", "linalg.reports", "solution_check"),
     (
         "problem",
         "conditions",

@@ -19,7 +19,7 @@ from implicitdiff.backends.jax.loops import compiled, from_host
 from implicitdiff.backends.jax.runner import Runner
 from implicitdiff.backends.jax.space import JaxSpace, JaxTreeSpace
 from implicitdiff.backends.jax.systems import solved
-from implicitdiff.backends.jax.tracers import is_traced
+from implicitdiff.backends.jax.tracers import is_traced, underivable
 from implicitdiff.backends.jax.varying import alike, is_mapped, varying
 from implicitdiff.diagnosis import independent, loss_independent
 from implicitdiff.errors import BackendError
@@ -213,6 +213,9 @@ class JaxBackend(ArrayAPIBackend):
 
     def detached(self, x: Array) -> Array:
         return lax.stop_gradient(x)
+
+    def underivable(self, tree: Any, error: Callable[[], Exception]) -> Any:
+        return underivable(tree, error)
 
     def space(self, x: Any) -> Any:
         return JaxTreeSpace(jnp, x) if is_tree_vector(x) else JaxSpace(jnp, x.shape, x.dtype, None)

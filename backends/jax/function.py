@@ -24,7 +24,7 @@ from implicitdiff.backends.jax.programs import call_for, program_for
 from implicitdiff.backends.jax.reports import hand_out_solved
 from implicitdiff.backends.jax.rules import arrays_in, arrays_of, functions_of
 from implicitdiff.backends.jax.runner import looked_at, newtons
-from implicitdiff.backends.jax.tracers import is_traced
+from implicitdiff.backends.jax.tracers import is_traced, underivable
 from implicitdiff.backends.jax.watch import Watch
 from implicitdiff.certificate import certify_adjoint
 from implicitdiff.conditions import as_condition
@@ -90,7 +90,7 @@ def differentiable_call(
         with function.explaining(y):
             problem = problem_of(function.condition, y, theta, args=statics.join(arrays)[0], **options)
             if problem.settings.control.wanted:
-                y, theta = once((y, theta))
+                y, theta = underivable((y, theta), _twice)
                 problem = replace(problem, y=y, theta=theta)
             w = _tangent(problem, _instantiated(theta, theta_dot))
         return out, (w, unknown_tangent(_instantiated(theta, theta_dot), out[1])) if function.has_aux else w
@@ -201,6 +201,10 @@ def _refuse(tangents: Any) -> None:
             )
 
 
+def _twice() -> Exception:
+    return uncertified("a second derivative of the solution", "max_error or polish")
+
+
 def _is_zero(leaf: Any) -> bool:
     return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
 
@@ -211,17 +215,6 @@ def _instantiated(theta: Any, tangent: Any) -> Any:
     like, treedef = jax.tree.flatten(theta)
     full = [jnp.zeros_like(x) if _is_zero(t) else t for x, t in zip(like, leaves, strict=True)]
     return jax.tree.unflatten(treedef, full)
-
-
-@jax.custom_jvp
-def once(point: Any) -> Any:
-    """Return y and θ, of which no second derivative is taken."""
-    return point
-
-
-@once.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    raise uncertified("a second derivative of the solution", "max_error or polish")
 
 
 def _tangent(problem: Problem, tangent: Any) -> Any:

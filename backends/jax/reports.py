@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from implicitdiff.linalg.solve import Solution, make_report
+from implicitdiff.linalg.reports import make_report
+from implicitdiff.linalg.solve import Solution
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report
 from implicitdiff.rules import Rules, Run

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from implicitdiff.closures import sees
 
-__all__ = ["is_traced", "is_transformed"]
+__all__ = ["is_traced", "is_transformed", "underivable"]
 
 
 def is_traced(*trees: Any) -> bool:
@@ -35,3 +35,17 @@ def is_transformed(functions: Iterable[Any], given: Any) -> bool:
     if any(map(_is_within_program, jax.tree.leaves(given))):
         return False
     return not sees(functions, lambda value: isinstance(value, jax.Array), is_traced)
+
+
+def underivable(tree: Any, error: Callable[[], Exception]) -> Any:
+    """Return a tree of values of which a derivative is an error."""
+
+    @jax.custom_jvp
+    def once(values: Any) -> Any:
+        return values
+
+    @once.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise error()
+
+    return once(tree)

@@ -97,8 +97,10 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
         x, y, *tensors = ctx.saved_tensors
-        z = Solve.apply(ctx.problem, not ctx.adjoint, y, cotangent, *tensors)
         wanted = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
+        if any(wanted):
+            ctx.problem.refuse_approximation()
+        z = Solve.apply(ctx.problem, not ctx.adjoint, y, cotangent, *tensors)
         if not any(wanted):
             return None, None, None, z, *(None for _ in tensors)
         left, right = (x, z) if ctx.adjoint else (z, x)
@@ -114,6 +116,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, dy: Array | None, db: Array | None, *tangents: Array | None) -> Array:
+        ctx.problem.refuse_approximation()
         with _forward_of_forward():
             x, y, *tensors = _primals(ctx)
             theta, data = ctx.problem.split(tensors)

@@ -20,10 +20,11 @@ from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
-from implicitdiff.polishing import uncertified
+from implicitdiff.polishing import approximated_twice, uncertified
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Raveler
+from implicitdiff.solvers import get_solver
 
 if TYPE_CHECKING:
     from implicitdiff.backends.torch.arrays import TorchArrays
@@ -253,6 +254,12 @@ class RecordedProblem:
         x = lin.solve(plain(b), transposed=transposed)
         self.report = lin.report
         return x.clone()  # what is returned gets to know this problem, and the report holds x
+
+    def refuse_approximation(self) -> None:
+        """Raise where a solution is differentiated that is an approximation."""
+        solver = get_solver(self.problem.settings.solver)
+        if getattr(solver, "approximate", False):
+            raise approximated_twice(solver)
 
     def captured(self, y: Array) -> list[Array]:
         """Return the recorded tensors that the condition uses beside its arguments, where it sees some.

@@ -69,13 +69,16 @@ def as_preconditioner(given: Any, operator: Operator) -> Preconditioner:
 
     Parameters
     ----------
-    given : None, array (n, n) or (n,), sparse matrix, LinearOperator, callable, or (M, Mᵀ)
+    given : None, array (n, n) or (n,), sparse matrix, LinearOperator, callable, (M, Mᵀ), or an approximate solver
         A vector of shape (n,) is a diagonal.
     operator : Operator
         Of the system: gives dimension, dtype and backend.
     """
     if given is None or isinstance(given, Preconditioner):
         return given or Preconditioner()
+    if hasattr(given, "as_preconditioner"):
+        found: Preconditioner = given.as_preconditioner(operator)
+        return found
     if isinstance(given, tuple):
         if len(given) != 2 or not all(callable(part) for part in given):
             raise InputError("preconditioner: a tuple is the pair of callables (M, Mᵀ).")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient, to_python
+from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.sparsity import assembled
-from implicitdiff.mode import Mode
-from implicitdiff.outcome import Counts, Report, Status
-from implicitdiff.solvers import get_solver
+from implicitdiff.outcome import Counts, Status
+from implicitdiff.solvers import GMRES, MINRES, get_solver
 from implicitdiff.solvers.base import methods_of
 from implicitdiff.solvers.rank import ranked
 from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
 
-__all__ = ["Prepared", "Solution", "make_report", "method_of", "prepare"]
+__all__ = ["Prepared", "Solution", "method_of", "prepare"]
 
 
 class Solution(NamedTuple):
@@ -93,6 +91,7 @@ class Prepared:
     """Products for matrices and scales that a solve has told already."""
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
     _undamped: tuple[float, Prepared] | None = None
+    _stand_in: Prepared | None = None
 
     @property
     def damping(self) -> float:
@@ -116,6 +115,8 @@ class Prepared:
         used = self._states[transposed][0]
         if used.backend.traced and used.n:
             _ = used.matvec  # derived here, not first inside a loop, where what is traced cannot be kept
+            if (exact := self.exact) is not self:
+                exact.state(False)
         return self._states[transposed]
 
     def solve(self, b: Array, x0: Array | None = None, transposed: bool = False) -> Solution:
@@ -165,8 +166,21 @@ class Prepared:
         states = [state, *inner.values()] if isinstance(inner, dict) else [state]
         return next((s for s in (getattr(s, "scaling", None) for s in states) if s is not None), None)
 
+    @property
+    def exact(self) -> Prepared:
+        """The same with a Krylov method, where the solver is an approximation, by which no error is judged; or self."""
+        if not getattr(self.solver, "approximate", False):
+            return self
+        if self._stand_in is None:
+            kind = MINRES if self.operator.symmetric else GMRES
+            self._stand_in = Prepared(self.operator, kind(damping=self.damping))
+        return self._stand_in
+
     def correction(self, b: Array) -> tuple[Array, Array, Any]:
         """A⁻¹ b to a digit or two; whether it is that, per item, and the reciprocal condition number if it is known."""
+        if (exact := self.exact) is not self:
+            found, self.spent = exact.correction(b), exact.spent
+            return found
         used, state = self.state(False)
         loosely = getattr(self.solver, "loosely", self.solver.solve)
         x, status, counts = loosely(state, b)
@@ -186,6 +200,8 @@ class Prepared:
         tuple
             The solution, whether it is one, per right-hand side and item, and the number of products.
         """
+        if (exact := self.exact) is not self:
+            return exact.roughly(b, transposed=transposed, rtol=rtol)
         if self._undamped is None or self._undamped[0] != rtol:
             solver = self.solver.roughly(rtol) if hasattr(self.solver, "roughly") else self.solver
             shared = {} if self.damping else self._states
@@ -253,21 +269,25 @@ def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Cou
     backend = op.backend
     failing = status > int(Status.APPROXIMATE)
     failed = needed(backend, failing)
-    if not (op.symmetric or (failed and getattr(solver, "symmetric_only", False))):
+    only, inexact = getattr(solver, "symmetric_only", False), getattr(solver, "approximate", False)
+    if not (op.symmetric or ((failed or inexact) and only)):
         return status, 0
     image = b  # after a success A x = b up to the residual
     if failed:  # x may be zero, or NaN: A b in place of A x
         space = backend.space(x)
         x = space.select(backend.xp.broadcast_to(failing, space.items), b, x)
+    if inexact:
+        image, counts = op.matvec(x), Counts(*counts)._replace(residual=0 * counts.residual)
+    elif failed:
         image = backend.if_any(failing, lambda _: op.matvec(x), b)
 
     def compare(status: Array) -> Array:
         return _compare(op, b, x, image, status, counts, failing)
 
     # where nothing was said of A, and the method is one for symmetric matrices: worth it after a failure only
-    status = compare(status) if op.symmetric else backend.if_any(failing, compare, status)
+    status = compare(status) if op.symmetric or inexact else backend.if_any(failing, compare, status)
     rhs = x.shape[0] if len(x.shape) > len(op.items) + 1 else 1
-    return status, 1 + (rhs if failed and not backend.traced else 0)
+    return status, 1 + (rhs if inexact or (failed and not backend.traced) else 0)
 
 
 def _compare(
@@ -326,54 +346,6 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
         worst(counts.tolerance), least(counts.rcond), worst(counts.operator_norm), worst(counts.method),
         worst(counts.condition), rank, None if rank is None else op.columns - rank, worst(counts.leak),
     )  # fmt: skip
-
-
-def make_report(
-    solution: Solution, damping: float, methods: Sequence[tuple[str, str]], seconds: float, stationarity: Any,
-    derivatives: dict[str, str], mode: Mode = Mode.EAGER, solved: Any = None,
-) -> Report:  # fmt: skip
-    """Turn a solution into the public report: Python numbers for one problem, arrays for a batch.
-
-    Inside of a compiled program, where values are not visible, the fields are arrays, too.
-    """
-    visible = mode is not Mode.INLINE
-    read = to_python if visible else _as_it_is
-    status = read(solution.status)
-    single = isinstance(status, int)
-    name, reason = method_of(solution, methods) if visible else summary_of(methods)
-
-    def known(field: Any) -> Any:
-        found = read(field)
-        return None if isinstance(found, float) and math.isnan(found) else found
-
-    return Report(
-        status=Status(status) if single else status,
-        converged=status == Status.CONVERGED if single else status == int(Status.CONVERGED),
-        solver=name,
-        reason=reason,
-        iterations=read(solution.iterations),
-        matvecs=read(solution.matvecs),
-        residual=read(solution.residual),
-        stationarity=read(stationarity),
-        solved=None if solved is None else read(solved),
-        derivatives=derivatives,
-        seconds=seconds,
-        rcond=known(solution.rcond),
-        damping=damping,
-        rank=known(solution.rank),
-        nullity=known(solution.nullity),
-        leak=known(solution.leak),
-        solution=solution.x,
-    )
-
-
-def _as_it_is(x: Any) -> Any:
-    return x
-
-
-def summary_of(methods: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """Return the name and the reason where it is not known yet which of the methods will be used."""
-    return " or ".join(name for name, _ in methods), "; or ".join(reason for _, reason in methods)
 
 
 def method_of(solution: Solution, methods: Sequence[tuple[str, str]]) -> tuple[str, str]:

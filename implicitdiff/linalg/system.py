@@ -10,7 +10,8 @@ from implicitdiff.compilers import public
 from implicitdiff.errors import BackendError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.failures import explain
 from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
-from implicitdiff.linalg.solve import Prepared, Solution, make_report, method_of, prepare
+from implicitdiff.linalg.reports import make_report
+from implicitdiff.linalg.solve import Prepared, Solution, method_of, prepare
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, Status, settle
 from implicitdiff.problem import Settings

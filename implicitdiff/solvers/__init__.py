@@ -11,14 +11,19 @@ from implicitdiff.solvers.auto import Auto
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.bicgstab import BiCGSTAB
 from implicitdiff.solvers.cg import CG
+from implicitdiff.solvers.chebyshev import Chebyshev
 from implicitdiff.solvers.cholesky import Cholesky
+from implicitdiff.solvers.diagonal import Diagonal
 from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.ldlt import LDLT
 from implicitdiff.solvers.lsmr import LSMR
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
 from implicitdiff.solvers.minres_qlp import MINRESQLP
+from implicitdiff.solvers.neumann import Neumann, OneStep, Phantom
+from implicitdiff.solvers.nystrom import Nystrom
 from implicitdiff.solvers.pinv import Pinv
+from implicitdiff.solvers.truncated import Truncated
 
 __all__ = [
     "CG",
@@ -30,19 +35,27 @@ __all__ = [
     "MINRESQLP",
     "Auto",
     "BiCGSTAB",
+    "Chebyshev",
     "Cholesky",
+    "Diagonal",
+    "Neumann",
+    "Nystrom",
+    "OneStep",
+    "Phantom",
     "Pinv",
     "Solver",
+    "Truncated",
     "get_solver",
     "register_solver",
     "solver_names",
     "suitable",
 ]
 
-_FACTORIES: dict[str, Callable[[], Any]] = {
-    solver.name: functools.cache(solver)
-    for solver in (Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES, BiCGSTAB, LSMR, MINRESQLP, Pinv)
-}
+_METHODS = (
+    Auto, LU, LDLT, Cholesky, CG, MINRES, GMRES, BiCGSTAB, LSMR, MINRESQLP, Pinv,
+    Truncated, Chebyshev, Neumann, OneStep, Phantom, Diagonal, Nystrom,
+)  # fmt: skip
+_FACTORIES: dict[str, Callable[[], Any]] = {solver.name: functools.cache(solver) for solver in _METHODS}
 
 
 def solver_names() -> list[str]:

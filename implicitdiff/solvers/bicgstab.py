@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from implicitdiff.arrays import Array, needed
 from implicitdiff.outcome import Status
 from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy
-from implicitdiff.tolerances import ROUNDED
+from implicitdiff.tolerances import GROWTH, ROUNDED
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -38,8 +38,6 @@ COSINE = 0.7
 """Least cosine of the angle between t and s for which ω is made."""
 BREAKDOWNS = 3
 """One after the other, each with another shadow residual, after which it is given up."""
-GROWTH = 1e8
-"""How many times larger than at its start the residual may become: beyond, half the digits of x are lost."""
 
 
 class _State(NamedTuple):
@@ -188,7 +186,8 @@ def _shadow(shadow: Array, r: Array, broke: Array, broken: Array, space: Any, ba
 
     def another(old: Array) -> Array:
         z = space.probe()
-        part = broken * space.norm(r) / space.norm(z)
+        part = space.norm(r) / space.norm(z)
+        part = space.where(broken > 1, -2 * part, part)
         return space.select(broke, space.axpy(part, z, space.copy(r)), old)
 
     return backend.if_any(broke, another, shadow)

@@ -25,12 +25,33 @@ def _count(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
+def _bounds(value: Any) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_number, value))
+    return pair and bool(value[0] * value[1] > 0 and value[0] < value[1])
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 0)
+
+
 OPTIONS: dict[str, Check] = {
     "damping": (_number, "a finite number"),
     "rtol": (lambda value: value is None or (_number(value) and 0 < value < 1), "a number between 0 and 1"),
     "maxiter": (lambda value: value is None or _count(value), "a positive integer"),
     "restart": (lambda value: value is None or _count(value), "a positive integer"),
     "side": (lambda value: isinstance(value, str) and value in {"right", "left"}, "'right' or 'left'"),
+    "terms": (_count, "a positive integer"),
+    "steps": (_count, "a positive integer"),
+    "step": (
+        lambda value: value == "auto" if isinstance(value, str) else _number(value) and value != 0,
+        "a finite number other than 0, or 'auto'",
+    ),
+    "tau": (lambda value: _number(value) and value > 0, "a positive number"),
+    "bounds": (lambda value: value is None or _bounds(value), "two numbers of one sign, the smaller one first"),
+    "rank": (_count, "a positive integer"),
+    "rho": (lambda value: value is None or (_number(value) and value > 0), "a positive number"),
+    "seed": (_whole, "a whole number"),
+    "sketch": (lambda value: isinstance(value, str) and value in {"gauss", "columns"}, "'gauss' or 'columns'"),
 }
 """Name of an option, the values that it may have, and what to call them."""
 
@@ -47,5 +68,5 @@ def check_options(solver: Any) -> None:
         allowed, expected = OPTIONS.get(name, (None, ""))
         value = getattr(solver, name)
         if allowed is not None and not allowed(value):
-            kind = UnknownNameError if isinstance(value, str) and name == "side" else InputError
+            kind = UnknownNameError if isinstance(value, str) and name in {"side", "sketch", "step"} else InputError
             raise kind(f"{name} = {value!r}: {type(solver).__name__} expects {expected}.")
