@@ -11,6 +11,7 @@ from conftest import JAX, NUMPY, PLAIN, Library
 from helpers_residuals import THETA, X, condition, jacobian, matrices, residual, solved
 
 from implicitdiff import (
+    LSMR,
     CallbackError,
     Cholesky,
     InconsistentDerivativesError,
@@ -175,3 +176,50 @@ def test_wrong_arguments_are_told() -> None:
             implicit_vjp(LeastSquares(lambda y, t: None, **given), y, THETA, np.ones(2))
     with pytest.raises(CallbackError, match="loss returned an array"):
         implicit_vjp(LeastSquares(residual, loss=lambda r: r), y, THETA, np.ones(2))
+
+
+@pytest.mark.parametrize("given", [("jvp", "vjp"), ("jacobian",)], ids="+".join)
+@pytest.mark.parametrize("solver", ["lsmr", "pinv", "cholesky", "auto"])
+@pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
+def test_methods_that_solve_with_the_jacobian(lib: Library, solver: str, given: tuple[str, ...]) -> None:
+    """κ(J) = 1e4, and that of the normal equations 1e8."""
+    k, n = 70, 40
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.normal(size=(m, n)))[0] for m in (k, n))
+    s, v = np.where(np.arange(n) < n // 2, 1.0, 1e-4) * np.linspace(1.0, 1.1, n), rng.normal(size=n)
+    J, inverse = (U * s) @ V.T, (V / s**2) @ V.T
+    M, Mt, y = lib.array(J), lib.array(J.T.copy()), rng.normal(size=n)
+    functions: dict[str, Any] = {
+        "jvp": lambda y, t, v: M @ v,
+        "vjp": lambda y, t, u: Mt @ u,
+        "jacobian": lambda y, t: M,
+    }
+    line = LeastSquares(
+        lambda y, t: M @ y - t, hessian="gauss-newton", **{name: functions[name] for name in given}
+    )  # fmt: skip
+    arrays = [lib.array(x) for x in (y, J @ y, v)]
+    found, report = implicit_vjp(line, *arrays, solver=solver, return_report=True)
+    expected = J @ (inverse @ v)
+    assert np.linalg.norm(lib.numpy(found) - expected) < 1e-8 * np.linalg.norm(expected)
+    if solver == "lsmr":
+        assert report.iterations < 150
+    if solver == "pinv":
+        assert report.rank == n
+
+
+def test_auto_takes_products_with_the_jacobian_where_there_are_many_unknowns() -> None:
+    n = 300
+    scale = np.linspace(1.0, 3.0, n)
+    line = LeastSquares(
+        lambda y, t: np.concatenate([scale * y, y]) - t, jvp=lambda y, t, v: np.concatenate([scale * v, v]),
+        vjp=lambda y, t, u: scale * u[:n] + u[n:], hessian="gauss-newton",
+    )  # fmt: skip
+    y, v = np.cos(np.arange(n)), np.sin(np.arange(n))
+    theta = np.concatenate([scale * y, y])
+    found, report = implicit_vjp(line, y, theta, v, return_report=True)
+    u = v / (1 + scale**2)
+    np.testing.assert_allclose(found, np.concatenate([scale * u, u]), rtol=1e-8)
+    assert report.solver == "lsmr"
+    damped = implicit_vjp(line, y, theta, v, solver=LSMR(damping=0.5))
+    u = v / (1.5 + scale**2)
+    np.testing.assert_allclose(damped, np.concatenate([scale * u, u]), rtol=1e-8)

@@ -56,8 +56,9 @@ class LeastSquares(Condition):
 
     Notes
     -----
-    Where the Gauss-Newton matrix is JᵀJ (no loss, no regularizer), direct solvers factor J by QR, so that its condition
-    number is not squared, and the condition number in the report is that of J.
+    Where the Gauss-Newton matrix is JᵀJ (no loss, no regularizer), its condition number is not squared: ``cholesky``
+    factors J by QR, ``lsmr`` and ``pinv`` solve with Jᵀ and then with J, ``auto`` chooses between them, and what the
+    report tells of the condition number is that of J. ``lu``, ``cg`` and others take JᵀJ as it is.
 
     With ``batched=True`` on frameworks without vmap every callable takes and returns a leading axis of items.
 

@@ -26,6 +26,7 @@ from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.errors import CallbackError, DerivativeError
 from implicitdiff.linalg.gram_operator import gram
 from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_product
+from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.namespaces import item_sum, namespace
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler
@@ -261,7 +262,8 @@ class Residuals:
             kind=_kinds(parts), label="A", symmetric=True, trusted=not self.condition.given,
             accuracy=max(x.accuracy for x in parts), leaves=lengths_of_leaves(p), like=p.y.vector,
         )  # fmt: skip
-        return gram(A, J) if self.simple and not exact else A
+        whole = self.simple and not exact and J.dtype == A.dtype and not is_tree_vector(p.y.vector)
+        return gram(A, J) if whole else A
 
     # -- B -------------------------------------------------------------------------------------------
     def _mixed(self) -> LinearMap:

@@ -4,7 +4,7 @@
   the number of right-hand sides): Cholesky where A is symmetric and positive definite, LDLᵀ where it is known to be
   indefinite (a saddle system), else LU.
 - Larger, symmetric: CG; on zero or negative curvature, or where A is known to be indefinite, MINRES.
-- Larger, not symmetric: GMRES.
+- Larger, not symmetric: GMRES. JᵀJ of a Gauss-Newton system: LSMR, with J in place of A.
 - Where an iterative method does not get there and n <= 4 096: assemble and factor after all.
 """
 
@@ -22,6 +22,7 @@ from implicitdiff.solvers.cg import CG
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.ldlt import LDLT
+from implicitdiff.solvers.lsmr import LSMR
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
 from implicitdiff.tolerances import DENSE, SMALL
@@ -123,7 +124,7 @@ class Auto(Solver):
             name = _LDLT.describe(state.prepared["ldlt"])[0][0]
             state.methods = [(name, f"{why}; A is symmetric and indefinite")]
             return result
-        if getattr(op, "root", None) is not None:
+        if _has_root(op):
             state.methods = [("cholesky", f"{why}; A = JᵀJ, and its factor comes of a QR factorisation of J")]
             return self._run(state, _CHOLESKY, b, None)
         if op.backend.traced:  # one factorisation, and no loop with LAPACK calls in it
@@ -140,6 +141,8 @@ class Auto(Solver):
         options = {"rtol": self.rtol, "maxiter": self.maxiter, "preconditioner": self.preconditioner}
         first: Solver = CG(**options) if op.symmetric else GMRES(**options)
         why = f"n = {op.n} > {SMALL}; {_symmetry(op)}"
+        if _has_root(op) and self.preconditioner is None:
+            first, why = LSMR(**options), f"n = {op.n} > {SMALL}; A = JᵀJ, by products with J and Jᵀ"
         if op.symmetric and op.positive_definite is False:
             first, why = MINRES(**options), f"{why} and indefinite"
         state.methods = methods = [(first.name, why)]
@@ -178,6 +181,11 @@ class Auto(Solver):
         return solver.solve(solver.transpose(inner) if state.transposed else inner, b, x0)
 
 
+def _has_root(op: Operator) -> bool:
+    """Whether A = JᵀJ with a J that can be solved with in its place."""
+    return getattr(op, "root", None) is not None
+
+
 def _symmetry(op: Operator) -> str:
     """Say what is known of the symmetry of A."""
     if op.symmetric:
@@ -206,13 +214,15 @@ def _first_direct(op: Operator) -> Solver:
         return _LU
     if op.positive_definite is False:
         return _LDLT
-    return _LU if op.backend.traced and getattr(op, "root", None) is None else _CHOLESKY
+    return _LU if op.backend.traced and not _has_root(op) else _CHOLESKY
 
 
 def _after_iterations(op: Operator) -> tuple[Solver, ...]:
     """Return the direct methods for what no iterative one solved."""
     if not op.symmetric:
         return (_LU,)
+    if _has_root(op):
+        return (_CHOLESKY,)
     return (_LDLT,) if op.positive_definite is False else (_CHOLESKY, _LU)
 
 

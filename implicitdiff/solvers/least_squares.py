@@ -21,9 +21,10 @@ from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Krylov, KrylovState
+from implicitdiff.solvers.gram import GramState, in_two_steps, two_steps
 from implicitdiff.solvers.pinv import Pinv, PinvState, without
 from implicitdiff.solvers.unit import one_step, unit_of
-from implicitdiff.tolerances import FACTORED, LEAST_SQUARES
+from implicitdiff.tolerances import FACTORED, LEAST_SQUARES, LOOSE
 
 __all__ = ["LeastSquaresKrylov"]
 
@@ -50,6 +51,8 @@ class LeastSquaresKrylov(Krylov):
     least_squares: ClassVar[bool] = True
 
     def init(self, operator: Operator) -> Any:
+        if getattr(operator, "root", None) is not None and not self.symmetric_only and self.preconditioner is None:
+            return two_steps(self, operator)
         whole = regularised(operator, self.damping)
         op = whole.settled() if whole.rows == whole.columns else squared(whole)
         forward = op.matvec  # derived here, not first inside of a loop
@@ -67,18 +70,24 @@ class LeastSquaresKrylov(Krylov):
         return FramedState(KrylovState(equilibrated(op, scaling), Preconditioner(), scaling), op.n, Pinv().init(op))
 
     def transpose(self, state: Any) -> Any:
+        if isinstance(state, GramState):
+            return state
         if isinstance(state, KrylovState):
             return super().transpose(state)
         inner, spaces = super().transpose(state.inner), state.spaces
         return state._replace(inner=inner, spaces=None if spaces is None else Pinv().transpose(spaces))
 
     def loosely(self, state: Any, b: Array) -> tuple[Array, Any, Counts]:
+        if isinstance(state, GramState):
+            return in_two_steps(state._replace(solver=replace(state.solver, rtol=LOOSE)), b, None)
         inner = state if isinstance(state, KrylovState) else state.inner
         if inner.operator.backend.mode is Mode.INLINE:
             return one_step(inner, b)
         return super().loosely(inner, b)
 
     def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+        if isinstance(state, GramState):
+            return in_two_steps(state, b, x0)
         if isinstance(state, KrylovState):
             return super().solve(state, b, x0)
         inner, columns, spaces = state

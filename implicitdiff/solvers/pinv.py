@@ -23,6 +23,7 @@ from implicitdiff.linalg.operator import Operator, matrix_product
 from implicitdiff.linalg.rectangular import regularised
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver
+from implicitdiff.solvers.gram import GramState, in_two_steps, two_steps
 from implicitdiff.tolerances import LOST, NOISE_LEFT, RESIDUAL
 
 __all__ = ["Pinv", "PinvState", "without"]
@@ -80,7 +81,9 @@ class Pinv(Solver):
     consistent: ClassVar[bool] = True
     least_squares: ClassVar[bool] = True
 
-    def init(self, operator: Operator) -> PinvState:
+    def init(self, operator: Operator) -> Any:
+        if getattr(operator, "root", None) is not None:
+            return two_steps(self, operator)
         operator = regularised(operator, self.damping)
         backend, m, n = operator.backend, operator.rows, operator.columns
         xp, matrix = backend.xp, backend.to_double(operator.dense())
@@ -104,7 +107,9 @@ class Pinv(Solver):
                           for scale, x in ((scaling.columns, v), (scaling.rows, u)))  # fmt: skip
         return PinvState(operator, matrix, u, v, inverse, scaling, null, left, norm, rcond, rank, failed)
 
-    def transpose(self, state: PinvState) -> PinvState:
+    def transpose(self, state: Any) -> Any:
+        if isinstance(state, GramState):
+            return state
         scaling = None if state.scaling is None else state.scaling.transpose()
         matrix = state.operator.backend.xp.matrix_transpose(state.matrix)
         return state._replace(
@@ -115,7 +120,9 @@ class Pinv(Solver):
     def factored(self, state: Any) -> bool:
         return True
 
-    def solve(self, state: PinvState, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+    def solve(self, state: Any, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
+        if isinstance(state, GramState):
+            return in_two_steps(state, b, x0)
         op, backend = state.operator, state.operator.backend
         xp, scaling = backend.xp, state.scaling
         given = b
