@@ -6,11 +6,12 @@ summed over them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from implicitdiff.errors import InputError, ShapeError, SolveError
+from implicitdiff.errors import CallbackError, ImplicitDiffError, InputError, ShapeError, SolveError
 from implicitdiff.pytree import flatten, is_leaf
 
 if TYPE_CHECKING:
@@ -187,9 +188,25 @@ class Shared:
         self.mode = mode
         direction = self._tangent(direction) if mode == "jvp" else direction
         try:
-            return self.summed(run(mode, direction, *rest))
+            with self.explaining():
+                return self.summed(run(mode, direction, *rest))
         except SolveError as error:
             error.value = self.summed(error.value)
+            raise
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say beside an error of a user's function how theta comes, where that is not as it was given."""
+        try:
+            yield
+        except Exception as error:
+            if self._backend.vmap is None and (
+                isinstance(error, CallbackError) or not isinstance(error, ImplicitDiffError)
+            ):
+                error.add_note(
+                    f"By in_axes theta is shared, and comes repeated for each of the {self._items} items: "
+                    f"{self._backend.name} has no vmap, and the functions of the condition take all items at once."
+                )
             raise
 
     def _tangent(self, tangent: Any) -> Any:

@@ -388,7 +388,8 @@ def linearized(problem: Problem) -> Linearization[Any, Any]:
     leading = getattr(flatten(problem.y).leaves[0], "shape", ()) if flatten(problem.y).leaves else ()
     items = int(leading[0]) if leading else 1
     theta = spread(backend, problem.theta, shared, items)
-    lin: Linearization[Any, Any] = make(replace(problem, theta=theta, axes=Axes((), mapped)))
-    lin._asked, lin.theta = problem, problem.theta
-    lin._shared = Shared(backend, problem.theta, shared, items)
+    kept = Shared(backend, problem.theta, shared, items)
+    with kept.explaining():
+        lin: Linearization[Any, Any] = make(replace(problem, theta=theta, axes=Axes((), mapped)))
+    lin._asked, lin.theta, lin._shared = problem, problem.theta, kept
     return lin

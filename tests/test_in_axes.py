@@ -12,8 +12,12 @@ from conftest import JAX, LIBRARIES, NUMPY, TORCH, Library
 from frameworks import EACH, framework
 
 from implicitdiff import (
+    KKT,
+    FixedPoint,
     InaccurateError,
     InputError,
+    LeastSquares,
+    ProximalGradient,
     Root,
     ShapeError,
     SolveError,
@@ -24,6 +28,7 @@ from implicitdiff import (
     implicit_jvp,
     implicit_vjp,
     linearize,
+    proxes,
 )
 
 ITEMS, N = 4, 3
@@ -164,6 +169,42 @@ def test_errors_are_those_of_a_loop(lib: Library) -> None:
     same(lib, polished, batch().gradient(), 1e-6)
 
 
+def square(y: Any, theta: Any, w: Any) -> Any:
+    return ((y - theta * w) ** 2).sum(-1) / 2
+
+
+OTHERS: dict[str, tuple[Any, Callable[..., np.ndarray]]] = {
+    "objective": (Stationary(square), lambda t, w: t * w),
+    "fixed point": (FixedPoint(lambda y, t, w: 0.5 * y + t * w), lambda t, w: 2 * t * w),
+    "constraints": (
+        KKT(square, eq=lambda y, t, w: (y.sum(-1) - w[..., 0])[..., None]),
+        lambda t, w: t * w + (w[..., :1] - (t * w).sum(-1, keepdims=True)) / N,
+    ),
+    "residuals": (LeastSquares(lambda y, t, w: w * y - t), lambda t, w: t / w),
+    "loss of residuals": (
+        LeastSquares(lambda y, t, w: w * y - t, loss=lambda r, t, w: (r**4 + w * r**2).sum(-1)), lambda t, w: t / w
+    ),
+    "proximal": (ProximalGradient(square, lambda x, t, step: proxes.lasso(x, 0.1, step)),
+                 lambda t, w: np.sign(t * w) * np.maximum(np.abs(t * w) - 0.1, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_condition(lib: Library, name: str) -> None:
+    """A shared theta, and args of each item's own, against differences of the closed form."""
+    if lib.name == "jax" and name not in {"constraints", "proximal"}:
+        pytest.skip("each takes a compilation")
+    condition, solved = OTHERS[name]
+    rng = np.random.default_rng(2)
+    t, w, v = 1 + rng.random(N), 1 + rng.random((ITEMS, N)), rng.normal(size=(ITEMS, N))
+    got = implicit_vjp(condition, lib.array(solved(t, w)), lib.array(t), lib.array(v), args=(lib.array(w),),
+                       in_axes=(0, None, 0))  # fmt: skip
+    steps = 1e-6 * np.eye(N)
+    expected = [((solved(t + e, w) - solved(t - e, w)) * v).sum() / 2e-6 for e in steps]
+    np.testing.assert_allclose(lib.numpy(got), expected, rtol=1e-7, atol=1e-8)
+
+
 # -- what it may be --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("axes", [(0, 0, None), [0, {"c": 0, "s": 0}, [None, None]]], ids=["plain", "trees"])
 def test_the_default_is_batched(axes: Any) -> None:
@@ -217,6 +258,16 @@ def test_shapes_that_do_not_fit(lib: Library) -> None:
         implicit_jvp(CONDITION, y, theta, t, args=(X, k), in_axes=AXES)
     with pytest.raises(ShapeError, match=r"same leading axis of items; got \(4, 3\), \(3,\)"):
         implicit_vjp(CONDITION, y, {**theta, "s": theta["s"][:3, ...]}, v, args=(X, k), in_axes=AXES)
+
+
+def test_a_function_that_takes_theta_as_it_is_shared() -> None:
+    """Without a vmap it comes with the axis, which is said beside the function's own error."""
+    y, t = np.ones((4, 2)), np.array(2.0)
+    with pytest.raises(ValueError, match="broadcast") as caught:
+        implicit_vjp(Root(lambda y, t: t * y - 2), y, t, y, in_axes=(0, None, None))
+    assert "repeated for each of the 4 items" in str(caught.value.__notes__)
+    got = implicit_vjp(Root(lambda y, t: t[..., None] * y - 2), y, t, y, in_axes=(0, None, None))
+    assert float(got) == pytest.approx(-4.0)
 
 
 def test_args_of_another_library() -> None:

@@ -151,7 +151,7 @@ class Residuals:
         loss = self.condition.loss
         if loss is None:
             return None
-        at = Point(self.backend, self.raveler, self.point.theta, self.point.args).part()
+        at = Point(self.backend, self.raveler, self.point.theta, self.point.args, self.point.mapped).part()
         return at.scalar_function(loss_of(loss), "loss")
 
     @cached_property
