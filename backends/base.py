@@ -342,6 +342,10 @@ class Backend(ABC):
     def cho_solve(self, factor: Array, b: Array) -> Array:
         """Solve with columns b, shape ``(*items, n, k)``."""
 
+    def triangular_inverse(self, upper: Array) -> Array:
+        """Inverse of upper triangular matrices ``(*items, k, k)``, whose diagonal is one."""
+        return self.xp.linalg.inv(upper)
+
     def has_ldl(self, matrix: Array) -> bool:
         """Whether `ldl_factor` of such a matrix is an LDLᵀ factorisation, and not LU in its place."""
         return False

@@ -6,7 +6,14 @@ factorisation, `implicit_function` wraps the solver, and a `Report` tells how fa
 """
 
 from implicitdiff import projections, proxes
-from implicitdiff.api import implicit_grad, implicit_jacobian, implicit_jvp, implicit_vjp, linearize
+from implicitdiff.api import (
+    implicit_grad,
+    implicit_jacobian,
+    implicit_jvp,
+    implicit_vjp,
+    linearize,
+    sequence_state,
+)
 from implicitdiff.conditions import (
     KKT,
     QP,
@@ -84,6 +91,7 @@ from implicitdiff.solvers import (
     register_solver,
     solver_names,
 )
+from implicitdiff.solvers.recycling import SequenceState
 from implicitdiff.tools.comparison import Comparison, SolverRow, compare_solvers
 from implicitdiff.tools.derivative_check import CheckRow, DerivativeCheck, check_derivatives
 from implicitdiff.tools.regularity import Regularity, check_regularity
@@ -153,6 +161,7 @@ __all__ = [
     "RegularityWarning",
     "Report",
     "Root",
+    "SequenceState",
     "ShapeError",
     "SingularError",
     "SolveError",
@@ -182,6 +191,7 @@ __all__ = [
     "proxes",
     "register_backend",
     "register_solver",
+    "sequence_state",
     "solve_qp",
     "solver_names",
     "split_multipliers",

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal, Unpack, overload
 
 from implicitdiff.compilers import public
+from implicitdiff.errors import InputError
 from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.outcome import Report
 from implicitdiff.problem import problem_of
+from implicitdiff.ravel import Raveler
+from implicitdiff.records import brief
+from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.solvers import get_solver
+from implicitdiff.solvers.recycling import SequenceState, fresh, pairs_of
 from implicitdiff.typing import DEFAULTS, ConditionLike, Options, StartedOptions, T, Y
 
-__all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize"]
+__all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize", "sequence_state"]
 
 
 @public(Options, DEFAULTS)
@@ -93,10 +99,14 @@ def implicit_vjp(
         Return ``(value, Report)``.
     x0 : array, shape (n,), optional
         Warm start for the raveled adjoint (``report.solution`` of an earlier call).
+    state : "new" or SequenceState, optional
+        Of a sequence of nearby problems, like the steps of an outer loop: what an earlier call left, or "new" at the
+        first. Then the value comes with the next state.
 
     Returns
     -------
     pytree, like theta
+        With a ``state`` the pair (value, state); the report, where it is asked for, comes last.
 
     Raises
     ------
@@ -113,7 +123,7 @@ def implicit_vjp(
     array([2., 4.])
     """
     lin, x0 = _at(condition, y, theta, cotangent, options)
-    return _with_report(lin, lin.product("vjp", cotangent, x0, lin.control), return_report)
+    return _handed_out(lin, x0, lin.product("vjp", cotangent, x0, lin.control), return_report)
 
 
 @overload
@@ -143,10 +153,14 @@ def implicit_jvp(
         Return ``(value, Report)``.
     x0 : array, shape (n,), optional
         Warm start for the raveled w.
+    state : "new" or SequenceState, optional
+        Of a sequence of nearby problems, like the steps of an outer loop: what an earlier call left, or "new" at the
+        first. Then the value comes with the next state.
 
     Returns
     -------
     pytree, like y
+        With a ``state`` the pair (value, state); the report, where it is asked for, comes last.
 
     Raises
     ------
@@ -162,7 +176,7 @@ def implicit_jvp(
     array([2.])
     """
     lin, x0 = _at(condition, y, theta, tangent, options)
-    return _with_report(lin, lin.product("jvp", tangent, x0, lin.control), return_report)
+    return _handed_out(lin, x0, lin.product("jvp", tangent, x0, lin.control), return_report)
 
 
 @overload
@@ -215,7 +229,7 @@ def implicit_jacobian(
            [ 0.      , -0.666667]])
     """
     lin, x0 = _at(condition, y, theta, None, options)
-    return _with_report(lin, lin.product("jacobian", None, x0, lin.control), return_report)
+    return _handed_out(lin, x0, lin.product("jacobian", None, x0, lin.control), return_report)
 
 
 @overload
@@ -246,10 +260,14 @@ def implicit_grad(
         Return ``(value, Report)``.
     x0 : array, shape (n,), optional
         Warm start for the raveled adjoint (``report.solution`` of an earlier call).
+    state : "new" or SequenceState, optional
+        Of a sequence of nearby problems, like the steps of an outer loop: what an earlier call left, or "new" at the
+        first. Then the value comes with the next state.
 
     Returns
     -------
     pytree, like theta
+        With a ``state`` the pair (value, state); the report, where it is asked for, comes last.
 
     Raises
     ------
@@ -269,14 +287,59 @@ def implicit_grad(
     """
     mode = "gradient" if callable(outer) else "vjp"
     lin, x0 = _at(condition, y, theta, None if mode == "gradient" else outer, options)
-    return _with_report(lin, lin.product(mode, outer, x0, lin.control), return_report)
+    return _handed_out(lin, x0, lin.product(mode, outer, x0, lin.control), return_report)
+
+
+def sequence_state(y: Any, solver: Any = "auto", *, batched: bool = False, backend: Any = None) -> SequenceState:
+    """Begin the state of a sequence of gradients with the shapes that it will have, as ``jax.lax.scan`` needs it.
+
+    Elsewhere ``state="new"`` is enough.
+
+    Parameters
+    ----------
+    y : pytree
+        A solution, for its shapes, dtype and device. Where a system has more unknowns than y (multipliers of
+        constraints), take the state of a first call with ``state="new"`` instead.
+    solver : str or Solver
+        The solver of the sequence: its ``recycle`` says how many pairs there are.
+    batched : bool
+        Whether y carries a leading axis of independent problems.
+    backend : str or Backend, optional
+        Default: read off y.
+
+    Returns
+    -------
+    SequenceState
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from implicitdiff import CG, sequence_state
+    >>> sequence_state(np.zeros(3), CG(recycle=2)).directions.shape
+    (2, 3)
+    """
+    engine = backend_for({"y": y}) if backend is None else get_backend(backend)
+    with engine.computing():
+        vector = Raveler(engine, y, "y", batched).vector
+        return fresh(engine.xp, vector.shape, vector.dtype, engine.device(vector), pairs_of(get_solver(solver)))
 
 
 def _at(condition: Any, y: Any, theta: Any, vector: Any, options: Any) -> tuple[Linearization[Any, Any], Any]:
     """Return what is linearised there, and the start of the solve."""
-    x0 = options.pop("x0", None)
-    return linearized(problem_of(condition, y, theta, vector=vector, **options)), x0
+    x0, state = options.pop("x0", None), options.pop("state", None)
+    if state is None:
+        return linearized(problem_of(condition, y, theta, vector=vector, **options)), x0
+    if x0 is not None:
+        raise InputError("x0 and state are given: a state brings a start of its own.\nNext: one of them.")
+    if not (isinstance(state, SequenceState) or (isinstance(state, str) and state == "new")):
+        raise InputError(f"state = {brief(state)}: expected 'new', or the state that an earlier call returned.")
+    start = SequenceState() if isinstance(state, str) else state
+    return linearized(problem_of(condition, y, theta, vector=vector, **options)), start
 
 
-def _with_report(lin: Linearization[Any, Any], value: Any, wanted: bool) -> Any:
-    return (value, lin.report) if wanted else value
+def _handed_out(lin: Linearization[Any, Any], x0: Any, value: Any, return_report: bool) -> Any:
+    """Return a value, with the state of its sequence where there is one, and with the report if it is asked for."""
+    if not isinstance(x0, SequenceState):
+        return (value, lin.report) if return_report else value
+    state = x0 if lin.carried is None else lin.carried
+    return (value, state, lin.report) if return_report else (value, state)

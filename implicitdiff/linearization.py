@@ -54,6 +54,8 @@ class Linearization(Generic[Y, T]):
     _verified: bool = False
     _shared: Shared | None = None
     estimate: Estimate | None = None
+    carried: Any = None
+    """What the latest solve leaves to the next one of a sequence."""
     mode: Mode = Mode.EAGER
     by_newton: bool = False
     """Whether y is still on its way to the solution, so that nobody need be told how far that is."""
@@ -271,7 +273,7 @@ class Linearization(Generic[Y, T]):
             value, error = self.attempt(mode, direction, x0, control)
         else:
             lin, (value, error) = polished(self, mode, direction, x0, control)
-            self.mode = lin.mode
+            self.mode, self.carried = lin.mode, lin.carried
             self._run, self._shown = None, None if lin.report is None else replace(lin.report, polished_y=lin.y)
         settings = self._problem.settings
         if settings.on_report is not None and self.mode is not Mode.INLINE and self.report is not None:
@@ -290,7 +292,7 @@ class Linearization(Generic[Y, T]):
                 point = (lambda: self._rules.point) if seen else None
                 check_outer(direction, problem.backend, problem.y, problem.theta, point)
             self._run = run = self._runner(mode, direction, x0, estimate=control.estimates)
-            self.estimate, self.mode = run.estimate, run.mode
+            self.estimate, self.mode, self.carried = run.estimate, run.mode, run.diagnostics.solution.carried
             if run.mode is Mode.INLINE:
                 return self._limited(run, control), None
             known = None if run.rules is not None else as_condition(problem.condition).structure

@@ -154,6 +154,13 @@ class Report(Record):
         what the loss sees of the null space of A. Where an iterative method told, a bound from above.
     error : ErrorEstimate or None
         How far off the derivative is, estimated; where ``error=True`` or ``max_error`` asked for it.
+    recycled : int, array of int or None
+        Pairs of earlier solves that served this one, where it is one of a sequence; 0 where there were none, or they
+        had to be dropped.
+    dropped : bool, array of bool or None
+        Whether they had to be, since A has changed too much for them to be of use.
+    drift : float, array or None
+        By how much A differed from those pairs, relatively, on the first direction of the solve.
     polished_y : pytree or None
         The y at which the derivative was taken, where ``polish`` moved it.
     solution : array, optional
@@ -177,6 +184,9 @@ class Report(Record):
     nullity: Any = None
     leak: Any = None
     error: ErrorEstimate | None = None
+    recycled: Any = None
+    dropped: Any = None
+    drift: Any = None
     polished_y: Any = field(default=None, compare=False)
     solution: Any = field(default=None, compare=False)
 

@@ -38,6 +38,7 @@ from implicitdiff.problem import Problem
 from implicitdiff.ravel import LeafRaveler, Raveler
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
+from implicitdiff.solvers.recycling import SequenceState
 from implicitdiff.tolerances import TINY, UNCERTAIN
 from implicitdiff.verification.consistency import contradicted
 
@@ -168,7 +169,7 @@ class Rules:
     def __call__(self, mode: str, direction: Any, x0: Any, *, estimate: bool = False) -> Run:
         """Run a mode, and estimate its error if asked to."""
         # a Jacobian is dense: there is no keeping leaves apart
-        rules = self.flat if estimate or mode == "jacobian" else self
+        rules = self.flat if estimate or mode == "jacobian" or isinstance(x0, SequenceState) else self
         value, diagnostics = getattr(rules, mode)(direction, x0)
         p, way, found = rules.prepared, self.problem.backend.mode, certify(rules) if estimate else None
         return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, way, estimate=found)
@@ -320,7 +321,7 @@ class Rules:
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:
         backend = self.point.backend
         xp = backend.xp
-        if x0 is not None:
+        if x0 is not None and not isinstance(x0, SequenceState):
             x0 = self._start(x0, b)
         solve: Any = backend.linear or Prepared.solve
         solution: Solution = solve(self.prepared, b, x0, transposed)

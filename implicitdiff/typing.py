@@ -9,6 +9,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions import Condition
 from implicitdiff.error_estimate import Polish
 from implicitdiff.outcome import Report
+from implicitdiff.solvers.recycling import SequenceState
 
 __all__ = [
     "DEFAULTS",
@@ -82,9 +83,10 @@ class Options(SolveOptions, total=False):
 
 
 class StartedOptions(Options, total=False):
-    """... of one product there, which may be given a start."""
+    """... of one product there, which may be given a start, or be one of a sequence."""
 
     x0: Array | None
+    state: SequenceState | Literal["new"] | None
 
 
 class SystemOptions(SolveOptions, total=False):
@@ -99,7 +101,7 @@ class SystemOptions(SolveOptions, total=False):
 DEFAULTS: dict[str, Any] = {
     "solver": "auto", "on_failure": "raise", "backend": None, "batched": False, "in_axes": None, "args": (), "x0": None,
     "symmetric": None, "positive_definite": None, "transpose": None, "on_report": None, "error": False,
-    "max_error": None, "polish": 0,
+    "max_error": None, "polish": 0, "state": None,
 }  # fmt: skip
 """What an option is where it is not given."""
 

@@ -30,6 +30,7 @@ from implicitdiff.outcome import Report, Status
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, hint
 from implicitdiff.ravel import reject_dtype
+from implicitdiff.solvers.recycling import SequenceState, fitted, pairs_of
 
 __all__ = ["INLINE", "JaxBackend"]
 
@@ -40,7 +41,7 @@ jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambd
 
 _ARRAY_FIELDS = (
     "status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solved", "rank",
-    "nullity", "leak", "solution",
+    "nullity", "leak", "solution", "recycled", "dropped", "drift",
 )  # fmt: skip
 _STATIC_FIELDS = ("solver", "reason", "seconds", "damping")
 
@@ -237,6 +238,10 @@ class JaxBackend(ArrayAPIBackend):
         b = lax.linalg.triangular_solve(lu, b, left_side=True, lower=True, unit_diagonal=True)
         return lax.linalg.triangular_solve(lu, b, left_side=True, lower=False)
 
+    def triangular_inverse(self, upper: Array) -> Array:
+        unit = jnp.broadcast_to(jnp.eye(upper.shape[-1], dtype=upper.dtype), upper.shape)
+        return lax.linalg.triangular_solve(upper, unit, left_side=True, lower=False, unit_diagonal=True)
+
     def cho_factor(self, matrix: Array) -> Array:
         return lax.linalg.cholesky(matrix, symmetrize_input=False)
 
@@ -282,6 +287,9 @@ class _Inline(JaxBackend):
             prepared.solver.plan(state, b.shape[0] if len(b.shape) > len(operator.items) + 1 else 1)
         product = operator.matvec
         b = varying(b, jax.eval_shape(product, b)) if is_mapped() else b
+        carried = None
+        if isinstance(x0, SequenceState):
+            carried = jax.tree.map(jnp.zeros_like, fitted(x0, self, b, pairs_of(prepared.solver)))
 
         def solver(flipped: bool) -> Callable[[Any, Any], Any]:
             def solve(_: Any, right: Any) -> tuple[Any, Any]:
@@ -292,6 +300,8 @@ class _Inline(JaxBackend):
                     solution = prepared.limit(solution, right, transposed ^ flipped)
                 if prepared.on_solved is not None:
                     prepared.on_solved(solution, right, transposed ^ flipped)
+                if flipped and carried is not None:  # both solves return the same form
+                    solution = solution._replace(carried=carried)
                 if not prepared.least_squares:
                     return alike((solution.x, solution._replace(x=None)))
                 return alike((nan_where(self, solution.failed, solution.x), solution))

@@ -14,6 +14,7 @@ from implicitdiff.errors import ShapeError
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules
+from implicitdiff.solvers.recycling import SequenceState
 
 __all__ = ["arrays_in", "arrays_of", "filled", "functions_of", "named_functions", "run_rules"]
 
@@ -57,7 +58,7 @@ def run_rules(
 
     XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
     """
-    flat = estimate or mode == "jacobian"
+    flat = estimate or mode == "jacobian" or isinstance(x0, SequenceState)
     if not problem.batched or not _check_items(problem, mode, direction, x0):
         rules = Rules(problem, flat=flat)
         value, diagnostics = getattr(rules, mode)(direction, x0)
@@ -92,6 +93,8 @@ def _check_items(problem: Problem, mode: str, direction: Any, x0: Any) -> int:
     if mode in {"vjp", "jvp"}:
         raveler, name = (y, "cotangent") if mode == "vjp" else (theta, "tangent")
         raveler.like(direction, name, dtype=raveler.dtype)
+    if isinstance(x0, SequenceState):
+        return y.items[0]  # its shapes are looked at where those of the system are known
     if x0 is not None and tuple(x0.shape[:1]) != y.items:
         raise ShapeError(f"x0 has shape {tuple(x0.shape)}; expected one raveled vector for each of {y.items[0]} items.")
     return y.items[0]

@@ -20,6 +20,7 @@ from implicitdiff.polishing import no_numbers
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules, Run
+from implicitdiff.solvers.recycling import SequenceState
 from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
 __all__ = ["Runner", "looked_at", "newtons"]
@@ -138,7 +139,7 @@ def _check_leaves(problem: Problem, mode: str, vector: Any, x0: Any) -> None:
     if vector is not None:
         raveler, name = (ravelers[1], "tangent") if mode == "jvp" else (ravelers[0], "cotangent")
         raveler.like(vector, name)
-    if x0 is not None:
+    if x0 is not None and not isinstance(x0, SequenceState):
         problem.backend.as_leaf(x0, "x0")
 
 

@@ -10,6 +10,7 @@ from implicitdiff.arrays import to_python
 from implicitdiff.linalg.solve import Solution, method_of
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, Status
+from implicitdiff.solvers.recycling import told
 
 __all__ = ["make_report"]
 
@@ -50,6 +51,7 @@ def make_report(
         nullity=known(solution.nullity),
         leak=known(solution.leak),
         solution=solution.x,
+        **({} if solution.carried is None else {name: read(value) for name, value in told(solution.carried).items()}),
     )
 
 

@@ -15,6 +15,7 @@ from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers import GMRES, MINRES, get_solver
 from implicitdiff.solvers.base import methods_of
 from implicitdiff.solvers.rank import ranked
+from implicitdiff.solvers.recycling import SequenceState, carried_on, followed
 from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
 
 __all__ = ["Prepared", "Solution", "method_of", "prepare"]
@@ -39,6 +40,8 @@ class Solution(NamedTuple):
     rank: Any = None
     nullity: Any = None
     leak: Any = None
+    carried: Any = None
+    """What it leaves to the next system of a sequence."""
 
     def uncertainty(self, xp: Any, accuracy: float) -> Any:
         """Relative error of x where A has one of that accuracy; None where nothing is known of the condition number."""
@@ -127,7 +130,11 @@ class Prepared:
             self.methods, self.seconds = [(_name(self.solver), "n = 0")], time.perf_counter() - start
             return _empty(op, b)
         used, state = self.state(transposed)
-        x, status, counts = self.solver.solve(state, b, x0)
+        carried = None
+        if isinstance(x0, SequenceState):
+            x, status, counts, carried = carried_on(self.solver, state, b, x0, op.backend)
+        else:
+            x, status, counts = self.solver.solve(state, b, x0)
         status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
         consistent = getattr(self.solver, "consistent", False)
         x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
@@ -141,6 +148,8 @@ class Prepared:
         if self.nan_on_failure:
             solution = solution.without_doubt(xp, op.rounding)
             solution = solution._replace(x=nan_where(op.backend, self.failed(solution), x))
+        if carried is not None:
+            solution = solution._replace(carried=followed(carried, xp, solution.x, xp.asarray(~self.failed(solution))))
         self.seconds = time.perf_counter() - start
         return solution
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from implicitdiff.arrays import Array, needed
-from implicitdiff.linalg.equilibration import Scaling, equilibrated, of_operator
+from implicitdiff.linalg.equilibration import equilibrated, of_operator
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.preconditioner import Preconditioner, as_preconditioner, is_valid
 from implicitdiff.linalg.vector_space import is_tree_vector
@@ -15,9 +15,21 @@ from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.records import Record
 from implicitdiff.solvers.checks import cancelled
+from implicitdiff.solvers.cycles import (
+    Cycle,
+    KrylovState,
+    Outer,
+    Start,
+    accuracy,
+    rescaled_cycle,
+    resolution,
+    started,
+    unit_of,
+    without_preconditioner,
+)
 from implicitdiff.solvers.options import check_options
 from implicitdiff.solvers.refinement import refined
-from implicitdiff.solvers.unit import one_step, unit_of
+from implicitdiff.solvers.unit import one_step
 from implicitdiff.tolerances import FACTORED, LOOSE, LOOSE_ITERATIONS, LOST, NOISE_LEFT, RESIDUAL
 
 if TYPE_CHECKING:
@@ -116,69 +128,6 @@ def methods_of(solver: Any, state: Any) -> Sequence[tuple[str, str]]:
     return describe(state) if describe else [(name, "chosen by name")]
 
 
-class Start(NamedTuple):
-    """Where one run of an iterative method starts: A (x + d) = b with ‖b‖ = 1 and residual r = b - A x.
-
-    ``target`` is the norm of the residual to reach, ``active`` the items to work on, ``budget`` the
-    iterations left. x and r may be overwritten.
-    """
-
-    x: Array
-    r: Array
-    target: Array
-    active: Array
-    budget: Array
-
-
-class Cycle(NamedTuple):
-    """What one run of an iterative method returns to the driver below.
-
-    ``operator_norm`` and ``gain`` are lower estimates of ‖A‖ and ‖A⁻¹‖; ``flat`` tells where ‖A v‖ <= 4 √ε ‖A‖ for a
-    unit vector v was met.
-    """
-
-    x: Array
-    iterations: Array
-    matvecs: Array
-    status: Array
-    operator_norm: Array
-    flat: Any = False
-    gain: Any = 0.0
-
-
-class KrylovState(NamedTuple):
-    """An operator, equilibrated where there is no preconditioner, and the preconditioner for it."""
-
-    operator: Operator
-    preconditioner: Preconditioner
-    scaling: Scaling | None = None
-
-
-class _Outer(NamedTuple):
-    x: Array
-    r: Array
-    residual: Array
-    active: Array
-    status: Array
-    iterations: Array
-    matvecs: Array
-    operator_norm: Array
-    tolerance: Array
-    unit: Array  # σ: the method runs on A/σ
-    condition: Array
-
-
-def accuracy(state: KrylovState, space: Any) -> float:
-    """Relative error of a product with A: rounding, or what else its source is good for."""
-    return max(space.eps, state.operator.accuracy)
-
-
-def without_preconditioner(space: Any, norm: Array, square: Array, image: Array) -> Array:
-    """Estimate ‖A‖ from ‖M A‖: over the size of M as rᵀM r shows it beside rᵀr."""
-    known = (image > 0) & (square > 0)
-    return norm * space.where(known, square / space.where(known, image, space.scalar(1.0)), space.scalar(0.0))
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Krylov(Solver):
     """Options that every iterative method here reads.
@@ -243,29 +192,39 @@ class Krylov(Solver):
     def solve(self, state: KrylovState, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         scaling = state.scaling
         if scaling is None:
-            return self._solve(state, b, x0)
+            x, status, counts = self._solve(state, b, x0)
+            return x, status, counts
         right, op = scaling.scaled(b), state.operator
         found = self._solve(state, right, None if x0 is None else scaling.start(x0))
         factored = op.backend.traced and op.n <= FACTORED  # then the matrix is solved with afterwards
         if (op.matrix is not None and not factored) or op.sparse is not None:
             found = refined(op, lambda r: self._solve(state, r, None), right, found)
-        return (scaling.restored(found[0]), *found[1:])
+        return scaling.restored(found[0]), found[1], found[2]
 
-    def _solve(self, state: KrylovState, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
+    def tolerance(self, op: Operator, space: Any) -> float:
+        """Relative residual that is asked for."""
+        noise = min(30 * op.accuracy, NOISE_LEFT) if op.matrix is None else 0.0
+        return self.rtol or max(RESIDUAL.of(space.eps), noise)
+
+    def _solve(
+        self, state: KrylovState, b: Array, x0: Array | None, memory: Any = None, most: Any = None
+    ) -> tuple[Any, ...]:
+        """Run the cycles: x, status and counts, and the memory of pairs where one is given."""
         # Everything happens on b scaled to norm one, so that neither 1e-30 nor 1e30 under- or overflows.
         # A method runs in cycles: when its own (recursive) residual says done, the true one b - A x is
         # computed; where that is still too large but fell, the next cycle starts from it. Restarted
         # GMRES is the same loop with many cycles; CG and MINRES nearly always take one.
         op, backend = state.operator, state.operator.backend
         space = backend.space(b)
-        noise = min(30 * op.accuracy, NOISE_LEFT) if op.matrix is None else 0.0
-        default = max(RESIDUAL.of(space.eps), noise)
-        rtol, maxiter = space.scalar(self.rtol or default), self.most(space.length)
+        rtol, maxiter = space.scalar(self.tolerance(op, space)), self.most(space.length) if most is None else most
         unit, scale = unit_of(space, b)
-        state_0 = _start(space, op, unit, x0, scale, rtol)
+        state_0 = started(space, op, unit, x0, scale, rtol)
+        if memory is not None:
+            state_0 = state_0._replace(memory=memory._replace(first=state_0.residual))
 
-        def body(s: _Outer) -> _Outer:
-            c = _scaled(self.cycle, state, space, s, Start(s.x, s.r, rtol, s.active, maxiter - s.iterations))
+        def body(s: Outer) -> Outer:
+            start = Start(s.x, s.r, rtol, s.active, maxiter - s.iterations, s.memory)
+            c = rescaled_cycle(self.cycle, state, space, s, start)
             r = space.subtract(unit(), op.matvec(c.x))
             return self._rescaled(space, s, self._after_cycle(state, space, s, c, r, rtol, maxiter), unit, backend)
 
@@ -281,11 +240,12 @@ class Krylov(Solver):
             more = space.xp.asarray(cancelled(backend.xp, op, state.scaling, norm, end.x) / op.rounding)
             condition = condition * space.maximum(space.scalar(1.0), more)
         counts = Counts(end.iterations, end.matvecs, residual, known, None, end.tolerance, condition)
-        return space.scale(scale, end.x), status, counts
+        found = space.scale(scale, end.x), status, counts
+        return found if memory is None else (*found, end.memory)
 
     def _after_cycle(
-        self, state: KrylovState, space: Any, s: _Outer, c: Cycle, r: Array, rtol: Array, maxiter: int
-    ) -> _Outer:
+        self, state: KrylovState, space: Any, s: Outer, c: Cycle, r: Array, rtol: Array, maxiter: Any
+    ) -> Outer:
         residual = space.where(s.active, space.norm(r), s.residual)
         norm = space.maximum(s.operator_norm, c.operator_norm)
         iterations = s.iterations + c.iterations
@@ -312,16 +272,16 @@ class Krylov(Solver):
                 status = space.where(residual > 2 * s.residual, int(Status.SINGULAR), status)
         status = space.where(c.status != 0, c.status, status)
         status = space.where(finite, status, int(Status.NON_FINITE))
-        lost = (_resolution(state, space, norm) * condition > LOST) & state.preconditioner.identity
+        lost = (resolution(state, space, norm) * condition > LOST) & state.preconditioner.identity
         # and then a small residual means nothing, either
         status = space.where(done, space.where(lost, int(Status.SINGULAR), int(Status.CONVERGED)), status)
         again = s.active & ~done & finite & improved & (c.status == 0) & (iterations < maxiter)
-        return _Outer(
+        return Outer(
             c.x, r, residual, again, space.where(s.active, status, s.status), iterations,
-            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance), s.unit, condition,
+            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance), s.unit, condition, c.memory,
         )  # fmt: skip
 
-    def _rescaled(self, space: Any, s: _Outer, end: _Outer, unit: Callable[[], Array], backend: Backend) -> _Outer:
+    def _rescaled(self, space: Any, s: Outer, end: Outer, unit: Callable[[], Array], backend: Backend) -> Outer:
         """Start again on A/σ, with another σ, where the squares of a method over- or underflowed."""
         failed = s.active & (end.status != int(Status.CONVERGED))
         if not needed(backend, failed):
@@ -356,45 +316,3 @@ class Krylov(Solver):
             return space.where(failed & ~valid, int(Status.BAD_PRECONDITIONER), old)
 
         return backend.if_any(failed, ask, status)
-
-
-def _resolution(state: KrylovState, space: Any, norm: Array) -> Any:
-    """Relative accuracy of A; of I − ∂T what is left is known to that of 1."""
-    found, offset = state.operator.resolution, state.operator.offset
-    if not offset or state.scaling is not None:
-        return found
-    one = space.scalar(1.0)
-    return found * space.maximum(one, offset / space.where(norm > 0, norm, one))
-
-
-def _scaled(
-    cycle: Callable[[KrylovState, Any, Start], Cycle], state: KrylovState, space: Any, s: _Outer, start: Start
-) -> Cycle:
-    """Run a cycle on (A/σ) (σ x) = b."""
-    op = state.operator
-    if not needed(op.backend, s.unit != 1):
-        return cycle(state, space, start)
-
-    def product(v: Array) -> Array:
-        return space.scale(1 / s.unit, space.copy(op.matvec(v)))
-
-    scaled = state._replace(operator=replace(op, forward=product, _cache={}))
-    c = cycle(scaled, space, start._replace(x=space.scale(s.unit, start.x)))
-    return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=c.operator_norm * s.unit, gain=c.gain / s.unit)
-
-
-def _start(space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None, scale: Array, rtol: Array) -> _Outer:
-    r, x, matvecs = unit(), space.zeros(), 0
-    residual = space.norm(r)
-    if x0 is not None:
-        usable = scale > 0
-        start = space.scale(1 / space.where(usable, scale, space.scalar(1.0)), space.copy(x0))
-        r0 = space.subtract(unit(), op.matvec(start))
-        better = usable & (space.norm(r0) < residual)  # a start worse than zero (or NaN) is dropped
-        x, r = space.select(better, start, x), space.select(better, r0, r)
-        residual, matvecs = space.norm(r), 1
-    done = residual <= rtol
-    active = ~done  # a NaN stays active and is told
-    status = space.where(done, int(Status.CONVERGED), int(Status.MAX_ITERATIONS))
-    zero, one = space.scalar(0.0), space.scalar(1.0)
-    return _Outer(x, r, residual, active, status, space.counter(), matvecs, zero, rtol, one, zero)

@@ -98,7 +98,9 @@ class LeastSquaresKrylov(Krylov):
             return x[..., :columns], status, counts
         return _projected(spaces, b, super().solve(inner, _without(spaces, spaces.left, b), x0))
 
-    def _solve(self, state: KrylovState, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
+    def _solve(
+        self, state: KrylovState, b: Array, x0: Array | None, memory: Any = None, most: Any = None
+    ) -> tuple[Any, ...]:
         x, status, counts = super()._solve(state, b, x0)
         least = status == int(Status.LEAST_SQUARES)
         if state.preconditioner.identity:

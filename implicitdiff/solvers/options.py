@@ -38,6 +38,7 @@ OPTIONS: dict[str, Check] = {
     "damping": (_number, "a finite number"),
     "rtol": (lambda value: value is None or (_number(value) and 0 < value < 1), "a number between 0 and 1"),
     "maxiter": (lambda value: value is None or _count(value), "a positive integer"),
+    "recycle": (_whole, "a number of pairs, 0 or more"),
     "restart": (lambda value: value is None or _count(value), "a positive integer"),
     "side": (lambda value: isinstance(value, str) and value in {"right", "left"}, "'right' or 'left'"),
     "terms": (_count, "a positive integer"),

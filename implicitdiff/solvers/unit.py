@@ -1,33 +1,14 @@
-"""The right-hand side in its own unit, and one step from it."""
+"""One step of minimal residual, from the right-hand side in its own unit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.outcome import Counts, Status
+from implicitdiff.solvers.cycles import unit_of
 
 __all__ = ["one_step", "unit_of"]
-
-
-def unit_of(space: Any, b: Array) -> tuple[Callable[[], Array], Array]:
-    """Return a function that makes b / ‖b‖ anew (it is not kept: one vector less), and ‖b‖."""
-    one = space.scalar(1.0)
-    largest = space.largest(b)
-    largest = space.where((largest > 0) & space.isfinite(largest), largest, one)
-    root = 1 / space.sqrt(largest)  # twice its root, since 1 / 1e-308 may overflow
-
-    def scaled() -> Array:
-        return space.scale(root, space.scale(root, space.copy(b)))
-
-    norm = space.norm(scaled())
-    safe = space.where(norm > 0, norm, one)
-
-    def unit() -> Array:
-        return space.scale(1 / safe, scaled())
-
-    return unit, norm * largest
 
 
 def one_step(state: Any, b: Array) -> tuple[Array, Any, Counts]:

@@ -1,0 +1,380 @@
+"""What a sequence of nearby systems shares: starts from the last solutions, and pairs (p, A p) as a preconditioner.
+
+CG makes products A p along conjugate directions, and throws them away. Kept, with s = p/√(pᵀAp) and y = A s, k of them
+make the limited-memory BFGS matrix M ≈ A⁻¹ of the next system. With S, Y their rows, oldest first, R the upper triangle
+of S Yᵀ (its diagonal is one), and M₀ the preconditioner that there is, or γ I,
+
+    a = R⁻¹ S r,   z = M₀ (r − Yᵀ a),   M r = z + Sᵀ R⁻ᵀ (a − Y z),
+
+the two-loop recursion written with matrices. M is positive definite whatever the pairs are pairs of, and on an A that
+has not changed M A is the identity on their span. On the first direction p = M r of the next system pᵀM⁻¹p = rᵀM r is
+known, so that pᵀA p / rᵀM r shows, without a product, how far A has moved from the pairs: in sequences it stayed
+between 0.03 and 6, and where A was another it was mostly above 10. Then the pairs are dropped, and the solve goes on
+without them from where it is; so does one that takes more than twice the iterations of the latest without pairs.
+
+A row of zeros stands for a pair that is not there.
+
+References
+----------
+J. L. Morales, J. Nocedal, "Automatic preconditioning by limited memory quasi-Newton updating", SIAM J. Optim. 10
+(2000) 1079-1096. DOI 10.1137/S1052623497327854
+R. H. Byrd, J. Nocedal, R. B. Schnabel, "Representations of quasi-Newton matrices and their use in limited memory
+methods", Math. Program. 63 (1994) 129-156. DOI 10.1007/BF01582063
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, times
+from implicitdiff.errors import ShapeError
+from implicitdiff.linalg.preconditioner import Preconditioner
+from implicitdiff.outcome import Counts, Status
+
+if TYPE_CHECKING:
+    from implicitdiff.backends.base import Backend
+    from implicitdiff.solvers.cycles import KrylovState
+
+__all__ = ["Memory", "SequenceState", "carried_on", "fitted", "followed", "fresh", "limited_memory", "pairs_of", "told"]
+
+KEPT = 4
+"""Solutions that are kept: three to extrapolate from, and one more to see how well that did."""
+ORDERS = ((1.0, 0.0, 0.0), (2.0, -1.0, 0.0), (3.0, -3.0, 1.0))
+"""Weights of the last solutions, the newest first, in the next one: constant, linear, quadratic."""
+PATIENCE, GRACE = 2.0, 5
+"""Times the iterations of a solve without pairs, and some more, after which pairs are given up."""
+FITTING = 0.01, 10.0
+"""pᵀA p over what the pairs make of it, on the first direction, within which they are those of a nearby A."""
+ANY = 0.0, float("inf")
+
+
+class SequenceState(NamedTuple):
+    """What one solve leaves to the next one of a sequence; arrays only, so that `jax.lax.scan` carries it.
+
+    Made by ``state="new"``, or by `sequence_state` where the shapes have to be there from the start. It is never
+    written to.
+
+    Attributes
+    ----------
+    solutions : array, shape (*items, 4, n)
+        The last raveled solutions, the newest first.
+    count : array of int, shape (*items,)
+        How many of them there are.
+    directions, images : array, shape (*items, k, n)
+        Pairs p/√(pᵀAp) and A p/√(pᵀAp) of earlier solves, the oldest first; rows of zeros where there is none. k is the
+        solver's ``recycle``.
+    pace : array, shape (*items,)
+        Iterations per decimal of the latest solve without pairs.
+    condition : array, shape (*items,)
+        Its lower estimate of the condition number.
+    used : array of int, shape (*items,)
+        Pairs that served the latest solve.
+    dropped : array of bool, shape (*items,)
+        Whether those that there were had to be dropped in it.
+    drift : array, shape (*items,)
+        ``|pᵀAp / pᵀM⁻¹p − 1|`` on the first direction of the latest solve: by how much A differed from the pairs.
+    """
+
+    solutions: Any = None
+    count: Any = None
+    directions: Any = None
+    images: Any = None
+    pace: Any = None
+    condition: Any = None
+    used: Any = None
+    dropped: Any = None
+    drift: Any = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it is the beginning of a sequence, whose shapes are not known yet."""
+        return self.solutions is None
+
+
+def pairs_of(solver: Any) -> int:
+    """How many pairs a solver keeps."""
+    return int(getattr(solver, "recycle", 0))
+
+
+def fresh(xp: Any, shape: tuple[int, ...], dtype: Any, device: Any, pairs: int) -> SequenceState:
+    """Begin a sequence of vectors (*items, n)."""
+    items, n = tuple(shape[:-1]), shape[-1]
+
+    def zeros(*more: int, kind: Any = dtype) -> Array:
+        return xp.zeros((*items, *more), dtype=kind, device=device)
+
+    integer = xp.int32
+    return SequenceState(
+        zeros(KEPT, n), zeros(kind=integer), zeros(pairs, n), zeros(pairs, n), zeros(), zeros(), zeros(kind=integer),
+        zeros(kind=xp.bool), zeros(),
+    )  # fmt: skip
+
+
+def fitted(state: SequenceState, backend: Backend, b: Array, pairs: int) -> SequenceState:
+    """Return the state for right-hand sides like b, begun where it is empty.
+
+    Raises
+    ------
+    ShapeError
+        Where it is the state of another sequence.
+    """
+    if state.empty:
+        return fresh(backend.xp, b.shape, b.dtype, backend.device(b), pairs)
+    found = tuple(state.solutions.shape), tuple(state.directions.shape)
+    items, n = tuple(b.shape[:-1]), b.shape[-1]
+    wanted = (*items, KEPT, n), (*items, pairs, n)
+    if found != wanted:
+        raise ShapeError(
+            f"state holds solutions of shape {found[0]} and pairs of shape {found[1]}; expected {wanted[0]} and "
+            f"{wanted[1]}.\nLikely cause: it is the state of another problem, or of a solver with another recycle.\n"
+            "Next: state='new'."
+        )
+    return state
+
+
+def predicted(xp: Any, state: SequenceState) -> Array:
+    """Extrapolate the next solution, by the order that would have foreseen the latest one best."""
+    last = state.solutions
+    weights = xp.asarray(ORDERS, dtype=last.dtype, device=_device(last))
+    missed = item_norm(xp, weights @ last[..., 1:, :] - last[..., :1, :])  # (*items, orders)
+    orders = xp.arange(len(ORDERS), dtype=xp.int32, device=_device(last))
+    seen = state.count[..., None] > orders + 1
+    best = xp.argmin(xp.where(seen, missed, xp.full_like(missed, float("inf"))), axis=-1)
+    chosen = xp.astype(orders == xp.astype(best, xp.int32)[..., None], last.dtype)
+    return times(xp.matrix_transpose(last[..., :-1, :]), times(weights.T, chosen))
+
+
+def _device(x: Array) -> Any:
+    import array_api_compat
+
+    return array_api_compat.device(x)
+
+
+class Memory(NamedTuple):
+    """Pairs in a ring, which a method writes to as it goes; the vectors are those of the equilibrated system."""
+
+    directions: Array
+    images: Array
+    written: Any
+    ratio: Any
+    """pᵀAp over what the preconditioner makes of it, on the first direction; 0 before."""
+    first: Any
+    """The residual that the solve started with."""
+    least: Any
+    most: Any
+    """Where the ratio has to be."""
+
+    def noted(self, space: Any, p: Array, ap: Array, curvature: Array, model: Array, go: Array) -> Memory:
+        """Store a pair in place of the oldest one, in items that go on."""
+        one, j = space.scalar(1.0), self.written % self.directions.shape[-2]
+        root = 1 / space.sqrt(space.where(go, curvature, one))
+        rows = []
+        for basis, x in (self.directions, p), (self.images, ap):
+            row = space.select(go, space.scale(root, space.copy(x)), space.take(basis, j))
+            rows.append(space.put(basis, j, row))
+        seen = space.where(go, curvature / space.where(go, model, one), space.scalar(0.0))
+        ratio = space.where(self.ratio == 0, seen, self.ratio)
+        return self._replace(directions=rows[0], images=rows[1], written=self.written + 1, ratio=ratio)
+
+    @property
+    def strange(self) -> Array:
+        """Whether the pairs that the method is preconditioned by are those of another A."""
+        return (self.ratio > self.most) | ((self.ratio < self.least) & (self.ratio > 0))
+
+
+def limited_memory(backend: Backend, directions: Array, images: Array, base: Preconditioner) -> Preconditioner:
+    """Return M of pairs (*items, k, n) with sᵀy = 1, the oldest first, over a preconditioner or a multiple of I."""
+    xp, S, Y = backend.xp, directions, images
+    ST, YT = map(xp.matrix_transpose, (S, Y))
+    unit = xp.eye(S.shape[-2], dtype=S.dtype, device=_device(S))
+    inverse = backend.triangular_inverse(xp.triu(S @ YT, k=1) + unit)
+    adjoint = xp.matrix_transpose(inverse)
+    present = xp.astype(_present(xp, S, Y), S.dtype)
+    square = xp.sum(Y * Y, axis=(-2, -1))
+    count = xp.sum(present, axis=-1)
+    gamma = xp.where(square > 0, count / divisor(xp, square), xp.ones_like(square))[..., None]
+
+    def product(r: Array) -> Array:
+        a = times(inverse, times(S, r))
+        q = r - times(YT, a)
+        z = gamma * q if base.identity else base(q)
+        return z + times(ST, times(adjoint, a - times(Y, z)))
+
+    return Preconditioner(product, product)
+
+
+def _present(xp: Any, S: Array, Y: Array) -> Array:
+    """Whether a row is a pair, (*items, k)."""
+    return xp.vecdot(S, Y, axis=-1) > 0
+
+
+class _Found(NamedTuple):
+    """How a solve with a memory ended, in arrays over the items."""
+
+    x: Array
+    status: Array
+    iterations: Array
+    matvecs: Array
+    residual: Array
+    norm: Array
+    tolerance: Array
+    condition: Array
+    directions: Array
+    images: Array
+    ratio: Array
+    pace: Array
+
+
+class _Resumed:
+    """One system of a sequence.
+
+    Parameters
+    ----------
+    solver : Krylov
+        With ``recycle``.
+    state : KrylovState
+    b : array, shape (*items, n)
+    past : SequenceState
+    """
+
+    def __init__(self, solver: Any, state: KrylovState, b: Array, past: SequenceState) -> None:
+        self.solver, self.state, self.past = solver, state, past
+        self.op, self.backend = state.operator, state.operator.backend
+        self.xp, self.scaling = self.backend.xp, state.scaling
+        self.right = b if self.scaling is None else self.scaling.scaled(b)
+        self.space = self.backend.space(self.right)
+        self.S, self.Y = past.directions, past.images
+        self.start = predicted(self.xp, past)
+        if self.scaling is not None:
+            rows, columns = (part[..., None, :] for part in self.scaling)
+            self.S, self.Y, self.start = self.S / columns, self.Y * rows, self.scaling.start(self.start)
+
+    def _number(self, value: Any, kind: Any = None) -> Array:
+        """Scalars of a space may be the host's own numbers."""
+        xp, like = self.xp, self.right
+        found = xp.asarray(value, dtype=kind or like.dtype, device=self.op.device)
+        return xp.broadcast_to(found, like.shape[:-1])
+
+    def _run(
+        self, state: KrylovState, target: Array, start: Array | None, S: Array, Y: Array, most: Any = None,
+        fitting: tuple[float, float] = ANY,
+    ) -> _Found:  # fmt: skip
+        xp, number, integer = self.xp, self._number, self.xp.int32
+        zero, one = self.space.scalar(0.0), self.space.scalar(1.0)
+        memory = Memory(xp.asarray(S, copy=True), xp.asarray(Y, copy=True), 0, zero, one, *fitting)
+        x, status, counts, memory = self.solver._solve(state, target, start, memory, most)
+        iterations, residual = number(counts.iterations, integer), number(counts.residual)
+        gained = xp.log10(number(memory.first) / divisor(xp, residual))
+        pace = xp.astype(iterations, residual.dtype) / xp.where(gained > 1, gained, xp.ones_like(gained))
+        S, Y = (xp.roll(part, -(memory.written % S.shape[-2]), axis=-2) for part in memory[:2])
+        condition = number(0.0 if counts.condition is None else counts.condition)
+        return _Found(
+            x, number(status, integer), iterations, number(counts.matvecs, integer), residual,
+            number(counts.operator_norm), number(counts.tolerance), condition, S, Y, number(memory.ratio), pace,
+        )  # fmt: skip
+
+    def solved(self) -> tuple[Array, Any, Counts, SequenceState]:
+        """Solve with the pairs, and without them where there are none, or they do not serve."""
+        xp, past = self.xp, self.past
+        present = _present(xp, self.S, self.Y)
+        known = xp.any(present, axis=-1)
+        nobody = ~known
+        if self.backend.traced or any_true(xp, known):
+            found = self._assisted(known)
+            failed = known & (found.status > int(Status.APPROXIMATE))
+            found = self.backend.if_any(failed | nobody, lambda old: self._plain(failed | nobody, old), found)
+        else:
+            failed = known
+            found = self._plain(nobody, None)
+        zero = xp.zeros_like(found.ratio)
+        count = xp.sum(xp.astype(present, xp.int32), axis=-1, dtype=xp.int32)
+        after = past._replace(
+            directions=self._unscaled(found.directions, 1), images=self._unscaled(found.images, 0), pace=found.pace,
+            condition=found.condition, dropped=failed,
+            used=xp.where(known & ~failed, count, xp.zeros_like(count)),
+            drift=xp.where(found.ratio > 0, xp.abs(found.ratio - 1), zero),
+        )  # fmt: skip
+        counts = Counts(
+            found.iterations, found.matvecs, found.residual, found.norm, None, found.tolerance,
+            found.condition,
+        )  # fmt: skip
+        x = found.x if self.scaling is None else self.scaling.restored(found.x)
+        return x, found.status, counts, after
+
+    def _unscaled(self, rows: Array, which: int) -> Array:
+        if self.scaling is None:
+            return rows
+        scale = self.scaling[which][..., None, :]
+        return rows * scale if which else rows / scale
+
+    def _masked(self, mask: Array) -> Array:
+        """The right-hand side, zero in items that are not to be solved."""
+        return self.space.select(mask, self.right, 0 * self.right)
+
+    def _assisted(self, known: Array) -> _Found:
+        """Solve with the pairs, where there are some."""
+        state, xp, past = self.state, self.xp, self.past
+        helper = limited_memory(self.backend, self.S, self.Y, state.preconditioner)
+        decimals = -xp.log10(self._number(self.solver.tolerance(self.op, self.space)))
+        most = xp.astype(GRACE + PATIENCE * decimals * past.pace, xp.int32)
+        budget = most if self.right.shape[:-1] or self.backend.traced else int(most)
+        found = self._run(
+            state._replace(preconditioner=helper), self._masked(known), self.start, self.S, self.Y, budget, FITTING
+        )
+        return found._replace(pace=past.pace, condition=past.condition)
+
+    def _plain(self, wanted: Array, old: _Found | None) -> _Found:
+        """Solve without, in the items that are wanted; the others stay as they are."""
+        xp, start = self.xp, self.start
+        if old is not None:
+            usable = self.space.finite(old.x) & (old.status > int(Status.APPROXIMATE))
+            start = self.space.select(usable, old.x, start)
+        begin = None if not (self.backend.traced or any_true(xp, self.past.count > 0)) else start
+        gone = wanted[..., None, None]
+        S, Y = (xp.where(gone, xp.zeros_like(part), part) for part in (self.S, self.Y))
+        new = self._run(self.state, self._masked(wanted), begin, S, Y)
+        if old is None:
+            return new
+        kept = [self._merged(wanted, a, b) for a, b in zip(new, old, strict=True)]
+        return _Found._make(kept)._replace(
+            iterations=old.iterations + xp.where(wanted, new.iterations, xp.zeros_like(new.iterations)),
+            matvecs=old.matvecs + new.matvecs, ratio=old.ratio,
+        )  # fmt: skip
+
+    def _merged(self, mask: Array, new: Array, old: Array) -> Array:
+        for _ in range(len(new.shape) - len(mask.shape)):
+            mask = mask[..., None]
+        return self.xp.where(mask, new, old)
+
+
+def carried_on(solver: Any, state: Any, b: Array, sequence: SequenceState, backend: Backend) -> Any:
+    """Solve the next system of a sequence.
+
+    Returns
+    -------
+    tuple
+        x, status and counts as of ``solver.solve``, and the state but for the solution.
+    """
+    past = fitted(sequence, backend, b, pairs_of(solver))
+    if pairs_of(solver):
+        return _Resumed(solver, state, b, past).solved()
+    known = backend.traced or any_true(backend.xp, past.count > 0)
+    start = predicted(backend.xp, past) if known else None
+    return (*solver.solve(state, b, start), past)
+
+
+def told(state: SequenceState) -> dict[str, Any]:
+    """What a report says of it."""
+    return {"recycled": state.used, "dropped": state.dropped, "drift": state.drift}
+
+
+def followed(state: SequenceState, xp: Any, x: Array, good: Array) -> SequenceState:
+    """Return the state with a solution more, in items where it is good; one that begins anew in the others."""
+    mask = good[..., None, None]
+    solutions = xp.concat([x[..., None, :], state.solutions[..., :-1, :]], axis=-2)
+    count = xp.where(good, xp.where(state.count < KEPT, state.count + 1, state.count), xp.zeros_like(state.count))
+    nothing = xp.zeros_like(state.directions)
+    return state._replace(
+        solutions=xp.where(mask, solutions, xp.zeros_like(solutions)), count=count,
+        directions=xp.where(mask, state.directions, nothing), images=xp.where(mask, state.images, nothing),
+    )  # fmt: skip
