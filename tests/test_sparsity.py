@@ -159,10 +159,10 @@ def test_a_pattern_is_found_by_halving(kind: str, symmetric: bool) -> None:
         counted.append(len(x))
         return x @ M.T
 
-    pattern = detected(Operator(op.backend, n, n, (), M.dtype, None, forward=product, adjoint=op.adjoint,
+    pattern, spent = detected(Operator(op.backend, n, n, (), M.dtype, None, forward=product, adjoint=op.adjoint,
                                 symmetric=op.symmetric))  # fmt: skip
     np.testing.assert_array_equal(pattern.matrix(np.ones(pattern.size)).toarray() > 0, M != 0)
-    assert sum(counted) < n / 2
+    assert sum(counted) <= spent < n / 2
 
 
 def test_entries_that_vanish_at_one_point_are_found_at_another() -> None:
@@ -197,7 +197,7 @@ def test_the_gradient_is_that_of_the_dense_system(lib: Library, kind: str, solve
     np.testing.assert_allclose(lib.numpy(g), np.linalg.solve(chain_matrix(Y, symmetric).T, V), rtol=1e-6, atol=1e-8)
     direct = report.solver in {"lu", "cholesky"}
     assert direct == (solver not in {"cg", "gmres"})
-    assert report.matvecs == 4 if direct else report.matvecs > 4
+    assert report.matvecs in (4, 4 + N * (how == "detect")) if direct else report.matvecs > 4  # once a function
 
 
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
@@ -251,7 +251,7 @@ def test_units_change_nothing(how: str) -> None:
     sparsity = TRIDIAGONAL if how == "pattern" else "detect"
     g, report = idf.implicit_vjp(idf.Root(F, sparsity=sparsity), Y * d, theta_of(Y), V / d, return_report=True)
     np.testing.assert_allclose(g, np.linalg.solve(chain_matrix(Y).T, V), rtol=1e-8)
-    assert report.matvecs == 4
+    assert "assembled from 3 products" in report.reason
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------

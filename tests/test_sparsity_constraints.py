@@ -173,3 +173,98 @@ def test_inside_of_a_program(lib: Any) -> None:
     want = idf.implicit_vjp(exact, Y, {name: DATA[name] for name in VECTORS}, V)
     for name in VECTORS:
         np.testing.assert_allclose(found[name], want[name], rtol=1e-7, atol=1e-10)
+
+
+# -- Jacobians and Hessians of constraints -----------------------------------------------------------------
+def springs(n: int, sparse: bool, hessian: str) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """A chain of nonlinear springs under linear equalities and a bound on each square, with derivatives at hand."""
+    A = (sp.eye_array(n // 2, n) + 0.5 * sp.eye_array(n // 2, n, k=n // 2)).tocsr()
+    T = sp.diags_array([np.full(n - 1, 0.5), np.full(n, 2.0), np.full(n - 1, 0.5)], offsets=[-1, 0, 1])
+
+    def out(M: Any) -> Any:
+        return M.tocsc() if sparse else M.toarray()
+
+    def f(y: Any, theta: Any) -> Any:
+        return np.sum(y**4) / 4 + np.sum(y * (T @ y)) / 2 - np.sum(theta["c"] * y)
+
+    given: dict[str, Any] = {
+        "grad": lambda y, theta: y**3 + T @ y - theta["c"],
+        "eq_jacobian": lambda y, theta: out(A),
+        "ineq_jacobian": lambda y, theta: out(sp.diags_array(2 * y)),
+    }
+    if hessian == "given":
+        given |= {
+            "hessian": lambda y, theta: out(T + sp.diags_array(3 * y**2)),
+            "eq_hessian": lambda y, theta, lam: out(sp.csc_array((n, n))),
+            "ineq_hessian": lambda y, theta, mu: out(sp.diags_array(2 * mu)),
+        }
+    if hessian == "lagrangian":
+        given["lagrangian_hessian"] = lambda y, theta, lam, mu: out(T + sp.diags_array(3 * y**2 + 2 * mu))
+    return f, lambda y, theta: A @ y - theta["b"], lambda y, theta: y**2 - theta["r"], given
+
+
+def held(n: int) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+    """A solution, its theta, and which squares are at their bounds."""
+    rng = np.random.default_rng(n)
+    _, eq, _, given = springs(n, True, "")
+    y, active = rng.normal(size=n), (rng.random(n) < 0.2) & (np.arange(n) >= n // 2)
+    zero = {"c": np.zeros(n), "b": np.zeros(n // 2), "r": np.zeros(n)}
+    pull = given["eq_jacobian"](y, zero).T @ rng.normal(size=n // 2) + 2 * y * active
+    return y, {"c": given["grad"](y, zero) + pull, "b": eq(y, zero), "r": y**2 + ~active}, active
+
+
+@pytest.mark.parametrize("hessian", ["products", "given", "lagrangian"])
+def test_sparse_derivatives_of_constraints_are_like_dense(hessian: str) -> None:
+    n = 30
+    y, theta, _ = held(n)
+    v = RNG.normal(size=n)
+    found = []
+    for sparse in (True, False):
+        f, eq, ineq, given = springs(n, sparse, hessian)
+        found.append(idf.implicit_vjp(idf.KKT(f, eq, ineq, **given), y, theta, v, return_report=True))
+    (g, report), (want, _) = found
+    for name in theta:
+        np.testing.assert_allclose(g[name], want[name], rtol=1e-8, atol=1e-11)
+    assert report.reason.startswith("the matrix is sparse")
+    assert ("assembled from 3 products" in report.reason) == (hessian == "products")
+    assert report.matvecs == (n + 4 if hessian == "products" else 0)
+    f, eq, ineq, given = springs(n, True, hessian)
+    g = idf.implicit_vjp(idf.KKT(f, eq, ineq, **given, route="nullspace"), y, theta, v, solver="lu")  # which is dense
+    np.testing.assert_allclose(g["c"], want["c"], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("hessian", ["products", "given", "lagrangian"])
+def test_constraints_that_dense_matrices_have_no_room_for(hessian: str) -> None:
+    n = 20_000
+    y, theta, active = held(n)
+    f, eq, ineq, given = springs(n, True, hessian)
+    w, report = idf.implicit_jvp(idf.KKT(f, eq, ineq, **given), y, theta, {**theta, "c": 0 * y}, return_report=True)
+    assert report.converged
+    np.testing.assert_allclose(given["eq_jacobian"](y, theta) @ w, theta["b"], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose((2 * y * w)[active], theta["r"][active], rtol=1e-8)
+
+
+def test_a_sparse_linear_constraint_of_scipy_stays_sparse() -> None:
+    from scipy.optimize import LinearConstraint
+
+    n = 30
+    rng = np.random.default_rng(1)
+    A = (sp.random_array((10, n), density=0.2, rng=rng) + sp.eye_array(10, n)).tocsr()
+    y = rng.normal(size=n)
+    theta, v = y + A.T @ rng.uniform(0.5, 1, 10), rng.normal(size=n)
+    found = []
+    for M in (A, A.toarray()):
+        limits = LinearConstraint(M, np.where(np.arange(10) < 5, A @ y, -np.inf), A @ y)
+        condition = idf.KKT(lambda y, theta: np.sum((y - theta) ** 2) / 2, limits)
+        found.append(idf.implicit_vjp(condition, y, theta, v, return_report=True))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(A @ found[0][0], 0, atol=1e-10)
+    assert found[0][1].reason.startswith("the matrix is sparse")
+
+
+def test_a_sparse_jacobian_of_another_shape_is_refused() -> None:
+    f, eq, ineq, given = springs(30, True, "")
+    given["eq_jacobian"] = lambda y, theta: sp.eye_array(3, 30)
+    y, theta, _ = held(30)
+    with pytest.raises(idf.CallbackError, match=r"eq_jacobian returned shape \(3, 30\)"):
+        idf.implicit_vjp(idf.KKT(f, eq, ineq, **given), y, theta, y)

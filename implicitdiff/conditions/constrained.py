@@ -115,11 +115,12 @@ class Constrained(Condition):
         constraints = self.constraints_at(point)
         if not constraints:
             raise _unconstrained()
-        lagrangian = Lagrangian(point, self.objective(point.lead), constraints)
+        sparse = self.route in {"auto", "kkt"}
+        lagrangian = Lagrangian(point, self.objective(point.lead), constraints, sparse=sparse)
         size = lagrangian.slices[-1].stop
         if not size:
             raise _unconstrained()
-        _check_size(point, size)
+        _check_size(point, lagrangian.dense)
         return lagrangian.first_order()
 
     def system(self, point: Point, first: FirstOrder, z: Array) -> Maps:

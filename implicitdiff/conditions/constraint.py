@@ -64,7 +64,10 @@ class Constraint:
         )
 
     def rows(self, point: Point, k: int) -> Function | None:
-        """Return the given ∂c/∂y as a function of vectors, (*items, k, n); None where it is not given."""
+        """Return the given ∂c/∂y as a function of vectors; None where it is not given.
+
+        Its values are arrays (*items, k, n), on NumPy also SciPy sparse matrices (k, n).
+        """
         if self.jacobian is None:
             return None
         given, name = point.matrix_function(self.jacobian, f"{self.name}_jacobian"), f"{self.name}_jacobian"
@@ -79,10 +82,10 @@ def _rows(point: Point, found: Any, name: str, k: int, native: bool) -> Array:
     backend, items, n = point.backend, point.items, point.y.n
     leaves = flatten(found).leaves
     lengths = [leaf.size for leaf in point.y.leaves] if len(leaves) > 1 else [n]
+    if any(hasattr(leaf, "tocsr") for leaf in leaves):
+        return _sparse_rows(point, leaves, name, k, lengths)
     parts = []
     for leaf, length in zip(leaves, lengths, strict=False):
-        if hasattr(leaf, "toarray"):
-            leaf = leaf.toarray()
         array = backend.as_array(leaf, point.y.device, point.y.dtype)
         shape = None if array is None else tuple(array.shape)
         own = () if shape is None else shape[len(items) :]
@@ -98,8 +101,27 @@ def _rows(point: Point, found: Any, name: str, k: int, native: bool) -> Array:
     return rows
 
 
-def weighted(rows: Array, z: Array) -> Array:
+def _sparse_rows(point: Point, leaves: list[Any], name: str, k: int, lengths: list[int]) -> Any:
+    """Sparse matrices of the leaves of y, side by side."""
+    import scipy.sparse
+
+    if point.backend.name != "numpy" or point.items:
+        what = "a batch is given" if point.items else f"y is an array of {point.backend.name}"
+        raise CallbackError(f"{name} returned a SciPy matrix, and {what}: return an array.")
+    expected = [(k, length) for length in lengths]
+    if [tuple(leaf.shape) for leaf in leaves] != expected:
+        got = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise CallbackError(f"{name} returned shape {got}.\nExpected {', '.join(map(str, expected))}.")
+    if len(leaves) == 1:
+        return scipy.sparse.csr_array(leaves[0])
+    return scipy.sparse.hstack([scipy.sparse.csr_array(leaf) for leaf in leaves], format="csr")
+
+
+def weighted(rows: Any, z: Array) -> Array:
     """Jᵀz for rows (*items, k, n), also where they are being traced or recorded."""
+    if hasattr(rows, "tocsr"):
+        found: Array = rows.T @ z
+        return found
     return namespace(rows, z).sum(rows * z[..., None], axis=-2)
 
 

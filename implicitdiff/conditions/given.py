@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from implicitdiff.arrays import Array, divisor, probe_vector, times
+from implicitdiff.arrays import Array, divisor, probe_vector
 from implicitdiff.conditions.base import Checked
 from implicitdiff.linalg.operator import LinearMap, Operator
+from implicitdiff.linalg.rows import absolute, rows_times
 
 if TYPE_CHECKING:
     from implicitdiff.conditions.lagrangian import FirstOrder, Lagrangian
@@ -52,8 +53,7 @@ def _of_constraints(of: Lagrangian, first: FirstOrder) -> Iterator[Checked]:
     point, size = of.point, _per_row(of, first)
     for c, s in zip(of.constraints, of.slices, strict=True):
         if c.jacobian is not None:
-            rows = first.rows[..., s, :]
-            matrix = _lazy(of, rows.shape[-2], partial(partial, times, rows))
+            matrix = _lazy(of, s.stop - s.start, partial(partial, _rows_times, first.rows, s))
             yield Checked(
                 point, c.name, point.raveled_function(c.values, c.name), None, None, _NOTHING, _NOTHING,
                 (f"{c.name}_jacobian", matrix), None, None, False,
@@ -92,6 +92,11 @@ def _second(term: Any) -> Callable[[Array], Array]:
     return found
 
 
+def _rows_times(rows: Any, s: slice, v: Array) -> Array:
+    """The product with a group of rows."""
+    return rows_times(rows, v)[..., s]
+
+
 def _lazy(of: Lagrangian, rows: int, product: Callable[[], Callable[[Array], Array]]) -> LinearMap:
     """A map whose product is made when it is first asked for: of what was looked at before, nothing is."""
     made = cache(product)
@@ -104,5 +109,5 @@ def _lazy(of: Lagrangian, rows: int, product: Callable[[], Callable[[Array], Arr
 def _per_row(of: Lagrangian, first: FirstOrder) -> Array:
     """Multipliers of which each gives its constraint the same weight, whatever its unit."""
     xp = of.backend.xp
-    size = xp.sum(xp.abs(first.rows) * xp.abs(of.y)[..., None, :], axis=-1)
+    size = rows_times(absolute(xp, first.rows), xp.abs(of.y))
     return 1 / divisor(xp, size) * (1.5 + probe_vector(xp, size.shape[-1], size.dtype, of.point.y.device))

@@ -78,6 +78,9 @@ class KKT(Constrained):
     to θ are derived from what is given: of ∇f and J, first derivatives along θ are all that is needed.
 
     The Jacobian J of the constraints is held as a matrix, (k, n) for all k of them, and multipliers cost k³ operations.
+    On NumPy it is sparse where ``eq_jacobian`` or ``ineq_jacobian`` returns a SciPy sparse matrix, and so are H (the
+    pattern of one that is not given is found by products, as by ``sparsity="detect"`` of `Stationary`) and the whole
+    system, which SuperLU factors.
 
     References
     ----------

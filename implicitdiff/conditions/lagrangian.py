@@ -23,13 +23,15 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from implicitdiff.arrays import Array, times
+from implicitdiff.arrays import Array
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.constraint import Constraint, Function, paired, weighted
 from implicitdiff.conditions.given import checked_parts
 from implicitdiff.conditions.matrices import matrix_operator
 from implicitdiff.conditions.point import Point, VectorFunction
-from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_product
+from implicitdiff.linalg.operator import LinearMap, Operator, Product, matrix_map, matrix_product
+from implicitdiff.linalg.rows import SparseMatrix, SparseRows, as_sparse, rows_times, stacked, turned_times
+from implicitdiff.linalg.sparsity import assembled, sparsity_of
 from implicitdiff.namespaces import without
 
 __all__ = ["FirstOrder", "Lagrangian", "Objective"]
@@ -56,8 +58,8 @@ class FirstOrder(NamedTuple):
     p: int
     values: Array
     """c, shape (*items, k)."""
-    rows: Array
-    """J, shape (*items, k, n)."""
+    rows: Any
+    """J, an array or `SparseRows`, shape (*items, k, n)."""
     gradient: Array
     """∇f, shape (*items, n)."""
     curve: Callable[[Array], Array]
@@ -89,9 +91,14 @@ class Lagrangian:
     objective : Objective
     constraints : sequence of Constraint
         Equalities first.
+    sparse : bool
+        Whether J may be sparse.
     """
 
-    def __init__(self, point: Point, objective: Objective, constraints: Sequence[Constraint]) -> None:
+    def __init__(
+        self, point: Point, objective: Objective, constraints: Sequence[Constraint], *, sparse: bool = True
+    ) -> None:  # fmt: skip
+        self._sparse = sparse
         self.point, self.objective, self.constraints = point, objective, constraints
         self.backend, self.y, self.theta = point.backend, point.y.vector, point.theta.vector
         self.name = " and ".join(dict.fromkeys(c.name for c in constraints))
@@ -136,21 +143,38 @@ class Lagrangian:
         values = self.parts[0] if len(self.parts) == 1 else backend.concat(self.parts)
         slope = self.objective_term.slope
         gradient = self.of_f.value() if slope is None else slope(self.point)(self.y, self.theta)
-        values, rows, gradient = (backend.astype(x, dtype) for x in (values, self._rows(), gradient))  # widened
+        rows = self._rows()
+        rows = rows if isinstance(rows, SparseRows) else backend.astype(rows, dtype)
+        values, gradient = (backend.astype(x, dtype) for x in (values, gradient))  # widened
         curve = self.of_f.hvp if (second := self.second_of_f) is None else second.matvec
         product = lambda v: backend.astype(curve(v), dtype)  # noqa: E731
         lagrangian = None if self.recorded else self
         return FirstOrder(p, values, rows, gradient, product, None if second is None else second.matrix, lagrangian)
 
-    def _rows(self) -> Array:
+    @cached_property
+    def _given_rows(self) -> list[Any]:
+        """∂c/∂y of each group at the point, as far as it is given."""
+        rows = (c.rows(self.point, s.stop - s.start) for c, s in zip(self.constraints, self.slices, strict=True))
+        found: list[Any] = [None if of is None else of(self.y, self.theta) for of in rows]
+        return found if self._sparse else [r.toarray() if hasattr(r, "toarray") else r for r in found]
+
+    @property
+    def dense(self) -> int:
+        """Number of constraints of which no sparse gradients are given."""
+        parts = zip(self._given_rows, self.slices, strict=True)
+        return sum(s.stop - s.start for rows, s in parts if not hasattr(rows, "tocsr"))
+
+    def _rows(self) -> Any:
         """J at the point."""
-        missing = any(c.jacobian is None for c in self.constraints)
+        backend, missing = self.backend, any(rows is None for rows in self._given_rows)
         derived: Any = self._derived_rows() if missing else None
-        found = []
-        for c, s in zip(self.constraints, self.slices, strict=True):
-            given = c.rows(self.point, s.stop - s.start)
-            found.append(derived[..., s, :] if given is None else given(self.y, self.theta))
-        return found[0] if len(found) == 1 else self.backend.xp.concat(found, axis=-2)
+        parts = zip(self._given_rows, self.slices, strict=True)
+        found = [derived[..., s, :] if rows is None else rows for rows, s in parts]
+        if any(hasattr(rows, "tocsr") for rows in found):
+            y = self.point.y
+            wrapped = [SparseMatrix(r).on(backend, (), y.dtype, y.device) if hasattr(r, "tocsr") else r for r in found]
+            return stacked([as_sparse(backend, rows) for rows in wrapped])
+        return found[0] if len(found) == 1 else backend.xp.concat(found, axis=-2)
 
     def _derived_rows(self) -> Any:
         backend, items, k = self.backend, self.point.items, self.slices[-1].stop
@@ -245,6 +269,10 @@ class Lagrangian:
         given, missing = [op for _, op in pairs if op is not None], [t for t, op in pairs if op is None]
         part = self.point.part()
         derived = [] if not missing else self.derived(missing, part) if given else all_derived
+        if not derived and all(op.sparse is not None for op in given):
+            matrix = functools.reduce(lambda a, op: a + op.sparse, given[1:], given[0].sparse)
+            found: Operator = matrix_map(Operator, self.backend, matrix, (), self.point.y.dtype, None, label="A")
+            return replace(found, symmetric=True, adjoint=found.forward)
         if not derived and all(op.sparse is None and op.matrix is not None for op in given):
             matrix = functools.reduce(lambda a, op: a + op.matrix, given[1:], given[0].matrix)
             return self._operator(matrix_product(self.backend.xp, matrix), "given", 0.0, matrix)
@@ -271,11 +299,11 @@ class Lagrangian:
         terms = [t for t in self.terms(z) if not t.linear]
         derived = self.derived(terms, point.part())
         H, order = self._hessian(terms, z, derived), n + first.rows.shape[-2]
-        columns = backend.xp.matrix_transpose(first.rows)
+        turned = functools.partial(turned_times, backend.xp, first.rows)
 
         def product(x: Array) -> Array:
             v, w = x[..., :n], x[..., n:]
-            return backend.concat([H.matvec(v) + times(columns, w), times(first.rows, v)])
+            return backend.concat([H.matvec(v) + turned(w), rows_times(first.rows, v)])
 
         A = Operator(
             backend, order, order, point.items, point.y.dtype, point.y.device, forward=product, adjoint=product,
@@ -284,11 +312,27 @@ class Lagrangian:
 
         def residual() -> Array:
             values = without(backend.xp, first.values, -math.inf, 0.0)
-            return backend.concat([first.gradient + times(columns, z), values])
+            return backend.concat([first.gradient + turned(z), values])
 
-        dense = None if H.matrix is None and H.sparse is None else H.dense()
-        checked = checked_parts(self, first, z)
-        return Maps(residual, self._at, A, self._mixed(derived, order), checked=checked, hessian=dense)
+        checked, matrix = checked_parts(self, first, z), self._matrix_of(H, first.rows)
+        return Maps(residual, self._at, A, self._mixed(derived, order), checked=checked, hessian=matrix)
+
+    def _matrix_of(self, H: Operator, rows: Any) -> Any:
+        """The matrix of H, where it is at hand; sparse beside sparse gradients, and then found where it is not."""
+        if not isinstance(rows, SparseRows):
+            return None if H.matrix is None and H.sparse is None else H.dense()
+        if H.matrix is None and H.sparse is None:
+            functions = (
+                self.objective.f,
+                *self.objective.given,
+                *(f for c in self.constraints for f in (c.fun, *c.given)),
+            )
+            H = assembled(replace(H, sparsity=sparsity_of("detect", functions)))
+        if H.sparse is not None:
+            found = SparseMatrix(H.sparse).on(self.backend, (), H.dtype, H.device)
+            made = 0 if H.entries is None else H.entries.products
+            return replace(found, products=made, spent=H.probes)
+        return as_sparse(self.backend, H.matrix)
 
     def _at(self, both: Array, theta: Array) -> Array:
         """F at any point."""

@@ -70,7 +70,7 @@ def _with_matrix(A: SaddleOperator, hessian: Any, diagonal: Array) -> Any:
     if hessian is None:
         return A
     if isinstance(hessian, SparseRows):
-        return with_entries(A, saddle_entries(hessian, A.jacobian, -diagonal))
+        return with_entries(A, saddle_entries(hessian, A.jacobian, -diagonal), hessian.spent)
     xp = A.backend.xp
     matrix = A.matrix_of(xp.concat([hessian, A.jacobian], axis=-2))
     product = matrix_product(xp, matrix)

@@ -39,10 +39,20 @@ class Sides(NamedTuple):
 
     def selection(self, kind: str, lb: np.ndarray, ub: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return S and b of the constraints S c − b of a kind, shapes (k, m) and (k,)."""
-        eye = np.eye(lb.size)
+        return self._rows_of(np.eye(lb.size), kind, lb, ub, np.concatenate)
+
+    def sparse_selection(self, kind: str, lb: np.ndarray, ub: np.ndarray) -> tuple[Any, np.ndarray]:
+        """The same with a SciPy sparse S."""
+        import scipy.sparse
+
+        return self._rows_of(scipy.sparse.eye_array(lb.size, format="csr"), kind, lb, ub, scipy.sparse.vstack)
+
+    def _rows_of(
+        self, eye: Any, kind: str, lb: np.ndarray, ub: np.ndarray, stack: Callable[..., Any]
+    ) -> tuple[Any, np.ndarray]:  # fmt: skip
         if kind == "eq":
             return eye[self.equal], ub[self.equal]
-        S = np.concatenate([-eye[self.lower], eye[self.upper]])
+        S = stack([-eye[self.lower], eye[self.upper]])
         return S, np.concatenate([-lb[self.lower], ub[self.upper]])
 
 
@@ -148,8 +158,13 @@ class _Rows:
         return sides_of(lb, ub).selection(self.kind, lb, ub)
 
     # -- of a matrix, or of y itself -----------------------------------------------------------------
-    def _matrix(self) -> tuple[np.ndarray, np.ndarray]:
+    def _matrix(self, y: Any) -> tuple[Any, np.ndarray]:
+        """S M and b; sparse where M is, and y is one vector of NumPy."""
         M = self.of.matrix
+        if hasattr(M, "tocsr") and not self.lead and type(y) is np.ndarray and M.shape[1] == self.n:
+            lb, ub = self.of.limits(M.shape[0])
+            S, b = sides_of(lb, ub).sparse_selection(self.kind, lb, ub)
+            return (S @ M).tocsr(), b
         S, b = self._selection(self.n if M is None else M.shape[0])
         if M is None:
             return S, b
@@ -159,13 +174,19 @@ class _Rows:
 
     def affine(self, y: Any, theta: Any, *args: Any) -> Any:
         """S M y − b."""
-        x, (M, b) = self._raveled(y), self._matrix()
+        x = self._raveled(y)
+        M, b = self._matrix(x)
+        if hasattr(M, "tocsr"):
+            return M @ x - b
         xp = namespace(x)
         return x @ constant(xp, x, M.T) - constant(xp, x, b)
 
     def affine_rows(self, y: Any, theta: Any, *args: Any) -> Any:
         """S M."""
-        x, (M, _) = self._raveled(y), self._matrix()
+        x = self._raveled(y)
+        M, _ = self._matrix(x)
+        if hasattr(M, "tocsr"):
+            return M
         xp = namespace(x)
         found = constant(xp, x, M)
         return xp.broadcast_to(found, (*x.shape[: self.lead], *M.shape)) if self.lead else found

@@ -32,8 +32,8 @@ MOST = 2**26
 """Entries from which a matrix is not sparse."""
 
 
-def detected(op: Any) -> Pattern:
-    """Find the pattern of an operator, for all its items together.
+def detected(op: Any) -> tuple[Pattern, int]:
+    """Find the pattern of an operator, for all its items together, and count the products that it took.
 
     Raises
     ------
@@ -43,10 +43,11 @@ def detected(op: Any) -> Pattern:
     n = op.n
     if n <= SMALL:
         rows, columns = np.nonzero(_nonzero(op, op.matvec, np.eye(n)).T)
+        spent = n
     else:
-        rows, columns = _by_halving(op)
+        rows, columns, spent = _by_halving(op)
     found = Pattern(n, rows, columns).of_order(n)
-    return found.symmetric if op.symmetric else found
+    return found.symmetric if op.symmetric else found, spent
 
 
 def _nonzero(op: Any, product: Any, vectors: np.ndarray) -> np.ndarray:
@@ -57,15 +58,16 @@ def _nonzero(op: Any, product: Any, vectors: np.ndarray) -> np.ndarray:
     return found.any(axis=tuple(range(1, found.ndim - 1))) if found.ndim > 2 else found
 
 
-def _by_halving(op: Any) -> tuple[np.ndarray, np.ndarray]:
-    n = op.n
+def _by_halving(op: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    n, spent = op.n, 0
     shift = max((n - 1).bit_length() - START, 0)
     blocks = -(-n // 2**shift)
     rows, columns = np.repeat(np.arange(n), blocks), np.tile(np.arange(blocks), n)  # row and block, as far as is known
     dense = np.zeros(0, dtype=np.int64)
     transposable = op.adjoint is not None
     while True:
-        rows, columns = _confirmed(op, rows, columns, shift)
+        rows, columns, more = _confirmed(op, rows, columns, shift)
+        spent += more
         if transposable:
             rows, columns, dense = _without_dense(rows, columns, dense, n)
         if shift == 0:
@@ -80,15 +82,15 @@ def _by_halving(op: Any) -> tuple[np.ndarray, np.ndarray]:
                 f"A has more than {MOST // 2} entries: it is not sparse.\nNext: leave sparsity out, or give a pattern."
             )
     if not len(dense):
-        return rows, columns
+        return rows, columns, spent
     units = np.zeros((len(dense), n))
     units[np.arange(len(dense)), dense] = 1
-    which, more = np.nonzero(_nonzero(op, op.rmatvec, units))
-    return np.concatenate([rows, dense[which]]), np.concatenate([columns, more])
+    which, others = np.nonzero(_nonzero(op, op.rmatvec, units))
+    return np.concatenate([rows, dense[which]]), np.concatenate([columns, others]), spent + len(dense)
 
 
-def _confirmed(op: Any, rows: np.ndarray, blocks: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the pairs of row and block of columns where there is something."""
+def _confirmed(op: Any, rows: np.ndarray, blocks: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Keep the pairs of row and block of columns where there is something; count the products."""
     n = op.n
     count = ((n - 1) >> shift) + 1
     colors, used = column_colors(count, rows, blocks, n)
@@ -96,7 +98,7 @@ def _confirmed(op: Any, rows: np.ndarray, blocks: np.ndarray, shift: int) -> tup
     probe = probe_vector(np, n, np.float64, None)
     vectors = np.where(of_column[None, :] == np.arange(used)[:, None], probe, 0.0)
     found = _nonzero(op, op.matvec, vectors)[colors[blocks], rows]
-    return rows[found], blocks[found]
+    return rows[found], blocks[found], used
 
 
 def _without_dense(rows: np.ndarray, blocks: np.ndarray, dense: np.ndarray, n: int) -> Any:

@@ -148,12 +148,18 @@ class SparseRows:
     backend : Backend
     device : object
         Of the values.
+    products : int
+        What it was assembled from, if it was.
+    spent : int
+        Products that were made on the way.
     """
 
     places: Places
     values: Array
     backend: Backend
     device: Any
+    products: int = 0
+    spent: int = 0
 
     @classmethod
     def zeros(
@@ -280,7 +286,7 @@ def saddle_entries(H: SparseRows, J: SparseRows, diagonal: Array) -> Entries:
     xp, pattern, order, segments = H.backend.xp, *_saddle_places(H.places, J.places)
     parts = H.backend.concat([H.values, J.values, J.values, diagonal])
     values = segments.over(xp, xp.take(parts, xp.asarray(order, device=H.device), axis=-1), H.device)
-    return Entries(pattern, values, 0)
+    return Entries(pattern, values, H.products)
 
 
 def _saddle_places(H: Places, J: Places) -> tuple[Pattern, np.ndarray, Segments]:

@@ -51,16 +51,16 @@ class Sparsity:
         found = found.transposed if self.flipped else found
         return found.symmetric if op.symmetric else found
 
-    def find(self, op: Operator) -> Pattern:
-        """Find the pattern, beside what is known of it."""
-        found = detected(op)
+    def find(self, op: Operator) -> tuple[Pattern, int]:
+        """Find the pattern, beside what is known of it, and count the products that it took."""
+        found, spent = detected(op)
         found = found.transposed if self.flipped else found
         if op.n in self.found:
             found = found.union(self.found[op.n])
         self.found[op.n] = found
         known = self.known(op)
         assert known is not None
-        return known
+        return known, spent
 
 
 _found: dict[Any, Any] = {}
@@ -127,7 +127,7 @@ def _read(op: Operator, sparsity: Sparsity) -> tuple[Entries, int]:
         zeros = op.backend.xp.zeros((*op.items, op.n), dtype=op.dtype, device=op.device)
         if not op.backend.sees(op.matvec(zeros)):
             raise _unknown()
-        pattern = sparsity.find(op)
+        pattern, spent = sparsity.find(op)
     for _ in range(TRIES):
         found = read(op, pattern)
         seen = op.backend.sees(found.values)
@@ -136,7 +136,8 @@ def _read(op: Operator, sparsity: Sparsity) -> tuple[Entries, int]:
         wrong = seen and any_true(op.backend.xp, difference.rows & difference.finite[..., None])
         if not wrong or sparsity.given is not None:
             break
-        pattern = sparsity.find(op)
+        pattern, more = sparsity.find(op)
+        spent += more
     if wrong:
         raise missed(op, found, difference)
     return poisoned(op.backend, found, difference), spent
