@@ -223,3 +223,24 @@ def test_auto_takes_products_with_the_jacobian_where_there_are_many_unknowns() -
     damped = implicit_vjp(line, y, theta, v, solver=LSMR(damping=0.5))
     u = v / (1.5 + scale**2)
     np.testing.assert_allclose(damped, np.concatenate([scale * u, u]), rtol=1e-8)
+
+
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+@pytest.mark.parametrize("sparsity", ["pattern", "detect"])
+def test_sparse_matrices(sparsity: str, hessian: Any) -> None:
+    """A chain: each residual sees two neighbours, and A is tridiagonal."""
+    n = 40
+
+    def chain(y: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.concatenate([y - t, np.sin(y[1:] - y[:-1])])
+
+    y = np.cos(np.arange(n) / 3)
+    bonds = np.sin(y[1:] - y[:-1]) * np.cos(y[1:] - y[:-1])
+    theta = y + np.concatenate([[0.0], bonds]) - np.concatenate([bonds, [0.0]])
+    pattern = np.abs(np.subtract.outer(np.arange(n), np.arange(n))) < 2
+    plain = LeastSquares(chain, hessian=hessian)
+    few = LeastSquares(chain, hessian=hessian, sparsity="detect" if sparsity == "detect" else pattern)
+    v = np.sin(np.arange(n))
+    found, report = implicit_vjp(few, y, theta, v, return_report=True)
+    np.testing.assert_allclose(found, implicit_vjp(plain, y, theta, v), rtol=1e-6, atol=1e-9)
+    assert "sparse" in report.reason

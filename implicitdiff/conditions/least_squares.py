@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from implicitdiff.conditions.base import Condition, Function, Maps, check_callables, check_verify
+from implicitdiff.conditions.base import Function, Maps, check_callables, check_verify
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.residuals import Residuals
+from implicitdiff.conditions.sparse import SparseCondition
 from implicitdiff.errors import InputError, UnknownNameError
+from implicitdiff.linalg.sparsity import check_sparsity
 
 __all__ = ["LeastSquares"]
 
@@ -18,7 +20,7 @@ HessianOf: TypeAlias = Literal["exact", "gauss-newton"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LeastSquares(Condition):
+class LeastSquares(SparseCondition):
     """A minimum (or another stationary point) of ½‖r(y, θ)‖², or of another loss of the residuals r.
 
     With f = ℓ(r(y, θ), θ) + R(y, θ), J = ∂r/∂y, w = ∇ℓ(r) and H = ∇²ℓ(r) the condition is F = Jᵀw + ∇R = 0, and
@@ -48,6 +50,8 @@ class LeastSquares(Condition):
         What is solved with: A, or A without the curvature of r. With ``error=True`` the report tells what that costs.
     verify : bool, default True
         Whether what is given is held against ``residual`` at its first use (see `check_derivatives`).
+    sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
+        Where A (not J) has entries, as for `Stationary`.
 
     Raises
     ------
@@ -93,10 +97,12 @@ class LeastSquares(Condition):
     regularizer: Callable[..., Any] | None = None
     hessian: str = "exact"
     verify: bool = True
+    sparsity: Any = None
 
     def __init__(
         self, residual: Callable[..., Any], *, jvp: Function = None, vjp: Function = None, jacobian: Function = None,
         loss: Function = None, regularizer: Function = None, hessian: HessianOf = "exact", verify: bool = True,
+        sparsity: Any = None,
     ) -> None:  # fmt: skip
         if not callable(residual):
             raise InputError(f"residual is {type(residual).__name__}; expected a callable r(y, theta, *args).")
@@ -105,12 +111,17 @@ class LeastSquares(Condition):
         check_verify(verify)
         if hessian not in get_args(HessianOf):
             raise UnknownNameError(f"hessian = {hessian!r}: expected one of {', '.join(get_args(HessianOf))}.")
-        for name, value in {"residual": residual, **fields, "hessian": hessian, "verify": verify}.items():
+        options = {"hessian": hessian, "verify": verify, "sparsity": check_sparsity(sparsity)}
+        for name, value in {"residual": residual, **fields, **options}.items():
             object.__setattr__(self, name, value)
 
     @property
     def has_matrix(self) -> bool:
-        return self.given
+        return self.given or self.sparsity is not None
+
+    @property
+    def derived_from(self) -> tuple[Any, ...]:
+        return (self.residual, self.jvp, self.vjp, self.jacobian, self.loss, self.regularizer)
 
     @property
     def given(self) -> bool:

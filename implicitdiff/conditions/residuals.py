@@ -183,8 +183,9 @@ class Residuals:
         f = self.point.scalar_function(self.objective, "residual" if self.condition.loss is None else "loss")
         backend, y, theta = self.backend, self._y, self._theta
         found = backend.differentiate_gradient(f, y, theta)
+        given = self._pattern()
         return maps_from(
-            self.point, Given(), lambda y, theta: backend.differentiate_gradient(f, y, theta).value(), lambda: found,
+            self.point, given, lambda y, theta: backend.differentiate_gradient(f, y, theta).value(), lambda: found,
             symmetric=True, what="∇f", value=found.value, values=f, known_as="residual",
         )  # fmt: skip
 
@@ -192,7 +193,13 @@ class Residuals:
         """Those of F as one function, by the J that was given."""
         F = VectorFunction(self._at, self.point, "the product with Jᵀ", _not_lent)
         derive = partial(self.backend.differentiate, F, self._y, self._theta)
-        return maps_from(self.point, Given(), F, derive, symmetric=True, value=self._residual, known_as="residual")
+        return maps_from(
+            self.point, self._pattern(), F, derive, symmetric=True, value=self._residual, known_as="residual"
+        )
+
+    def _pattern(self) -> Given:
+        c = self.condition
+        return Given(sparsity=None if c.sparsity is None else c.where())
 
     def objective(self, y: Any, theta: Any, *args: Any) -> Any:
         """f."""
@@ -261,8 +268,10 @@ class Residuals:
             self.backend, p.y.n, p.y.n, p.items, p.y.dtype, p.y.device, forward=product, adjoint=product,
             kind=_kinds(parts), label="A", symmetric=True, trusted=not self.condition.given,
             accuracy=max(x.accuracy for x in parts), leaves=lengths_of_leaves(p), like=p.y.vector,
+            sparsity=self._pattern().sparsity,
         )  # fmt: skip
         whole = self.simple and not exact and J.dtype == A.dtype and not is_tree_vector(p.y.vector)
+        whole = whole and self.condition.sparsity is None  # a sparse A is factored as it is
         return gram(A, J) if whole else A
 
     # -- B -------------------------------------------------------------------------------------------
