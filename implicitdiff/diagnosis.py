@@ -116,7 +116,7 @@ def _observations_error(diagnostics: Any, rules: Any) -> SolveError | None:
     if not rules.warned:
         rules.warned = True
         for message in warnings:
-            warn(message, RegularityWarning)
+            warn(str(message), type(message) if isinstance(message, Warning) else RegularityWarning)
     return error
 
 

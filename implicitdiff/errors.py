@@ -31,6 +31,7 @@
     ├── NotASolutionWarning                  F(y, theta) is not zero
     ├── RecompilationWarning                 JAX compiles at every call
     ├── RegularityWarning                    a weakly active constraint, a multiplier of the wrong sign
+    │   └── DegeneracyWarning                one of several derivatives at a degenerate point
     └── SolveWarning                         a failed solve under on_failure="warn"
 """
 
@@ -45,6 +46,7 @@ __all__ = [
     "BackendError",
     "CallbackError",
     "DTypeError",
+    "DegeneracyWarning",
     "DerivativeError",
     "ImplicitDiffError",
     "ImplicitDiffWarning",
@@ -197,6 +199,10 @@ class RecompilationWarning(ImplicitDiffWarning):
 
 class RegularityWarning(ImplicitDiffWarning):
     """The solution is less regular than its derivative assumes: a weakly active constraint, a wrong multiplier."""
+
+
+class DegeneracyWarning(RegularityWarning):
+    """Active constraints are dependent or weak: the derivative is one element of the generalised one."""
 
 
 class SolveWarning(ImplicitDiffWarning):

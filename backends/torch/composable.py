@@ -114,6 +114,26 @@ class Composable(TorchArrays):
     def if_any(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         return function(value)
 
+    def detached(self, x: Array) -> Array:
+        return x.detach()
+
+    def while_loop(
+        self, cond: Callable[[Any], Any], body: Callable[[Any], Any], state: Any, limit: int | None = None
+    ) -> Any:
+        done = 0
+        while done != limit and self._holds(cond(state), limit):
+            state, done = body(state), done + 1
+        return state
+
+    def _holds(self, condition: Any, limit: int | None) -> bool:
+        """Whether a loop goes on: to its limit, where `torch.vmap` shows no values."""
+        try:
+            return bool(condition)
+        except RuntimeError:
+            if limit is None:
+                raise
+            return True
+
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
         many_of = over_items(product)
         return lambda x: (product if x.ndim == len(items) + 1 else many_of)(x)

@@ -23,7 +23,7 @@ from implicitdiff.tolerances import ACTIVE, DEPENDENT, VIOLATED
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["ActiveSet", "Limits", "candidates", "classified", "dependent_rows", "names", "recovered"]
+__all__ = ["ActiveSet", "Limits", "candidates", "classified", "dependent_rows", "names", "recovered", "with_piece"]
 
 
 class Limits(NamedTuple):
@@ -57,6 +57,8 @@ class ActiveSet(NamedTuple):
     """Whether its gradient is a combination of those of others that are active."""
     unbalanced: Array
     """Whether the multipliers that were given leave ∇f + Jᵀz, in the units of f."""
+    degenerate: Array
+    """Whether it is dependent, or weak, and one element of the generalised derivative was selected."""
 
 
 def candidates(backend: Backend, equality: Array, first: Any, units: Units, limits: Limits) -> Array:
@@ -175,7 +177,16 @@ def classified(
     violated = size > limits.violated * units.distance
     return ActiveSet(
         equality, values, xp.where(candidate, multipliers, xp.zeros_like(multipliers)), candidate & ~(held & small),
-        held & small, wrong, violated, dependent, xp.zeros_like(candidate),
+        held & small, wrong, violated, dependent, xp.zeros_like(candidate), xp.zeros_like(candidate),
+    )  # fmt: skip
+
+
+def with_piece(xp: Any, found: ActiveSet, held: Array, degenerate: Array) -> ActiveSet:
+    """Hold a piece that was selected as a whole, in the items that are degenerate."""
+    here = xp.any(degenerate, axis=-1, keepdims=True)
+    return found._replace(
+        active=xp.where(here, held, found.active), weak=found.weak & ~here, wrong=found.wrong & ~here,
+        degenerate=degenerate,
     )  # fmt: skip
 
 

@@ -164,8 +164,8 @@ class Condition(Record):
         """Return the solver for the whole system, given the one that was asked for."""
         return solver
 
-    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
-        """Turn observations into an error, if any, and warnings."""
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str | Warning]]:
+        """Turn observations into an error, if any, and warnings: texts, where they are about regularity."""
         return None, []
 
     def diagnose(self, observations: Observations, error: Exception, operator: Operator) -> Exception:

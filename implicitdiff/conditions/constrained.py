@@ -18,6 +18,7 @@ The solution's part for y is not touched by W. A constraint with the value −in
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
@@ -27,12 +28,14 @@ from implicitdiff.conditions import active_set
 from implicitdiff.conditions.active_set import ActiveSet, Limits
 from implicitdiff.conditions.base import Condition, Maps, Observations, finite_part
 from implicitdiff.conditions.constraint import Constraint
+from implicitdiff.conditions.degenerate import selected
 from implicitdiff.conditions.lagrangian import FirstOrder, Lagrangian, Objective
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.reduced import Choices, reduced
 from implicitdiff.conditions.stationary import Stationary
 from implicitdiff.conditions.units import Units, units_at
 from implicitdiff.errors import (
+    DegeneracyWarning,
     InfeasibleError,
     InputError,
     NotPositiveDefiniteError,
@@ -49,10 +52,12 @@ from implicitdiff.ravel import Raveler
 from implicitdiff.solvers.saddle import NullSpace, Schur
 from implicitdiff.tolerances import LARGEST
 
-__all__ = ["ROUTES", "Constrained", "Route"]
+__all__ = ["ROUTES", "Constrained", "Degenerate", "Route"]
 
 Route: TypeAlias = Literal["auto", "kkt", "schur", "nullspace"]
 ROUTES = get_args(Route)
+Degenerate: TypeAlias = Literal["raise", "select"]
+DEGENERATE = get_args(Degenerate)
 
 
 class Constrained(Condition):
@@ -63,6 +68,7 @@ class Constrained(Condition):
     multipliers: Any
     route: str
     active_tol: float | None
+    degenerate: str = "raise"
 
     per_item: ClassVar[tuple[str, ...]] = ("multipliers",)
 
@@ -84,6 +90,8 @@ class Constrained(Condition):
     def _check_options(self) -> None:
         if self.route not in ROUTES:
             raise UnknownNameError(f"route = {self.route!r}: expected one of {', '.join(ROUTES)}.")
+        if self.degenerate not in DEGENERATE:
+            raise UnknownNameError(f"degenerate = {self.degenerate!r}: expected one of {', '.join(DEGENERATE)}.")
         if self.active_tol is not None and not 0 < self.active_tol < 1:
             raise InputError(f"active_tol = {self.active_tol!r}: expected a number between 0 and 1.")
 
@@ -147,19 +155,24 @@ class Constrained(Condition):
             return self._nearby(point, first, limits, equality)
         units = units_at(point, first, limits)
         candidate = active_set.candidates(backend, equality, first, units, limits)
+        degenerate = xp.zeros_like(candidate)
+        if self.degenerate == "select":
+            at = functools.partial(self.system, point, first)
+            candidate, degenerate = selected(point, first, units, limits, candidate, equality, at)
         given = self._given(point, first)
         if given is not None and backend.mode is not Mode.INLINE:
-            candidate = candidate | _active_by_multiplier(first, given, units, limits)
+            candidate = candidate | (_active_by_multiplier(first, given, units, limits) & ~_items(xp, degenerate))
             z, dependent = given, xp.zeros_like(candidate)  # a dependence shows in the solve: see `diagnose`
-            whole = self.system(point, first, xp.where(candidate, z, xp.zeros_like(z)))
+            if self.degenerate == "select":
+                z = xp.where(_items(xp, degenerate), active_set.recovered(backend, first, units, candidate)[0], z)
         else:  # also where the derivative is differentiated again: there z has to follow y and theta
             z, dependent = active_set.recovered(backend, first, units, candidate)
-            whole = self.system(point, first, xp.where(candidate, z, xp.zeros_like(z)))
-        judged = active_set.classified(
-            xp, equality, first.values, units, limits, candidate, dependent, z if given is None else given
-        )
+        whole = self.system(point, first, xp.where(candidate, z, xp.zeros_like(z)))
+        told = z if given is None else xp.where(_items(xp, degenerate), z, given)
+        judged = active_set.classified(xp, equality, first.values, units, limits, candidate, dependent, told)
+        judged = active_set.with_piece(xp, judged, candidate, degenerate)
         if given is not None and point.y.n:
-            held = xp.where(judged.active, given, xp.zeros_like(given))
+            held = xp.where(judged.active, told, xp.zeros_like(told))
             judged = judged._replace(unbalanced=active_set.unbalanced(xp, first, units, limits, held))
         return reduced(point, whole, first.rows, units, judged)
 
@@ -169,7 +182,7 @@ class Constrained(Condition):
         xp = point.backend.xp
         no = xp.zeros_like(there.active)
         z = xp.where(there.active, there.multipliers, xp.zeros_like(there.multipliers))
-        found = ActiveSet(equality, first.values, z, there.active, no, no, no, no, no)
+        found = ActiveSet(equality, first.values, z, there.active, no, no, no, no, no, no)
         maps = reduced(point, self.system(point, first, z), first.rows, there.units, found)
 
         def changed() -> Array:
@@ -219,7 +232,7 @@ class Constrained(Condition):
         return vectors[0] if len(vectors) == 1 else point.backend.concat(vectors)
 
     # -- what was found --------------------------------------------------------------------------------
-    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str | Warning]]:
         found: ActiveSet = observations.details
         xp = namespace(found.active)
 
@@ -235,7 +248,9 @@ class Constrained(Condition):
             ), []
         if dependent := which(found.dependent):
             return _unqualified(dependent), []
-        messages = []
+        messages: list[str | Warning] = []
+        if degenerate := which(found.degenerate):
+            messages.append(_selected(degenerate))
         if weak := which(found.weak):
             messages.append(
                 f"{weak} is weakly active: it holds with equality, and its multiplier is zero.\n"
@@ -301,6 +316,15 @@ def _unqualified(names: str) -> QualificationError:
     )
 
 
+def _selected(names: str) -> DegeneracyWarning:
+    return DegeneracyWarning(
+        f"the point is degenerate: {names} are active with dependent gradients, or with a multiplier of zero.\n"
+        "The solution has a kink in theta here; the derivative is that of one side, one element of the generalised "
+        "derivative.\n"
+        "Next: nothing, in an outer loop that moves on. degenerate='raise' makes dependent gradients an error."
+    )
+
+
 # -- parts ---------------------------------------------------------------------------------------------
 def _lagrangian(f: Callable[..., Any], constraints: Callable[..., Any], lead: int) -> Callable[..., Any]:
     """f + zᵀc as a function of ((y, z), θ)."""
@@ -333,6 +357,11 @@ def _active_by_multiplier(first: FirstOrder, given: Array, units: Units, limits:
     """
     near = first.values > -100 * limits.violated * units.distance
     return near & (given > 0) & (given * units.give * units.give > -first.values)
+
+
+def _items(xp: Any, mask: Array) -> Array:
+    """Items in which any of a mask holds, (*items, 1)."""
+    return xp.any(mask, axis=-1, keepdims=True)
 
 
 def _equalities(point: Point, first: FirstOrder) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from implicitdiff.conditions.base import Function, check_callables, check_verify
-from implicitdiff.conditions.constrained import Constrained, Route
+from implicitdiff.conditions.constrained import Constrained, Degenerate, Route
 from implicitdiff.conditions.constraint import Constraint
 from implicitdiff.conditions.lagrangian import Objective
 from implicitdiff.conditions.scipy_constraints import collected
@@ -64,6 +64,11 @@ class KKT(Constrained):
         An inequality is active within this distance, ``-g_i <= active_tol R_i`` with R_i = ‖∇g_i ∘ u‖, u the size of
         the coordinates of y; and a multiplier is zero within this part of what moves y by as much. Default 1e-6 in
         double precision, 3e-4 in single.
+    degenerate : {"raise", "select"}
+        What is done where active constraints have linearly dependent gradients, or a multiplier of zero: y has a kink
+        in θ there. "raise": the former is an error, and of the latter the derivative is that of the side where they are
+        not active. "select": one element of the generalised derivative, the one-sided derivative along one direction
+        of θ, with a `DegeneracyWarning`; under ``jit``, too.
     verify : bool, default True
         Whether derivatives that are given are held against the functions at their first use, as for `Stationary`.
 
@@ -114,13 +119,15 @@ class KKT(Constrained):
     multipliers: Any = None
     route: str = "auto"
     active_tol: float | None = None
+    degenerate: str = "raise"
     verify: bool = True
 
     def __init__(
         self, f: Callable[..., Any], eq: Function = None, ineq: Function = None, *, grad: Function = None,
         hvp: Function = None, hessian: Function = None, eq_jacobian: Function = None, ineq_jacobian: Function = None,
         eq_hessian: Function = None, ineq_hessian: Function = None, lagrangian_hessian: Function = None,
-        multipliers: Any = None, route: Route = "auto", active_tol: float | None = None, verify: bool = True,
+        multipliers: Any = None, route: Route = "auto", active_tol: float | None = None,
+        degenerate: Degenerate = "raise", verify: bool = True,
     ) -> None:  # fmt: skip
         if not callable(f):
             raise InputError(f"f is {type(f).__name__}; expected a callable f(y, theta, *args) -> scalar.")
@@ -140,7 +147,7 @@ class KKT(Constrained):
                 what = "not" if functions[name] is None else "no single function"
                 raise InputError(f"{of} is given, and {name} is {what}.")
         fields = {"f": f, **functions, "multipliers": multipliers, "route": route, "active_tol": active_tol,
-                  "verify": verify}  # fmt: skip
+                  "degenerate": degenerate, "verify": verify}  # fmt: skip
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         self._check_options()

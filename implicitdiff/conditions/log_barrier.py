@@ -152,7 +152,7 @@ class LogBarrier(Constrained):
             observations=Observations(found.usable & inside, found.quiet & inside, (found.details, outside))
         )
 
-    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str | Warning]]:
         found, outside = observations.details
         xp = namespace(outside)
         if any_true(xp, outside):

@@ -144,7 +144,7 @@ class _Composite(Condition):
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
         raise NotImplementedError
 
-    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str]]:
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str | Warning]]:
         import array_api_compat
 
         bent = observations.details

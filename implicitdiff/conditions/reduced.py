@@ -49,7 +49,7 @@ def reduced(
               "units": both}  # fmt: skip
     A = _with_matrix(saddle(whole.A.rewrapped(wrap), **blocks), whole.hessian, diagonal)
     usable = ~xp.any(found.violated | found.dependent, axis=-1)
-    quiet = usable & ~xp.any(found.weak | found.wrong | found.unbalanced, axis=-1)
+    quiet = usable & ~xp.any(found.weak | found.wrong | found.unbalanced | found.degenerate, axis=-1)
     residual, at = whole.residual, whole.at
     z = xp.where(found.active, found.multipliers, xp.zeros_like(w))
     return Maps(
