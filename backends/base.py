@@ -285,7 +285,7 @@ class Backend(ABC):
             returns arrays with them.
         arrays : sequence of array
         shapes : sequence of tuple
-            Of what is returned, without those axes; the dtype is that of the first of the arrays.
+            Of what is returned, without those axes; the dtype is the arrays' common one.
         """
         device = self.device(arrays[0])
         return [self.xp.asarray(x, device=device) for x in function(*map(self.to_numpy, arrays))]

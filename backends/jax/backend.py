@@ -178,10 +178,13 @@ class JaxBackend(ArrayAPIBackend):
         arrays = [lax.stop_gradient(x) for x in arrays]
         if not is_traced(arrays):
             return [jnp.asarray(x) for x in function(*map(np.asarray, arrays))]
-        like = [jax.ShapeDtypeStruct(shape, arrays[0].dtype) for shape in shapes]
-        return list(
-            jax.pure_callback(lambda *x: tuple(function(*map(np.asarray, x))), like, *arrays, vmap_method="expand_dims")
-        )
+        dtype = jnp.result_type(*arrays)
+
+        def called(*x: Any) -> tuple[Any, ...]:
+            return tuple(np.asarray(value, dtype=dtype) for value in function(*map(np.asarray, x)))
+
+        like = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        return list(jax.pure_callback(called, like, *arrays, vmap_method="expand_dims"))
 
     # -- loops and linear algebra ----------------------------------------------------------------------
     def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
