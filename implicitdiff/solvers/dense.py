@@ -90,8 +90,7 @@ class DenseSolver(Solver):
             return hosted.init(operator, symmetric=self.symmetric)
         backend = operator.backend
         xp = backend.xp
-        matrix, failed = _screened(operator, backend.to_double(operator.dense()))
-        size = _frobenius(xp, matrix)
+        matrix, size, failed = _screened(operator, backend.to_double(operator.dense()))
         symmetric = bool(self.symmetric or operator.symmetric)
         scaling = of_matrix(backend, matrix, symmetric=symmetric, definite=self.definite)
         if scaling is not None:
@@ -230,8 +229,7 @@ def _probes(state: DenseState) -> Array:
 
 def weakest(solver: DenseSolver, op: Operator, matrix: Array) -> tuple[DenseState, Array]:
     """Return the factors of an equilibrated matrix with its condition, and vectors near where ‖A x‖ is least."""
-    matrix, failed = _screened(op, matrix)
-    norm = _frobenius(op.backend.xp, matrix)
+    matrix, norm, failed = _screened(op, matrix)
     state = DenseState(op, matrix, None, solver.factor(op.backend, matrix), False, norm, norm, None, failed)
     z = _probes(state)
     w = solver.rows(state, z)
@@ -285,18 +283,19 @@ def _frobenius(xp: Any, matrix: Array) -> Array:
     return item_norm(xp, xp.reshape(matrix, (*matrix.shape[:-2], -1)))
 
 
-def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array]:
-    """Mark items whose matrix is not finite, and put the identity in their place."""
+def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array, Array]:
+    """Mark items whose matrix is not finite, as its norm shows, and put the identity in their place."""
     xp = operator.backend.xp
     failed = xp.zeros(operator.items, dtype=xp.int32, device=operator.device)
-    if operator.backend.traced:  # no exception comes of a NaN there; it shows in the norm
-        return matrix, failed
-    finite = xp.all(xp.isfinite(matrix), axis=(-2, -1))
+    size = _frobenius(xp, matrix)
+    if operator.backend.traced:  # no exception comes of a NaN there
+        return matrix, size, failed
+    finite = xp.isfinite(size)
     if any_true(xp, ~finite):
         eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
         matrix = xp.where(finite[..., None, None], matrix, eye)
-        failed = _mark(xp, failed, ~finite, Status.NON_FINITE)
-    return matrix, failed
+        size, failed = _frobenius(xp, matrix), _mark(xp, failed, ~finite, Status.NON_FINITE)
+    return matrix, size, failed
 
 
 def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Array, Array]:
