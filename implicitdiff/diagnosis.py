@@ -41,7 +41,7 @@ def reject_non_finite(problem: Any, raveler: Raveler, vector: Any, name: str) ->
         warn(str(error), SolveWarning)
 
 
-def error_from(diagnostics: Any, rules: Any, solver: str) -> SolveError | None:
+def error_from(diagnostics: Any, rules: Any, solver: str, mode: str = "") -> SolveError | None:
     """Turn the diagnostics into the error that has to be settled, if any; warn where y is not a solution.
 
     Parameters
@@ -52,6 +52,8 @@ def error_from(diagnostics: Any, rules: Any, solver: str) -> SolveError | None:
         At the same point; asked for more only where something is wrong.
     solver : str
         Name of the method that was used.
+    mode : str
+        Of the rules: whether the system was that of a cotangent.
     """
     xp = rules.point.backend.xp
     error = _observations_error(diagnostics, rules)
@@ -73,13 +75,21 @@ def error_from(diagnostics: Any, rules: Any, solver: str) -> SolveError | None:
         return residual
     failed = diagnostics.solution.failed & good
     if any_true(xp, failed):
-        error = explain(rules.prepared.operator, diagnostics.solution, solver)
+        gauge = rules.condition.singular == "gauge" and _is_reverse(rules, mode)
+        error = explain(rules.prepared.operator, diagnostics.solution, solver, gauge=gauge)
         if diagnostics.observations is not None:
             return rules.condition.diagnose(diagnostics.observations, error, rules.prepared.operator)
         return error
     _look_at_curvature(diagnostics, rules)
     _tell_accuracy(diagnostics, rules)
     return _product_error(rules.point, diagnostics.image | ~good, "mixed_vjp (Bᵀ u)")
+
+
+def _is_reverse(rules: Any, mode: str) -> bool:
+    """Whether a mode of the rules solves for a cotangent."""
+    if mode == "jacobian":
+        return bool(rules.point.theta.n > rules.point.y.n)
+    return mode in {"vjp", "gradient", "pullback", "solve_adjoint"}
 
 
 def _look_at_curvature(diagnostics: Any, rules: Any) -> None:

@@ -22,6 +22,7 @@
         ├── NotPositiveDefiniteError         zero or negative curvature
         ├── NotSymmetricError                A was declared symmetric and is not
         ├── NotConvergedError                the residual is above the tolerance
+        ├── NotInvariantError                the loss sees directions in which the solution is free
         ├── InaccurateError                  the estimated error of the derivative exceeds max_error
         ├── PreconditionerError              the preconditioner is none
         └── NonFiniteProductError (FloatingPointError)  a product holds NaN or Inf
@@ -59,6 +60,7 @@ __all__ = [
     "NonFiniteProductError",
     "NotASolutionWarning",
     "NotConvergedError",
+    "NotInvariantError",
     "NotPositiveDefiniteError",
     "NotSymmetricError",
     "PatternError",
@@ -167,6 +169,10 @@ class NotSymmetricError(SolveError):
 
 class NotConvergedError(SolveError):
     """An iterative method stopped with a residual above its tolerance."""
+
+
+class NotInvariantError(SolveError):
+    """The loss sees the null space of A, which ``singular="gauge"`` says it does not; ``report.leak`` says how much."""
 
 
 class InaccurateError(SolveError):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from implicitdiff.arrays import Array, to_python
+from implicitdiff.arrays import Array, any_true, to_python
 from implicitdiff.errors import (
     NonFiniteProductError,
     NotConvergedError,
+    NotInvariantError,
     NotPositiveDefiniteError,
     NotSymmetricError,
     PreconditionerError,
@@ -24,12 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 
-def explain(operator: Operator, solution: Any, solver: str) -> SolveError:
-    """Build the error for a solve of which at least one item failed, with the method of that name."""
+def explain(operator: Operator, solution: Any, solver: str, *, gauge: bool = False) -> SolveError:
+    """Build the error for a solve of which at least one item failed, with the method of that name.
+
+    ``gauge``: it was that of a cotangent, which is not to see the null space of A.
+    """
     xp = operator.backend.xp
     codes = xp.asarray(solution.status)
     worst = Status(int(xp.max(codes)))
     kind, says = _TABLE[worst]
+    if worst is Status.SINGULAR and _leaks(xp, solution, codes):
+        kind, says = (NotInvariantError, _not_invariant) if gauge else (SingularError, _inconsistent)
     if worst not in _NOT_ZERO and _is_zero(operator):
         kind, head, hint = SingularError, *_ZERO
     else:
@@ -52,7 +58,8 @@ def _facts(xp: Any, solution: Any, codes: Array, worst: Status) -> dict[str, str
 
     return {
         "residual": pick(solution.residual), "tolerance": pick(solution.tolerance),
-        "iterations": pick(solution.iterations), "products": _products(solution),
+        "leak": pick(getattr(solution, "leak", None)), "iterations": pick(solution.iterations),
+        "products": _products(solution),
         "how": f"residual = {pick(solution.residual)}" if solution.rcond is None
         else f"rcond = {pick(solution.rcond)}, residual = {pick(solution.residual)}",
     }  # fmt: skip
@@ -146,8 +153,8 @@ def _asymmetric(operator: Operator, solver: str) -> Text:
 
 def _singular(operator: Operator, solver: str) -> Text:
     advice = ["regularise the problem", "add damping"]
-    if operator.symmetric and solver != "minres":
-        advice.append("use solver='minres' where the loss ignores the flat directions")
+    if solver != "minres":
+        advice.append("say singular='gauge' where the loss ignores the flat directions")
     return (
         "{solver}: {A} is singular, or so to working precision ({how}).",
         "the solution is not unique (a redundant parameter, a flat direction), or F ignores part of y.",
@@ -161,6 +168,22 @@ def _inconsistent(operator: Operator, solver: str) -> Text:
         "the solution is not unique (a redundant parameter, a flat direction), and what is asked for depends on it.",
         "regularise the problem, add damping, or say what is meant by singular='gauge' or 'minimum-norm'.",
     )
+
+
+def _not_invariant(operator: Operator, solver: str) -> Text:
+    return (
+        "{A} is singular, and the loss sees its null space: {leak} of its gradient in y, in norm, lies there.",
+        "the solution is one of many, and the loss depends on which: with singular='gauge' it must not.",
+        "a loss that is the same for all of them; conserve= of Root; singular='minimum-norm'; a regularised problem.",
+    )
+
+
+def _leaks(xp: Any, solution: Any, codes: Array) -> bool:
+    """Whether an item is singular for its right-hand side leaves the range."""
+    if getattr(solution, "leak", None) is None:
+        return False
+    leak = xp.asarray(solution.leak)
+    return any_true(xp, (codes == int(Status.SINGULAR)) & (leak > xp.zeros_like(leak)))
 
 
 def _preconditioner(operator: Operator, solver: str) -> Text:
@@ -197,7 +220,6 @@ def _diverged(operator: Operator, solver: str) -> Text:
 
 
 _TABLE: dict[Status, tuple[type[SolveError], Callable[[Operator, str], Text]]] = {
-    Status.LEAST_SQUARES: (SingularError, _inconsistent),
     Status.MAX_ITERATIONS: (NotConvergedError, _exhausted),
     Status.STAGNATED: (NotConvergedError, _stagnated),
     Status.NOT_POSITIVE_DEFINITE: (NotPositiveDefiniteError, _indefinite),

@@ -335,7 +335,7 @@ class Linearization(Generic[Y, T]):
     def _error_from(self, run: Run, mode: str, direction: Any) -> SolveError | None:
         if run.rules is not None:
             run.rules.solution_warned = run.rules.solution_warned or self.by_newton
-            return error_from(run.diagnostics, run.rules, method_of(run.diagnostics.solution, run.methods)[0])
+            return error_from(run.diagnostics, run.rules, method_of(run.diagnostics.solution, run.methods)[0], mode)
         if bool(run.clean):  # one look at what a compiled program found
             return None
         xp = self._problem.backend.xp
@@ -359,7 +359,7 @@ class Linearization(Generic[Y, T]):
                 reject_non_finite(problem, raveler, vector, name)
         rules.solution_warned = rules.solution_warned or self.by_newton
         rules.kinds.update({"outer": ""} if mode == "gradient" else {})
-        return error_from(run.diagnostics, rules, method_of(run.diagnostics.solution, run.methods)[0])
+        return error_from(run.diagnostics, rules, method_of(run.diagnostics.solution, run.methods)[0], mode)
 
     @cached_property
     def _confirmation(self) -> Confirmation:

@@ -27,8 +27,8 @@ class Status(IntEnum):
     APPROXIMATE = 1
     """An approximation by design (a truncated series, a diagonal): never called converged."""
     LEAST_SQUARES = 2
-    """The system has no solution; x is the one of least squares and least norm. Fine where a least-squares method was
-    asked for by `linear_solve`, a failure where a derivative needs a solution."""
+    """The system has no solution, and x is that of least squares, which is what was asked for; where it was not, it is
+    SINGULAR."""
     MAX_ITERATIONS = 3
     STAGNATED = 4
     """The true residual no longer falls, and is above the tolerance."""
@@ -46,7 +46,7 @@ class Status(IntEnum):
     @property
     def ok(self) -> bool:
         """Whether the solution may be used."""
-        return self <= Status.APPROXIMATE
+        return self <= Status.LEAST_SQUARES
 
 
 def tally(status: Any) -> str:

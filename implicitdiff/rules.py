@@ -143,7 +143,9 @@ class Rules:
 
     @cached_property
     def prepared(self) -> Prepared:
-        return prepare(self.maps.A, self.condition.routed(self.solver), nan_on_failure=self.nan_on_failure)
+        found = prepare(self.maps.A, self.condition.routed(self.solver), nan_on_failure=self.nan_on_failure)
+        found.least_squares = self.condition.singular == "minimum-norm"
+        return found
 
     @cached_property
     def check(self) -> SolutionCheck:

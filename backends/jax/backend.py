@@ -305,16 +305,17 @@ class _Inline(JaxBackend):
                     prepared.on_solved(solution, right, transposed ^ flipped)
                 if flipped and carried is not None:  # both solves return the same form
                     solution = solution._replace(carried=carried)
-                if not prepared.least_squares:
+                if not (prepared.least_squares and prepared.differentiated):
                     return alike((solution.x, solution._replace(x=None)))
-                return alike((nan_where(self, solution.failed, solution.x), solution))
+                least = solution.status == int(Status.LEAST_SQUARES)
+                return alike((nan_where(self, least, solution.x), solution))
 
             return solve
 
         x, rest = lax.custom_linear_solve(
             product, b, solver(False), transpose_solve=solver(True), symmetric=bool(operator.symmetric), has_aux=True
         )
-        if prepared.least_squares:  # where there is no solution A⁻¹(ḃ − Ȧ x) is not the derivative
+        if prepared.least_squares and prepared.differentiated:  # without a solution A⁻¹(ḃ − Ȧ x) is no derivative
             least = rest.status == int(Status.LEAST_SQUARES)
             x = self.space(x).select(self.xp.broadcast_to(least, x.shape[:-1]), without_derivative(rest.x), x)
         return rest._replace(x=x)

@@ -14,11 +14,12 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from implicitdiff.arrays import Array
 from implicitdiff.conditions.matrices import matrix_operator
 from implicitdiff.conditions.point import Point
-from implicitdiff.errors import DerivativeError, InputError
+from implicitdiff.errors import DerivativeError, InputError, UnknownNameError
 from implicitdiff.linalg.operator import LinearMap, Operator, Product
 from implicitdiff.linalg.sparsity import Sparsity
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
+from implicitdiff.solvers.flat import OnRange
 from implicitdiff.tolerances import EXACT_ASSEMBLY
 
 __all__ = [
@@ -30,11 +31,15 @@ __all__ = [
     "Maps",
     "Observations",
     "check_callables",
+    "check_singular",
     "check_verify",
     "finite_part",
     "lengths_of_leaves",
     "maps_from",
 ]
+
+SINGULAR = ("raise", "gauge", "minimum-norm")
+"""What may be asked for where A is singular."""
 
 Function: TypeAlias = Callable[..., Any] | None
 """What a user may give, and may leave out."""
@@ -160,9 +165,12 @@ class Condition(Record):
         """Return the vector of theta without what may be infinite in it: bounds, where the condition has such."""
         return theta.vector
 
+    singular: str = "raise"
+    """What is asked for where A is singular; a field of the conditions that let it be said."""
+
     def routed(self, solver: Any) -> Any:
         """Return the solver for the whole system, given the one that was asked for."""
-        return solver
+        return solver if self.singular == "raise" else OnRange(solver, self.singular)
 
     def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str | Warning]]:
         """Turn observations into an error, if any, and warnings: texts, where they are about regularity."""
@@ -213,6 +221,12 @@ def check_callables(**functions: Any) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise InputError(f"{name} is {type(function).__name__}; expected a callable.")
+
+
+def check_singular(singular: Any) -> None:
+    """Raise where ``singular`` is none of what it may be."""
+    if singular not in SINGULAR:
+        raise UnknownNameError(f"singular = {singular!r}: expected one of {', '.join(map(repr, SINGULAR))}.")
 
 
 def check_verify(verify: Any) -> None:

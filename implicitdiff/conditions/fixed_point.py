@@ -32,6 +32,9 @@ class FixedPoint(Root):
         ``(∂T/∂θ)ᵀ u -> like theta`` and ``(∂T/∂θ) t -> like y``.
     verify : bool, default True
         Whether what is given is held against ``fun`` at its first use (see `check_derivatives`).
+    singular : {"raise", "gauge", "minimum-norm"}
+        What is asked for where A is singular: nothing, which is an error; the gradient of a loss that does not see its
+        null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where ∂T/∂y has entries, in raveled order: A is then assembled from as many products as its columns need
         colours, held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.

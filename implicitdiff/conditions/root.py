@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_verify, maps_from
+from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_singular, check_verify, maps_from
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.sparse import SparseCondition
 from implicitdiff.errors import InputError
@@ -36,6 +36,9 @@ class Root(SparseCondition):
     verify : bool, default True
         Whether what is given is held against ``fun`` at its first use (see `check_derivatives`). Say False for
         approximations that are meant.
+    singular : {"raise", "gauge", "minimum-norm"}
+        What is asked for where A is singular: nothing, which is an error; the gradient of a loss that does not see its
+        null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where A has entries, in raveled order: A is then assembled from as many products as its columns need colours,
         held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
@@ -52,12 +55,13 @@ class Root(SparseCondition):
     mixed_vjp: Callable[..., Any] | None = None
     mixed_jvp: Callable[..., Any] | None = None
     verify: bool = True
+    singular: str = "raise"
     sparsity: Any = None
 
     def __init__(
         self, fun: Callable[..., Any], *, jvp: Function = None, vjp: Function = None, jacobian: Function = None,
         mixed_vjp: Function = None, mixed_jvp: Function = None, verify: bool = True,
-        sparsity: Any = None,
+        singular: str = "raise", sparsity: Any = None,
     ) -> None:  # fmt: skip
         if not callable(fun):
             raise InputError(f"fun is {type(fun).__name__}; expected a callable F(y, theta, *args) -> like y.")
@@ -71,7 +75,9 @@ class Root(SparseCondition):
         }
         check_callables(**fields)
         check_verify(verify)
-        for name, value in {**fields, "verify": verify, "sparsity": check_sparsity(sparsity)}.items():
+        check_singular(singular)
+        options = {"verify": verify, "singular": singular, "sparsity": check_sparsity(sparsity)}
+        for name, value in {**fields, **options}.items():
             object.__setattr__(self, name, value)
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_verify, maps_from
+from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_singular, check_verify, maps_from
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.sparse import SparseCondition
 from implicitdiff.errors import InputError
@@ -47,6 +47,9 @@ class Stationary(SparseCondition):
     verify : bool, default True
         Whether what is given is held against the other functions at its first use (see `check_derivatives`). Say False
         for approximations that are meant, such as a Gauss-Newton matrix.
+    singular : {"raise", "gauge", "minimum-norm"}
+        What is asked for where A is singular: nothing, which is an error; the gradient of a loss that does not see its
+        null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where A has entries, in raveled order: A is then assembled from as many products as its columns need colours,
         held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
@@ -75,12 +78,13 @@ class Stationary(SparseCondition):
     mixed_jvp: Callable[..., Any] | None = None
     kind: str | None = None
     verify: bool = True
+    singular: str = "raise"
     sparsity: Any = None
 
     def __init__(
         self, fun: Function = None, *, grad: Function = None, hvp: Function = None, hessian: Function = None,
         mixed_vjp: Function = None, mixed_jvp: Function = None, kind: Kind | None = None, verify: bool = True,
-        sparsity: Any = None,
+        singular: str = "raise", sparsity: Any = None,
     ) -> None:  # fmt: skip
         fields: dict[str, Any] = {
             "fun": fun,
@@ -92,9 +96,10 @@ class Stationary(SparseCondition):
         }
         check_callables(**fields)
         check_verify(verify)
+        check_singular(singular)
         if kind not in KINDS:
             raise InputError(f"kind = {kind!r}: expected one of {', '.join(map(repr, KINDS))}.")
-        fields = {**fields, "kind": kind, "verify": verify, "sparsity": check_sparsity(sparsity)}
+        fields = {**fields, "kind": kind, "verify": verify, "singular": singular, "sparsity": check_sparsity(sparsity)}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 

@@ -62,7 +62,7 @@ class Solution(NamedTuple):
     @property
     def failed(self) -> Array:
         """Items that did not succeed."""
-        return self.status > int(Status.APPROXIMATE)
+        return self.status > int(Status.LEAST_SQUARES)
 
 
 @dataclass
@@ -82,6 +82,8 @@ class Prepared:
     nan_on_failure: bool = False
     least_squares: bool = False
     """Whether a solution of least squares is what was asked for."""
+    differentiated: bool = False
+    """Whether a framework may differentiate the solution in A."""
     seconds: float = 0.0
     methods: Sequence[tuple[str, str]] = ()
     spent: int = 0
@@ -138,6 +140,8 @@ class Prepared:
         status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
         consistent = getattr(self.solver, "consistent", False)
         x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
+        if not self.least_squares:
+            status = xp.where(status == int(Status.LEAST_SQUARES), xp.full_like(status, int(Status.SINGULAR)), status)
         broken = status == int(Status.NON_FINITE)
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
             x = nan_where(op.backend, broken, x)
@@ -147,17 +151,11 @@ class Prepared:
         solution = _summary(op, x, status, counts, self._newly_assembled() + probes)
         if self.nan_on_failure:
             solution = solution.without_doubt(xp, op.rounding)
-            solution = solution._replace(x=nan_where(op.backend, self.failed(solution), x))
+            solution = solution._replace(x=nan_where(op.backend, solution.failed, x))
         if carried is not None:
-            solution = solution._replace(carried=followed(carried, xp, solution.x, xp.asarray(~self.failed(solution))))
+            solution = solution._replace(carried=followed(carried, xp, solution.x, xp.asarray(~solution.failed)))
         self.seconds = time.perf_counter() - start
         return solution
-
-    def failed(self, solution: Solution) -> Array:
-        """Items that did not succeed."""
-        if not self.least_squares:
-            return solution.failed
-        return solution.failed & (solution.status != int(Status.LEAST_SQUARES))
 
     @property
     def factored(self) -> bool:

@@ -13,7 +13,7 @@ from implicitdiff.linalg.operator import Operator, checked_product, matrix_map
 from implicitdiff.linalg.reports import make_report
 from implicitdiff.linalg.solve import Prepared, Solution, method_of, prepare
 from implicitdiff.mode import Mode
-from implicitdiff.outcome import Report, Status, settle
+from implicitdiff.outcome import Report, settle
 from implicitdiff.problem import Settings
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.solvers import get_solver
@@ -59,7 +59,7 @@ class System:
         """Return the operator with its solver."""
         nan_on_failure = self.backend.mode is Mode.INLINE and self.settings.on_failure != "ignore"
         prepared = prepare(_as_operator(self, vector), self.settings.solver, nan_on_failure=nan_on_failure)
-        prepared.least_squares = self.least_squares
+        prepared.least_squares, prepared.differentiated = self.least_squares, True
         return prepared
 
     def vectors(self) -> tuple[Array, Array | None]:
@@ -83,11 +83,6 @@ class System:
     def least_squares(self) -> bool:
         """Whether the method is one of least squares: then that is what was asked for."""
         return bool(getattr(get_solver(self.settings.solver), "least_squares", False))
-
-    def failed(self, solution: Solution) -> Array:
-        """Items that did not succeed."""
-        fine = (solution.status == int(Status.LEAST_SQUARES)) & self.least_squares
-        return solution.failed & ~fine
 
     def solved(self) -> SystemRun:
         """Solve where the arrays are."""
@@ -177,10 +172,9 @@ def solve_system(system: System) -> tuple[Array, Report]:
     with engine.computing():
         solution, facts, mode = engine.solved(system)
         x, error = solution.x, None
-        failed = system.failed(solution)
-        if mode is not Mode.INLINE and any_true(engine.xp, failed):
+        if mode is not Mode.INLINE and any_true(engine.xp, solution.failed):
             error = _explained(system, solution, facts)
-            x = nan_where(engine, failed, x) if on_failure == "nan" else x
+            x = nan_where(engine, solution.failed, x) if on_failure == "nan" else x
         x = engine.xp.matrix_transpose(x) if len(x.shape) == 2 and not system.batched else x
         report = make_report(solution, stationarity=float("nan"), mode=mode, **facts)
     if error is not None:

@@ -30,7 +30,7 @@ from implicitdiff.tolerances import DENSE, SMALL
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["Auto"]
+__all__ = ["Auto", "assembles"]
 
 _LU, _LDLT, _CHOLESKY = LU(), LDLT(), Cholesky()
 
@@ -224,6 +224,11 @@ def _after_iterations(op: Operator) -> tuple[Solver, ...]:
     if _has_root(op):
         return (_CHOLESKY,)
     return (_LDLT,) if op.positive_definite is False else (_CHOLESKY, _LU)
+
+
+def assembles(op: Operator) -> bool:
+    """Whether `Auto` factors A for one right-hand side."""
+    return _dense_reason(op, 1) is not None
 
 
 def _dense_reason(op: Operator, rhs: int) -> str | None:
