@@ -19,7 +19,7 @@ from implicitdiff.solvers.gmres import GMRES
 from implicitdiff.solvers.lsmr import LSMR
 from implicitdiff.solvers.minres import MINRES
 from implicitdiff.solvers.minres_qlp import MINRESQLP
-from implicitdiff.solvers.pinv import Pinv
+from implicitdiff.solvers.pinv import Pinv, PinvState
 from implicitdiff.tolerances import DENSE
 
 __all__ = ["OnRange"]
@@ -79,8 +79,11 @@ class OnRange(Solver):
         first, second = self._methods(operator)
         if second is not None:  # its products are derived here, not first inside of a loop
             operator = replace(operator, forward=operator.matvec, _cache=operator._cache)
+        started = first.init(operator)
+        if self.singular == "gauge" and isinstance(started, PinvState):
+            started = started._replace(least_norm=False)  # any will do: no norm mixes the units
         made = None if second is None or not operator.backend.traced else second.init(operator)
-        return _State(operator, (first, first.init(operator)), None if second is None else (second, made))
+        return _State(operator, (first, started), None if second is None else (second, made))
 
     def _methods(self, operator: Operator) -> tuple[Any, Solver | None]:
         """Return the method that is used first, and a sturdier one for what it does not solve."""
@@ -160,7 +163,7 @@ class OnRange(Solver):
             return xp.where(mask, new, old)
 
         numbers = {name: pick(getattr(more, name), getattr(counts, name)) for name in ("residual", "tolerance")}
-        none = xp.zeros_like(mask * 1)
+        none = xp.zeros_like(xp.astype(mask, xp.int32))
         return space.select(mask, best, x), pick(ended, status), counts._replace(
             iterations=none + counts.iterations + more.iterations, matvecs=counts.matvecs + more.matvecs,
             leak=numbers["residual"], method=xp.where(mask, none + 1, none), condition=None, **numbers,

@@ -24,7 +24,7 @@ from implicitdiff.solvers.base import Krylov, KrylovState
 from implicitdiff.solvers.gram import GramState, in_two_steps, two_steps
 from implicitdiff.solvers.pinv import Pinv, PinvState, without
 from implicitdiff.solvers.unit import one_step, unit_of
-from implicitdiff.tolerances import FACTORED, LEAST_SQUARES, LOOSE
+from implicitdiff.tolerances import FACTORED, LEAST_SQUARES, LOOSE, RESIDUAL
 
 __all__ = ["LeastSquaresKrylov"]
 
@@ -96,7 +96,11 @@ class LeastSquaresKrylov(Krylov):
             start = None if x0 is None else padded(backend, x0, most)
             x, status, counts = super().solve(inner, padded(backend, b, most), start)
             return x[..., :columns], status, counts
-        return _projected(spaces, b, super().solve(inner, _without(spaces, spaces.left, b), x0))
+        tolerance = backend.space(b).scalar(self.rtol or RESIDUAL.at(backend.xp, b.dtype))
+        solvable, right = spaces.in_range(
+            backend.to_double(b), backend.xp.asarray(tolerance, device=spaces.operator.device)
+        )
+        return _projected(spaces, b, solvable, super().solve(inner, backend.astype(right, b.dtype), x0))
 
     def _solve(
         self, state: KrylovState, b: Array, x0: Array | None, memory: Any = None, most: Any = None
@@ -149,7 +153,9 @@ def _without(spaces: PinvState, basis: Array | None, x: Array) -> Array:
     return x if basis is None else backend.astype(without(backend.xp, basis, backend.to_double(x)), x.dtype)
 
 
-def _projected(spaces: PinvState, b: Array, found: tuple[Array, Any, Counts]) -> tuple[Array, Any, Counts]:
+def _projected(
+    spaces: PinvState, b: Array, solvable: Array, found: tuple[Array, Any, Counts]
+) -> tuple[Array, Any, Counts]:
     """Take the part in the null space out of x, and say what b has outside of the range."""
     op, (x, status, counts) = spaces.operator, found
     xp = op.backend.xp
@@ -158,7 +164,8 @@ def _projected(spaces: PinvState, b: Array, found: tuple[Array, Any, Counts]) ->
     leak = item_norm(xp, b - right) / divisor(xp, item_norm(xp, b))
     residual = item_norm(xp, b - op.matvec(x)) / divisor(xp, item_norm(xp, b))
     status = xp.asarray(status, device=op.device) + xp.zeros_like(xp.astype(leak, xp.int32))
-    outside = (status == int(Status.CONVERGED)) & (leak > counts.tolerance)
+    outside = (status == int(Status.CONVERGED)) & ~solvable
+    leak = xp.where(solvable, xp.asarray(counts.residual, dtype=leak.dtype, device=op.device), leak)
     status = xp.where(outside, xp.full_like(status, int(Status.LEAST_SQUARES)), status)
     rank = spaces.rank + xp.astype(0 * leak, xp.int32)
     residual = xp.where(outside, residual, xp.asarray(counts.residual, dtype=residual.dtype, device=op.device))

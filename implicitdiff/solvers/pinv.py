@@ -47,6 +47,19 @@ class PinvState(NamedTuple):
     rcond: Array
     rank: Array
     failed: Array
+    least_norm: bool = True
+    """Whether of all solutions the one of least norm in the user's own norm is asked for."""
+
+    def in_range(self, b: Array, tolerance: Array) -> tuple[Array, Array]:
+        """Whether A x = b has a solution, judged on the equilibrated system; and b, or its part in the range of A."""
+        xp = self.operator.backend.xp
+        scaled = b if self.scaling is None else self.scaling.scaled(b)
+        inside = _times(
+            xp, self.u, xp.astype(self.inverse > 0, b.dtype) * _times(xp, xp.matrix_transpose(self.u), scaled)
+        )
+        size = item_norm(xp, scaled)
+        solvable = item_norm(xp, scaled - inside) <= tolerance * size
+        return solvable, xp.where(solvable[..., None], b, without(xp, self.left, b))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,16 +143,18 @@ class Pinv(Solver):
         size = item_norm(xp, b)
         zero = size == 0
         b = b / xp.where(zero, xp.ones_like(size), size)[..., None]
-        right = without(xp, state.left, b)
+        tolerance = _tolerance(xp, state)
+        solvable, right = state.in_range(b, tolerance)
         x = _inverse(xp, state, right)
         x = x + _inverse(xp, state, right - _product(xp, state, x))
-        x = without(xp, state.null, x)
+        x = without(xp, state.null, x) if state.least_norm else x
         r = b - _product(xp, state, x)
-        residual, tolerance = item_norm(xp, r), _tolerance(xp, state)
+        residual = item_norm(xp, r)
         # what is left has to be orthogonal to the range
-        missed = item_norm(xp, _product(xp, state, _inverse(xp, state, without(xp, state.left, r))))
+        missed = item_norm(xp, _product(xp, state, _inverse(xp, state, right - _product(xp, state, x))))
         judged = _size(xp, scaling, r) / divisor(xp, _size(xp, scaling, b))
-        consistent = zero | ((judged <= tolerance) & (residual <= NOISE_LEFT))
+        consistent = zero | (solvable & (judged <= tolerance))
+        residual = xp.where(consistent & (judged < residual), judged, residual)
         none = xp.zeros_like(xp.astype(residual, xp.int32))
         status = xp.where(missed <= tolerance, none + int(Status.LEAST_SQUARES), none + int(Status.STAGNATED))
         status = xp.where(consistent, none, status)
