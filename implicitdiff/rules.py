@@ -143,9 +143,7 @@ class Rules:
 
     @cached_property
     def prepared(self) -> Prepared:
-        found = prepare(self.maps.A, self.condition.routed(self.solver), nan_on_failure=self.nan_on_failure)
-        found.least_squares = self.condition.singular == "minimum-norm"
-        return found
+        return prepare(self.maps.A, self.condition.routed(self.solver), nan_on_failure=self.nan_on_failure)
 
     @cached_property
     def check(self) -> SolutionCheck:

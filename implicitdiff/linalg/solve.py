@@ -230,7 +230,8 @@ class Prepared:
 
 def prepare(operator: Operator, solver: Any, *, nan_on_failure: bool = False) -> Prepared:
     """Pair an operator with the solver of that name, or with the instance."""
-    return Prepared(operator, get_solver(solver), nan_on_failure)
+    solver = get_solver(solver)
+    return Prepared(operator, solver, nan_on_failure, getattr(solver, "accepting", False))
 
 
 def _name(solver: Any) -> str:

@@ -67,6 +67,11 @@ class OnRange(Solver):
         """Damping of A."""
         return float(getattr(self.inner, "damping", 0.0))
 
+    @property
+    def accepting(self) -> bool:
+        """Whether a solution of least squares is what was asked for."""
+        return self.singular == "minimum-norm"
+
     def roughly(self, rtol: float) -> Solver:
         known = getattr(self.inner, "roughly", None)
         return self if known is None else replace(self, inner=known(rtol))
