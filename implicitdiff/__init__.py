@@ -93,7 +93,7 @@ from implicitdiff.solvers import (
     register_solver,
     solver_names,
 )
-from implicitdiff.solvers.recycling import SequenceState
+from implicitdiff.solvers.sequences import SequenceState
 from implicitdiff.tools.comparison import Comparison, SolverRow, compare_solvers
 from implicitdiff.tools.derivative_check import CheckRow, DerivativeCheck, check_derivatives
 from implicitdiff.tools.regularity import Regularity, check_regularity

@@ -13,7 +13,7 @@ from implicitdiff.ravel import Raveler
 from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend
 from implicitdiff.solvers import get_solver
-from implicitdiff.solvers.recycling import SequenceState, fresh, pairs_of
+from implicitdiff.solvers.sequences import SequenceState, fresh, pairs_of
 from implicitdiff.typing import DEFAULTS, ConditionLike, Options, StartedOptions, T, Y
 
 __all__ = ["implicit_grad", "implicit_jacobian", "implicit_jvp", "implicit_vjp", "linearize", "sequence_state"]

@@ -18,6 +18,8 @@ from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.problem import problem_of
 from implicitdiff.records import brief
 from implicitdiff.registry import backend_for, get_backend
+from implicitdiff.solvers import get_solver
+from implicitdiff.solvers.sequences import Past
 from implicitdiff.typing import DEFAULTS, ConditionLike, FunctionOptions, T, Y, completed
 
 __all__ = ["ImplicitFunction", "implicit_function"]
@@ -42,6 +44,7 @@ class ImplicitFunction(Generic[P, R, Y]):
         self.has_aux = has_aux is True
         self.aux = has_aux if callable(has_aux) else None
         self.shapes = Memory()  # of solutions, by the form of the arguments
+        self.past = Past(get_solver(options["solver"]))
         self._spread: dict[tuple[bool, ...], ImplicitFunction[Any, Any, Any]] = {}
 
     def __repr__(self) -> str:
@@ -97,6 +100,10 @@ class ImplicitFunction(Generic[P, R, Y]):
         with self.explaining(y):
             return linearized(problem_of(self.condition, y, theta, args=data, copy=True, **self.options))
 
+    def _next(self, lin: Linearization[Any, Any], kind: str, take: Callable[[Any], Any]) -> Any:
+        """Take a product as the next one of a sequence, where the solver recycles."""
+        return self.past.product(lin, kind, take, traced=lin._asked.backend.traced)
+
     @contextlib.contextmanager
     def explaining(self, y: Any) -> Iterator[None]:
         """Add the likely cause to an error about a solution that is a pair."""
@@ -125,7 +132,7 @@ class ImplicitFunction(Generic[P, R, Y]):
         cotangent, args, kwargs = self._taken("cotangent", args, kwargs)
         lin = self.linearize(*args, **kwargs)
         with self.explaining(lin.y):
-            return lin.vjp(cotangent)
+            return self._next(lin, "vjp", lambda x0: lin.vjp(cotangent, x0=x0))
 
     @untraced
     def jvp(self, /, *args: Any, **kwargs: Any) -> Y:
@@ -139,7 +146,7 @@ class ImplicitFunction(Generic[P, R, Y]):
         tangent, args, kwargs = self._taken("tangent", args, kwargs)
         lin = self.linearize(*args, **kwargs)
         with self.explaining(lin.y):
-            return lin.jvp(tangent)
+            return self._next(lin, "jvp", lambda x0: lin.jvp(tangent, x0=x0))
 
     @untraced
     def jacobian(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:

@@ -251,9 +251,9 @@ class Linearization(Generic[Y, T]):
         return self._product("solve_adjoint" if transposed else "solve", b, None, NOTHING)
 
     @untraced
-    def pullback(self, v: Array) -> Array:
+    def pullback(self, v: Array, x0: Any = None) -> Array:
         """−Bᵀ A⁻ᵀ v for raveled cotangents (*rhs, *items, n); failures as for `vjp`."""
-        return self._product("pullback", v, None, self.control)
+        return self._product("pullback", v, x0, self.control)
 
     # -- inside --------------------------------------------------------------------------------------
     @property

@@ -38,7 +38,7 @@ from implicitdiff.problem import Problem
 from implicitdiff.ravel import LeafRaveler, Raveler
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
-from implicitdiff.solvers.recycling import SequenceState
+from implicitdiff.solvers.sequences import SequenceState
 from implicitdiff.tolerances import TINY, UNCERTAIN
 from implicitdiff.verification.consistency import contradicted
 
@@ -271,9 +271,9 @@ class Rules:
         """A⁻ᵀ b, likewise."""
         return self._solved(b, transposed=True)
 
-    def pullback(self, v: Any, x0: None = None) -> tuple[Any, Diagnostics]:
+    def pullback(self, v: Any, x0: Any = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v for raveled vectors."""
-        return self._reverse(v, None, self.inputs & self._per_item(self._finite(v, self.point.y, "cotangent")))
+        return self._reverse(v, x0, self.inputs & self._per_item(self._finite(v, self.point.y, "cotangent")))
 
     def _solved(self, b: Any, *, transposed: bool) -> tuple[Any, Diagnostics]:
         inputs = self.inputs & self._per_item(self._finite(b, self.point.y, "b"))

@@ -9,7 +9,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.conditions import Condition
 from implicitdiff.error_estimate import Polish
 from implicitdiff.outcome import Report
-from implicitdiff.solvers.recycling import SequenceState
+from implicitdiff.solvers.sequences import SequenceState
 
 __all__ = [
     "DEFAULTS",

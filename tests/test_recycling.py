@@ -14,11 +14,13 @@ import implicitdiff
 from implicitdiff import (
     CG,
     GMRES,
+    MINRES,
     Auto,
     InputError,
     SequenceState,
     ShapeError,
     Stationary,
+    implicit_function,
     implicit_grad,
     implicit_jvp,
     implicit_vjp,
@@ -248,3 +250,55 @@ def test_inside_a_scan_it_is_what_it_is_outside() -> None:
     assert [abs(int(i) - r.iterations) <= 1 for i, r in zip(iterations, reports, strict=True)] == [True] * STEPS
     assert [int(r) for r in recycled] == [r.recycled for r in reports]
     assert jax.tree.structure(state) == jax.tree.structure(outside)
+
+
+# -- of a decorated solver -------------------------------------------------------------------------------
+def test_a_decorated_solver_remembers_from_call_to_call() -> None:
+    path, told = Path(), []
+    argmin = implicit_function(path.condition, solver=CG(rtol=1e-9, recycle=60), on_report=told.append)(
+        lambda theta: path.at(theta)[0]
+    )
+    for theta in path.thetas:
+        _, v, g = path.at(theta)
+        assert _off(argmin.vjp(theta, v), g) <= 1e-6
+    assert told[-1].recycled > 0
+    assert told[-1].iterations < 0.5 * told[0].iterations
+    batched = np.stack(path.thetas[:2])
+    other = implicit_function(path.condition, solver=CG(recycle=60), batched=True)(
+        lambda theta: np.stack([path.at(t)[0] for t in theta])
+    )
+    other.past.states.update(argmin.past.states)  # of other shapes: dropped
+    found = other.vjp(batched, np.stack([path.at(t)[1] for t in batched]))
+    assert _off(found, np.stack([path.at(t)[2] for t in batched])) <= 1e-6
+
+
+def test_a_backward_pass_of_torch_remembers_the_last() -> None:
+    torch = framework("torch").torch
+    path, told = Path(framework("torch").xp, torch.asarray), []
+    argmin = implicit_function(path.condition, solver=CG(rtol=1e-9, recycle=60), on_report=told.append)(
+        lambda theta: path.at(theta.numpy())[0]
+    )
+    for theta in path.thetas:
+        _, v, g = path.at(theta)
+        leaf = torch.asarray(theta).requires_grad_()
+        (argmin(leaf) * torch.asarray(v)).sum().backward()
+        assert _off(leaf.grad, g) <= 1e-6
+    assert told[-1].recycled > 0
+    assert told[-1].iterations < 0.5 * told[0].iterations
+
+
+@pytest.mark.parametrize("k", [10, 100])
+def test_minres(k: int) -> None:
+    errors, reports, _ = Path().run(MINRES(rtol=1e-8, recycle=k))
+    assert max(errors) <= 1e-6
+    assert reports[-1].recycled > 0
+    assert reports[-1].iterations < (0.8 if k == 10 else 0.2) * reports[0].iterations
+
+
+def test_an_indefinite_matrix_shares_starts_only() -> None:
+    H = hessian()
+    path = Path(H=H - 0.5 * np.eye(N))
+    errors, reports, state = path.run(MINRES(rtol=1e-9, recycle=K))
+    assert max(errors) <= 1e-6
+    assert not state.directions.any()
+    assert reports[-1].iterations < reports[0].iterations

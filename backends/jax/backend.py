@@ -30,7 +30,7 @@ from implicitdiff.outcome import Report, Status
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, hint
 from implicitdiff.ravel import reject_dtype
-from implicitdiff.solvers.recycling import SequenceState, fitted, pairs_of
+from implicitdiff.solvers.sequences import SequenceState, fitted, pairs_of
 
 __all__ = ["INLINE", "JaxBackend"]
 

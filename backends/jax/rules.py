@@ -14,7 +14,7 @@ from implicitdiff.errors import ShapeError
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules
-from implicitdiff.solvers.recycling import SequenceState
+from implicitdiff.solvers.sequences import SequenceState
 
 __all__ = ["arrays_in", "arrays_of", "filled", "functions_of", "named_functions", "run_rules"]
 

@@ -20,7 +20,7 @@ from implicitdiff.polishing import no_numbers
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules, Run
-from implicitdiff.solvers.recycling import SequenceState
+from implicitdiff.solvers.sequences import SequenceState
 from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
 __all__ = ["Runner", "looked_at", "newtons"]

@@ -235,7 +235,10 @@ class RecordedProblem:
 
     def pullback(self, y: Array, v: Array, tensors: Sequence[Array]) -> Array:
         """−Bᵀ A⁻ᵀ v, raveled."""
-        return self._linearized(y, tensors).pullback(plain(v))
+        lin, v = self._linearized(y, tensors), plain(v)
+        if v.ndim > y.ndim:
+            return lin.pullback(v)
+        return self.function.past.product(lin, "pullback", lambda x0: lin.pullback(v, x0), traced=False)
 
     def solve(self, y: Array, b: Array, tensors: Sequence[Array], *, transposed: bool) -> Array:
         """A⁻¹ b or A⁻ᵀ b; one factorisation serves all the solves of one point."""

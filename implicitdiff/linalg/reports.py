@@ -10,7 +10,7 @@ from implicitdiff.arrays import to_python
 from implicitdiff.linalg.solve import Solution, method_of
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report, Status
-from implicitdiff.solvers.recycling import told
+from implicitdiff.solvers.sequences import told
 
 __all__ = ["make_report"]
 

@@ -15,7 +15,8 @@ from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers import GMRES, MINRES, get_solver
 from implicitdiff.solvers.base import methods_of
 from implicitdiff.solvers.rank import ranked
-from implicitdiff.solvers.recycling import SequenceState, carried_on, followed
+from implicitdiff.solvers.recycling import carried_on
+from implicitdiff.solvers.sequences import SequenceState, followed
 from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
 
 __all__ = ["Prepared", "Solution", "method_of", "prepare"]

@@ -116,7 +116,9 @@ def rescaled_cycle(
 
     scaled = state._replace(operator=replace(op, forward=product, _cache={}))
     c = cycle(scaled, space, start._replace(x=space.scale(s.unit, start.x)))
-    return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=c.operator_norm * s.unit, gain=c.gain / s.unit)
+    memory = c.memory and c.memory.forgotten(space, s.unit != 1)
+    norm, gain = c.operator_norm * s.unit, c.gain / s.unit
+    return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=norm, gain=gain, memory=memory)
 
 
 def started(space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None, scale: Array, rtol: Array) -> Outer:

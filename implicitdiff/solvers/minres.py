@@ -44,6 +44,7 @@ class _State(NamedTuple):
     matvecs: Array
     operator_norm: Array
     gain: Array  # 1 / the smallest diagonal entry of R: a lower bound of ‖A⁻¹‖
+    memory: Any = None  # takes pairs (p, A p), where they are kept
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,6 +55,12 @@ class MINRES(Krylov):
     single; relative to ‖b‖, checked on the true residual), ``maxiter`` (default 10 n, within 1 000 to
     100 000), ``preconditioner`` (symmetric positive definite, ≈ ``|A|⁻¹``), ``damping`` (δ of A + δI).
 
+    Parameters
+    ----------
+    recycle : int, default 0
+        How many pairs (p, A p) of earlier solves of a sequence to keep, as in `CG`. They are kept while A is positive
+        definite as far as it is seen; of any other only the starts are shared.
+
     Examples
     --------
     >>> import numpy as np
@@ -62,6 +69,8 @@ class MINRES(Krylov):
     >>> np.round(linear_solve(A, np.array([1.0, 1.0]), solver="minres"), 6)
     array([ 0.5, -1. ])
     """
+
+    recycle: int = 0
 
     name: ClassVar[str] = "minres"
     structure: ClassVar[Structure] = "symmetric"
@@ -81,6 +90,7 @@ class MINRES(Krylov):
         first = _State(
             start.x, space.zeros(), start.r, y, space.zeros(), space.zeros(), beta, zero, zero, zero,
             zero - 1, zero, beta, start.active & (status == 0), status, space.counter(), 0, zero, zero,
+            start.memory and start.memory.begun(space),
         )  # fmt: skip
         # φ is a norm in M; without M it is the residual itself. With M, one decimal more is asked for
         # and the driver has the last word on the true residual.
@@ -93,7 +103,7 @@ class MINRES(Krylov):
         end = loop(lambda s: space.any(s.active), step, first, limit=most)
         norm = end.operator_norm
         norm = norm if precondition.identity else without_preconditioner(space, norm, rr, square)
-        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm, gain=end.gain)
+        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm, gain=end.gain, memory=end.memory)
 
 
 def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array) -> _State:
@@ -102,6 +112,7 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     inverse = space.where(usable, one / space.where(usable, s.beta, one), zero)
     v = space.scale(inverse, s.y)
     y = space.copy(product(v))
+    memory = s.memory and s.memory.conjugated(space, v, y, s.beta, usable)  # before y is overwritten
     later = usable & (s.beta_old > 0)  # from the second step on; an item that has stopped does nothing any more: v = 0
     ratio = space.where(later, s.beta / space.where(later, s.beta_old, one), zero)
     y = space.axpy(-ratio, s.r1, y)
@@ -121,20 +132,19 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     root = space.sqrt(gbar * gbar + (s.cs * beta) ** 2)
     # (Lost orthogonality keeps root above about sqrt(eps), which is the limit; a regular A of condition 3e7, or
     # 1e5 in single precision, cannot be told from a singular one here.)
-    tiny = NULL_VECTOR.of(space.eps)
     running = space.maximum(s.operator_norm, norm)
-    go = usable & finite & (root > tiny * running) & (gamma > space.eps * norm)
+    go = usable & finite & (root > NULL_VECTOR.of(space.eps) * running) & (gamma > space.eps * norm)
     safe = space.where(go, gamma, one)
     cs, sn = gbar / safe, beta / safe
     x, w = _update(s, space, v, go, safe, delta, cs * s.phi)
     phi = space.where(go, sn * s.phi, s.phi)
-    status = _status(s, space, go, finite, square)
+    status = _status(s, space, go, finite, square, memory)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & (status == 0) & (phi > target) & (iterations < budget)
     return _State(
         x, s.r2, y, space.copy(z), s.w2, w, beta, s.beta, -s.cs * beta, s.sn * beta, cs, sn, phi, active,
         status, iterations, s.matvecs + 1, space.maximum(s.operator_norm, space.where(s.active, norm, zero)),
-        space.maximum(s.gain, space.where(go, one / safe, zero)),
+        space.maximum(s.gain, space.where(go, one / safe, zero)), memory,
     )  # fmt: skip
 
 
@@ -147,8 +157,10 @@ def _update(s: _State, space: Any, v: Array, go: Array, gamma: Array, delta: Arr
     return space.axpy(space.where(go, phi, zero), w, s.x), w
 
 
-def _status(s: _State, space: Any, go: Array, finite: Array, square: Array) -> Array:
+def _status(s: _State, space: Any, go: Array, finite: Array, square: Array, memory: Any) -> Array:
     """Why an item stops here, 0 where it does not."""
     status = space.where(s.active & ~go, int(Status.SINGULAR), s.status)
+    if memory is not None:
+        status = space.where(go & memory.strange, int(Status.STAGNATED), status)
     status = space.where(s.active & (square < 0), int(Status.BAD_PRECONDITIONER), status)
     return space.where(s.active & ~finite, int(Status.NON_FINITE), status)

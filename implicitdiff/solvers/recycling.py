@@ -1,8 +1,8 @@
 """What a sequence of nearby systems shares: starts from the last solutions, and pairs (p, A p) as a preconditioner.
 
-CG makes products A p along conjugate directions, and throws them away. Kept, with s = p/√(pᵀAp) and y = A s, k of them
-make the limited-memory BFGS matrix M ≈ A⁻¹ of the next system. With S, Y their rows, oldest first, R the upper triangle
-of S Yᵀ (its diagonal is one), and M₀ the preconditioner that there is, or γ I,
+CG (and MINRES, by one more recurrence) makes products A p along conjugate directions, and throws them away. Kept, with
+s = p/√(pᵀAp) and y = A s, k of them make the limited-memory BFGS matrix M ≈ A⁻¹ of the next system. With S, Y their
+rows, oldest first, R the upper triangle of S Yᵀ (its diagonal is one), and M₀ the preconditioner that there is, or γ I,
 
     a = R⁻¹ S r,   z = M₀ (r − Yᵀ a),   M r = z + Sᵀ R⁻ᵀ (a − Y z),
 
@@ -26,128 +26,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, divisor, item_norm, times
-from implicitdiff.errors import ShapeError
+from implicitdiff.arrays import Array, any_true, divisor, times
 from implicitdiff.linalg.preconditioner import Preconditioner
 from implicitdiff.outcome import Counts, Status
+from implicitdiff.solvers.sequences import SequenceState, fitted, pairs_of, predicted
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
     from implicitdiff.solvers.cycles import KrylovState
 
-__all__ = ["Memory", "SequenceState", "carried_on", "fitted", "followed", "fresh", "limited_memory", "pairs_of", "told"]
+__all__ = ["Memory", "carried_on", "limited_memory"]
 
-KEPT = 4
-"""Solutions that are kept: three to extrapolate from, and one more to see how well that did."""
-ORDERS = ((1.0, 0.0, 0.0), (2.0, -1.0, 0.0), (3.0, -3.0, 1.0))
-"""Weights of the last solutions, the newest first, in the next one: constant, linear, quadratic."""
 PATIENCE, GRACE = 2.0, 5
 """Times the iterations of a solve without pairs, and some more, after which pairs are given up."""
 FITTING = 0.01, 10.0
 """pᵀA p over what the pairs make of it, on the first direction, within which they are those of a nearby A."""
-ANY = 0.0, float("inf")
-
-
-class SequenceState(NamedTuple):
-    """What one solve leaves to the next one of a sequence; arrays only, so that `jax.lax.scan` carries it.
-
-    Made by ``state="new"``, or by `sequence_state` where the shapes have to be there from the start. It is never
-    written to.
-
-    Attributes
-    ----------
-    solutions : array, shape (*items, 4, n)
-        The last raveled solutions, the newest first.
-    count : array of int, shape (*items,)
-        How many of them there are.
-    directions, images : array, shape (*items, k, n)
-        Pairs p/√(pᵀAp) and A p/√(pᵀAp) of earlier solves, the oldest first; rows of zeros where there is none. k is the
-        solver's ``recycle``.
-    pace : array, shape (*items,)
-        Iterations per decimal of the latest solve without pairs.
-    condition : array, shape (*items,)
-        Its lower estimate of the condition number.
-    used : array of int, shape (*items,)
-        Pairs that served the latest solve.
-    dropped : array of bool, shape (*items,)
-        Whether those that there were had to be dropped in it.
-    drift : array, shape (*items,)
-        ``|pᵀAp / pᵀM⁻¹p − 1|`` on the first direction of the latest solve: by how much A differed from the pairs.
-    """
-
-    solutions: Any = None
-    count: Any = None
-    directions: Any = None
-    images: Any = None
-    pace: Any = None
-    condition: Any = None
-    used: Any = None
-    dropped: Any = None
-    drift: Any = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether it is the beginning of a sequence, whose shapes are not known yet."""
-        return self.solutions is None
-
-
-def pairs_of(solver: Any) -> int:
-    """How many pairs a solver keeps."""
-    return int(getattr(solver, "recycle", 0))
-
-
-def fresh(xp: Any, shape: tuple[int, ...], dtype: Any, device: Any, pairs: int) -> SequenceState:
-    """Begin a sequence of vectors (*items, n)."""
-    items, n = tuple(shape[:-1]), shape[-1]
-
-    def zeros(*more: int, kind: Any = dtype) -> Array:
-        return xp.zeros((*items, *more), dtype=kind, device=device)
-
-    integer = xp.int32
-    return SequenceState(
-        zeros(KEPT, n), zeros(kind=integer), zeros(pairs, n), zeros(pairs, n), zeros(), zeros(), zeros(kind=integer),
-        zeros(kind=xp.bool), zeros(),
-    )  # fmt: skip
-
-
-def fitted(state: SequenceState, backend: Backend, b: Array, pairs: int) -> SequenceState:
-    """Return the state for right-hand sides like b, begun where it is empty.
-
-    Raises
-    ------
-    ShapeError
-        Where it is the state of another sequence.
-    """
-    if state.empty:
-        return fresh(backend.xp, b.shape, b.dtype, backend.device(b), pairs)
-    found = tuple(state.solutions.shape), tuple(state.directions.shape)
-    items, n = tuple(b.shape[:-1]), b.shape[-1]
-    wanted = (*items, KEPT, n), (*items, pairs, n)
-    if found != wanted:
-        raise ShapeError(
-            f"state holds solutions of shape {found[0]} and pairs of shape {found[1]}; expected {wanted[0]} and "
-            f"{wanted[1]}.\nLikely cause: it is the state of another problem, or of a solver with another recycle.\n"
-            "Next: state='new'."
-        )
-    return state
-
-
-def predicted(xp: Any, state: SequenceState) -> Array:
-    """Extrapolate the next solution, by the order that would have foreseen the latest one best."""
-    last = state.solutions
-    weights = xp.asarray(ORDERS, dtype=last.dtype, device=_device(last))
-    missed = item_norm(xp, weights @ last[..., 1:, :] - last[..., :1, :])  # (*items, orders)
-    orders = xp.arange(len(ORDERS), dtype=xp.int32, device=_device(last))
-    seen = state.count[..., None] > orders + 1
-    best = xp.argmin(xp.where(seen, missed, xp.full_like(missed, float("inf"))), axis=-1)
-    chosen = xp.astype(orders == xp.astype(best, xp.int32)[..., None], last.dtype)
-    return times(xp.matrix_transpose(last[..., :-1, :]), times(weights.T, chosen))
-
-
-def _device(x: Array) -> Any:
-    import array_api_compat
-
-    return array_api_compat.device(x)
+ANY = float("-inf"), float("inf")
 
 
 class Memory(NamedTuple):
@@ -163,6 +57,9 @@ class Memory(NamedTuple):
     least: Any
     most: Any
     """Where the ratio has to be."""
+    pivot: Any
+    """√(pᵀAp) of the pair before, for a method that makes no conjugate directions itself; 0 before the first, and -1
+    where there are none (negative curvature): then nothing is kept."""
 
     def noted(self, space: Any, p: Array, ap: Array, curvature: Array, model: Array, go: Array) -> Memory:
         """Store a pair in place of the oldest one, in items that go on."""
@@ -179,14 +76,36 @@ class Memory(NamedTuple):
     @property
     def strange(self) -> Array:
         """Whether the pairs that the method is preconditioned by are those of another A."""
-        return (self.ratio > self.most) | ((self.ratio < self.least) & (self.ratio > 0))
+        return (self.ratio > self.most) | ((self.ratio < self.least) & (self.ratio != 0))
+
+    def begun(self, space: Any) -> Memory:
+        """Return it for a Lanczos process that begins."""
+        return self._replace(pivot=space.where(self.pivot < 0, self.pivot, space.scalar(0.0)))
+
+    def conjugated(self, space: Any, v: Array, av: Array, beta: Array, go: Array) -> Memory:
+        """Store the pair of the next conjugate direction, v − (β/δ) p with δ = pᵀAp of the one before."""
+        one, zero = space.scalar(1.0), space.scalar(0.0)
+        last, known = (self.written - 1) % self.directions.shape[-2], go & (self.pivot > 0)
+        coupling = space.where(known, beta / space.where(known, self.pivot, one), zero)
+        p, ap = (
+            space.axpy(-coupling, space.copy(space.take(basis, last)), space.copy(x))
+            for basis, x in ((self.directions, v), (self.images, av))
+        )
+        delta = space.inner(v, av) - coupling * coupling
+        good = go & (self.pivot >= 0) & (delta > 0)
+        root = space.where(good, space.sqrt(delta), space.where(go, -one, self.pivot))
+        return self.noted(space, p, ap, delta, one, good)._replace(pivot=root)
+
+    def forgotten(self, space: Any, mask: Array) -> Memory:
+        """Let nothing be kept in some items: the pairs are those of A in another unit."""
+        return self._replace(pivot=space.where(mask, -space.scalar(1.0), self.pivot))
 
 
 def limited_memory(backend: Backend, directions: Array, images: Array, base: Preconditioner) -> Preconditioner:
     """Return M of pairs (*items, k, n) with sᵀy = 1, the oldest first, over a preconditioner or a multiple of I."""
     xp, S, Y = backend.xp, directions, images
     ST, YT = map(xp.matrix_transpose, (S, Y))
-    unit = xp.eye(S.shape[-2], dtype=S.dtype, device=_device(S))
+    unit = xp.eye(S.shape[-2], dtype=S.dtype, device=backend.device(S))
     inverse = backend.triangular_inverse(xp.triu(S @ YT, k=1) + unit)
     adjoint = xp.matrix_transpose(inverse)
     present = xp.astype(_present(xp, S, Y), S.dtype)
@@ -244,7 +163,7 @@ class _Resumed:
         self.right = b if self.scaling is None else self.scaling.scaled(b)
         self.space = self.backend.space(self.right)
         self.S, self.Y = past.directions, past.images
-        self.start = predicted(self.xp, past)
+        self.start = predicted(self.backend, past)
         if self.scaling is not None:
             rows, columns = (part[..., None, :] for part in self.scaling)
             self.S, self.Y, self.start = self.S / columns, self.Y * rows, self.scaling.start(self.start)
@@ -261,12 +180,14 @@ class _Resumed:
     ) -> _Found:  # fmt: skip
         xp, number, integer = self.xp, self._number, self.xp.int32
         zero, one = self.space.scalar(0.0), self.space.scalar(1.0)
-        memory = Memory(xp.asarray(S, copy=True), xp.asarray(Y, copy=True), 0, zero, one, *fitting)
+        memory = Memory(xp.asarray(S, copy=True), xp.asarray(Y, copy=True), 0, zero, one, *fitting, zero)
         x, status, counts, memory = self.solver._solve(state, target, start, memory, most)
         iterations, residual = number(counts.iterations, integer), number(counts.residual)
         gained = xp.log10(number(memory.first) / divisor(xp, residual))
         pace = xp.astype(iterations, residual.dtype) / xp.where(gained > 1, gained, xp.ones_like(gained))
         S, Y = (xp.roll(part, -(memory.written % S.shape[-2]), axis=-2) for part in memory[:2])
+        none = (number(memory.pivot) < 0)[..., None, None]
+        S, Y = (xp.where(none, xp.zeros_like(part), part) for part in (S, Y))
         condition = number(0.0 if counts.condition is None else counts.condition)
         return _Found(
             x, number(status, integer), iterations, number(counts.matvecs, integer), residual,
@@ -292,7 +213,7 @@ class _Resumed:
             directions=self._unscaled(found.directions, 1), images=self._unscaled(found.images, 0), pace=found.pace,
             condition=found.condition, dropped=failed,
             used=xp.where(known & ~failed, count, xp.zeros_like(count)),
-            drift=xp.where(found.ratio > 0, xp.abs(found.ratio - 1), zero),
+            drift=xp.where(known & (found.ratio != 0), xp.abs(found.ratio - 1), zero),
         )  # fmt: skip
         counts = Counts(
             found.iterations, found.matvecs, found.residual, found.norm, None, found.tolerance,
@@ -359,22 +280,5 @@ def carried_on(solver: Any, state: Any, b: Array, sequence: SequenceState, backe
     if pairs_of(solver):
         return _Resumed(solver, state, b, past).solved()
     known = backend.traced or any_true(backend.xp, past.count > 0)
-    start = predicted(backend.xp, past) if known else None
+    start = predicted(backend, past) if known else None
     return (*solver.solve(state, b, start), past)
-
-
-def told(state: SequenceState) -> dict[str, Any]:
-    """What a report says of it."""
-    return {"recycled": state.used, "dropped": state.dropped, "drift": state.drift}
-
-
-def followed(state: SequenceState, xp: Any, x: Array, good: Array) -> SequenceState:
-    """Return the state with a solution more, in items where it is good; one that begins anew in the others."""
-    mask = good[..., None, None]
-    solutions = xp.concat([x[..., None, :], state.solutions[..., :-1, :]], axis=-2)
-    count = xp.where(good, xp.where(state.count < KEPT, state.count + 1, state.count), xp.zeros_like(state.count))
-    nothing = xp.zeros_like(state.directions)
-    return state._replace(
-        solutions=xp.where(mask, solutions, xp.zeros_like(solutions)), count=count,
-        directions=xp.where(mask, state.directions, nothing), images=xp.where(mask, state.images, nothing),
-    )  # fmt: skip
