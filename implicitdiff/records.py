@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["Record", "brief", "equal", "html_table"]
+__all__ = ["Record", "brief", "duration", "equal", "html_table", "memory_size"]
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -98,3 +98,33 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str 
     top = f"<thead>{line(head, 'th')}</thead>" if head else ""
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return f"<table>{title}{top}<tbody>{''.join(line(cells, 'td') for cells in rows)}</tbody></table>"
+
+
+def duration(seconds: float) -> str:
+    """Show a time in its unit.
+
+    Examples
+    --------
+    >>> duration(1.2345), duration(0.0123)
+    ('1.23 s', '12.3 ms')
+    """
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def memory_size(count: int) -> str:
+    """Show a number of bytes in its unit.
+
+    Examples
+    --------
+    >>> memory_size(3 * 2**20)
+    '3 MiB'
+    """
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"

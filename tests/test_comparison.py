@@ -9,7 +9,7 @@ import pytest
 from frameworks import EACH, framework
 
 import implicitdiff as idf
-from implicitdiff.solvers import suitable
+from implicitdiff.solvers import get_solver, suitable
 
 RNG = np.random.default_rng(3)
 N = 12
@@ -86,6 +86,32 @@ def test_a_solver_that_fails_is_a_row_not_an_error():
     assert rows["minres"].error <= 1e-8
     assert "CG(maxiter=2)" in rows
     assert found.fastest.solver in {"lu", "minres"}
+
+
+def test_approximations_are_rows_with_their_true_and_their_estimated_error(tmp_path):
+    """Each registered one, at a few numbers of products where it has the choice; the picture holds a line for each."""
+    A = H / 4  # where a phantom gradient converges
+    found = compare(A, solvers=("cholesky",), approximations=True, memory=False, repeats=1)
+    names = {name for name in idf.solver_names() if getattr(get_solver(name), "approximate", False)}
+    assert {row.used for row in found} == {"cholesky", *names}
+    rows = {row.solver: row for row in found}
+    assert {"Neumann(terms=5)", "Neumann(terms=10)", "Truncated(steps=5)", "OneStep()", "Nystrom(rank=12)"} <= set(rows)
+    truth = np.linalg.solve(A, np.ones(N))
+    for row, gradient in zip(found[1:], found.gradients[1:], strict=True):
+        assert row.status == "APPROXIMATE"
+        assert not row.converged
+        error = np.linalg.norm(gradient - truth) / np.linalg.norm(truth)
+        assert row.error == pytest.approx(error, rel=1e-6, abs=1e-12)
+        assert 0.5 <= row.estimate / row.error <= 2 or row.error < 1e-6
+    assert rows["Truncated(steps=10)"].error < rows["Truncated(steps=5)"].error < rows["Neumann(terms=5)"].error
+    assert found.fastest.solver == "cholesky"
+    pytest.importorskip("matplotlib")
+    figure = found.plot()
+    figure.savefig(tmp_path / "errors.png")
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert {"cholesky", *names} <= set(labels)
+    with pytest.raises(idf.InputError, match="no row has an error"):
+        compare(SADDLE, solvers=("cg",), error=False).plot()
 
 
 def test_without_a_reference_errors_are_unknown():

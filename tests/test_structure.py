@@ -75,7 +75,7 @@ LAYERS = (
         "linalg.system",
     ),
     ("decorator", "api", "quadratic", "outer"),
-    ("tools.__init__", "tools.regularity", "tools.comparison", "tools.derivative_check"),
+    ("tools.__init__", "tools.regularity", "tools.comparison", "tools.comparison_plot", "tools.derivative_check"),
     ("testing",),
     ("__init__",),
     ("tools.demo", "tools.demo_plot", "tools.command_line"),

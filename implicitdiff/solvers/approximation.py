@@ -7,7 +7,7 @@ however small its residual is, and the residual is the true one, for one product
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError
@@ -46,6 +46,8 @@ class Approximation(Solver):
 
     approximate: ClassVar[bool] = True
     verified: ClassVar[bool] = True
+    cost: ClassVar[str] = ""
+    """The option that says how many products it takes, if there is one."""
     products_only: ClassVar[bool] = True
     """Whether it needs products with A and the operations of a vector space, and nothing else."""
 
@@ -67,9 +69,12 @@ class Approximation(Solver):
         return self.products_only
 
     @classmethod
-    def at_costs(cls, products: Sequence[int]) -> list[Self]:
-        """Return the method at about these numbers of products; itself where it has no such choice."""
-        return [cls()]
+    def at_costs(cls, products: Sequence[int], n: int) -> list[Any]:
+        """Return it at about these numbers of products, for n unknowns; once where it has no such choice."""
+        kind: Any = cls
+        if not cls.cost:
+            return [kind()]
+        return [kind(**{cls.cost: k}) for k in sorted({min(k, n) for k in products})]
 
     def as_preconditioner(self, operator: Operator) -> Preconditioner:
         """Return it as a preconditioner for A, if it takes no products with A once it is prepared."""

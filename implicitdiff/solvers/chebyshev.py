@@ -15,9 +15,8 @@ Y. Saad, "Iterative methods for sparse linear systems", 2nd ed., SIAM, 2003, alg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator, Product
@@ -70,6 +69,7 @@ class Chebyshev(Approximation):
     damping: float = 0.0
 
     name: ClassVar[str] = "chebyshev"
+    cost: ClassVar[str] = "terms"
     structure: ClassVar[Structure] = "symmetric"
 
     def prepare(self, operator: Operator) -> Any:
@@ -111,10 +111,6 @@ class Chebyshev(Approximation):
             lambda s: space.any(s.active) & (s.turn < self.terms - 1), step, first, limit=self.terms - 1
         )  # fmt: skip
         return Applied(space.axpy(one, end.d, end.x), end.terms, end.turn, end.status, end.size)
-
-    @classmethod
-    def at_costs(cls, products: Sequence[int]) -> list[Self]:
-        return [cls(terms=k) for k in products]
 
 
 def _smaller(operator: Operator, largest: Any) -> Any:

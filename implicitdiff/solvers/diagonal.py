@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +60,10 @@ class Diagonal(Approximation):
         usable = d != 0
         zero = space.where(xp.all(usable, axis=-1), 0, int(Status.SINGULAR))
         return Applied(r / xp.where(usable, d, xp.ones_like(d)), space.counter(), 0, zero)
+
+    @classmethod
+    def at_costs(cls, products: Sequence[int], n: int) -> list[Any]:
+        return [cls()] if n <= DENSE else []
 
     def as_preconditioner(self, operator: Operator) -> Preconditioner:
         inverse = 1 / self.prepare(operator)

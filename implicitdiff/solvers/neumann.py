@@ -17,9 +17,8 @@ Z. Geng, X.-Y. Zhang, S. Bai, Y. Wang, Z. Lin, "On training implicit models", Ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
@@ -110,16 +109,13 @@ class Neumann(Approximation):
     damping: float = 0.0
 
     name: ClassVar[str] = "neumann"
+    cost: ClassVar[str] = "terms"
 
     def prepare(self, operator: Operator) -> Any:
         return step_for(operator, self.step)
 
     def apply(self, state: ApproximateState, space: Any, r: Array) -> Applied:
         return _series(state, space, r, self.terms)
-
-    @classmethod
-    def at_costs(cls, products: Sequence[int]) -> list[Self]:
-        return [cls(terms=k) for k in products]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -192,13 +188,10 @@ class Phantom(Approximation):
     damping: float = 0.0
 
     name: ClassVar[str] = "phantom"
+    cost: ClassVar[str] = "steps"
 
     def prepare(self, operator: Operator) -> Any:
         return float(self.tau)
 
     def apply(self, state: ApproximateState, space: Any, r: Array) -> Applied:
         return _series(state, space, r, self.steps)
-
-    @classmethod
-    def at_costs(cls, products: Sequence[int]) -> list[Self]:
-        return [cls(steps=k) for k in products]

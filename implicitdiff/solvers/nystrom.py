@@ -17,9 +17,8 @@ DOI 10.1137/21M1466244 (as a preconditioner, Ω Gaussian)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -81,6 +80,7 @@ class Nystrom(Approximation):
     damping: float = 0.0
 
     name: ClassVar[str] = "nystrom"
+    cost: ClassVar[str] = "rank"
     structure: ClassVar[Structure] = "symmetric"
     products_only: ClassVar[bool] = False
 
@@ -114,10 +114,6 @@ class Nystrom(Approximation):
             return _woodbury(xp, found, r)
 
         return Preconditioner(product, product)
-
-    @classmethod
-    def at_costs(cls, products: Sequence[int]) -> list[Self]:
-        return [cls(rank=k) for k in products]
 
 
 def _woodbury(xp: Any, found: _Sketch, r: Array) -> Array:

@@ -8,9 +8,8 @@ A. Rajeswaran, C. Finn, S. Kakade, S. Levine, "Meta-learning with implicit gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
@@ -55,6 +54,7 @@ class Truncated(Approximation):
     damping: float = 0.0
 
     name: ClassVar[str] = "truncated"
+    cost: ClassVar[str] = "steps"
     structure: ClassVar[Structure] = "positive definite"
 
     def prepare(self, operator: Operator) -> Any:
@@ -74,7 +74,3 @@ class Truncated(Approximation):
         start = Start(space.zeros(), space.copy(r), target, (size > 0) | ~space.isfinite(size), budget)
         found = CG(maxiter=self.steps).cycle(KrylovState(state.operator, state.prepared), space, start)
         return Applied(found.x, found.iterations, found.matvecs, found.status)
-
-    @classmethod
-    def at_costs(cls, products: Sequence[int]) -> list[Self]:
-        return [cls(steps=k) for k in products]

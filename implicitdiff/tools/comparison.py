@@ -11,20 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from implicitdiff.api import implicit_grad
-from implicitdiff.arrays import item_norm, to_python
+from implicitdiff.arrays import divisor, item_norm, to_python
 from implicitdiff.compilers import untraced
 from implicitdiff.errors import ImplicitDiffWarning, InputError, SolveError
 from implicitdiff.outcome import Report, Status
 from implicitdiff.ravel import Raveler
-from implicitdiff.records import html_table
+from implicitdiff.records import duration, html_table, memory_size
 from implicitdiff.registry import backend_for, get_backend
-from implicitdiff.solvers import get_solver, suitable
+from implicitdiff.solvers import get_solver, solver_names, suitable
+from implicitdiff.tools.comparison_plot import draw
 from implicitdiff.typing import ConditionLike
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
 __all__ = ["Comparison", "SolverRow", "compare_solvers"]
+
+COSTS = 5, 10, 20
+"""Products of the approximations that are compared."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ class SolverRow:
     message : str
         First line of the error, where the solve failed.
     estimate : float
-        Estimated relative error of the gradient (`ErrorEstimate.relative`), the largest over the items: that of y as a
-        solution, which all solvers share, and what the solver adds. NaN where it was not asked for, or F is not known.
+        Estimated error of the gradient (`ErrorEstimate.absolute`) over the size of the corrected one, the largest over
+        the items: that of y as a solution, which all solvers share, and what the solver adds. NaN where it was not
+        asked for, or F is not known.
     """
 
     solver: str
@@ -126,10 +131,10 @@ class Comparison(Sequence[SolverRow]):
         yield ["solver", "used", "status", "time", "first call", "products", "residual", "error", "estimate", "memory"]
         for row in self.rows:
             yield [
-                row.solver, row.used, row.status, _time(row.seconds), _time(row.first), str(row.products),
+                row.solver, row.used, row.status, duration(row.seconds), duration(row.first), str(row.products),
                 f"{row.residual:.1e}", "reference" if row.error == 0 and row.converged else f"{row.error:.1e}",
                 "-" if math.isnan(row.estimate) else f"{row.estimate:.1e}",
-                "-" if row.memory is None else _bytes(row.memory),
+                "-" if row.memory is None else memory_size(row.memory),
             ]  # fmt: skip
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -140,6 +145,25 @@ class Comparison(Sequence[SolverRow]):
         list of dict
         """
         return [asdict(row) for row in self.rows]
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the error of the gradient against the products with A: approximations as lines, solutions as open marks.
+
+        Parameters
+        ----------
+        axes : matplotlib axes, optional
+            By default a new figure's.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        InputError
+            Where matplotlib is not installed, or no row has an error.
+        """
+        return draw(self.rows, axes)
 
     def save(self, path: str | Path) -> None:
         """Write the rows to a file, by its suffix: .json or .csv.
@@ -174,6 +198,7 @@ def compare_solvers(
     condition: ConditionLike, outer: Any, y: Any, theta: Any, *, solvers: Sequence[Any] | None = None,
     args: tuple[Any, ...] = (),
     backend: Any = None, batched: bool = False, repeats: int = 3, memory: bool = True, error: bool = True,
+    approximations: bool = False,
 ) -> Comparison:  # fmt: skip
     """Compute the gradient of a loss through a solution with several linear solvers, and compare them.
 
@@ -191,6 +216,8 @@ def compare_solvers(
         Whether to measure memory, by one more call. It is seen for NumPy on the CPU, and for Torch and CuPy on a GPU.
     error : bool
         Whether to estimate the error of each gradient, by one more call.
+    approximations : bool
+        Whether to add every registered approximation, at a few numbers of products each where it has the choice.
 
     Returns
     -------
@@ -220,26 +247,40 @@ def compare_solvers(
     if repeats < 1:
         raise InputError(f"repeats = {repeats!r}: expected a positive integer.")
     options = {"args": args, "backend": backend, "batched": batched}
-    return _compared((condition, outer, y, theta), solvers, (repeats, memory, error), options)
+    return _compared((condition, outer, y, theta), solvers, (repeats, memory, error), options, approximations)
 
 
 @untraced
 def _compared(
-    what: tuple[Any, ...], solvers: Sequence[Any], measures: tuple[int, bool, bool], options: dict[str, Any]
+    what: tuple[Any, ...],
+    solvers: Sequence[Any],
+    measures: tuple[int, bool, bool],
+    options: dict[str, Any],
+    approximations: bool,
 ) -> Comparison:
     (_, _, y, theta), repeats = what, measures[0]
     engine = options["backend"]
     engine = get_backend(engine) if engine is not None else backend_for({"y": y, "theta": theta})
     batched, trials = options["batched"], []
-    for i, solver in enumerate(solvers):
+    ravelers = [Raveler(engine, tree, name, batched) for name, tree in (("y", y), ("theta", theta))]
+    more = _approximations(ravelers[0].n) if approximations else []
+    for i, solver in enumerate([*solvers, *more]):
         get_solver(solver)  # an unknown name is told before anything runs
         call = _Call(engine, what, {**options, "backend": engine}, solver)
         trials.append((_label(solver), *call.measured(*measures, quiet=i > 0)))
-    ravelers = [Raveler(engine, tree, name, batched) for name, tree in (("y", y), ("theta", theta))]
     facts = {"backend": engine.name, "n": ravelers[0].n, "m": ravelers[1].n, "repeats": repeats}
     if batched:
         facts["items"] = ravelers[0].items[0]
     return Comparison(_rows(engine, ravelers[1], trials), facts, [gradient for _, gradient, *_ in trials])
+
+
+def _approximations(n: int) -> list[Any]:
+    """Return the registered approximations, at a few costs where they have the choice."""
+    found: list[Any] = []
+    for solver in map(get_solver, solver_names()):
+        if getattr(solver, "approximate", False):
+            found += solver.at_costs(COSTS, n) if hasattr(solver, "at_costs") else [solver]
+    return found
 
 
 def _label(solver: Any) -> str:
@@ -247,7 +288,9 @@ def _label(solver: Any) -> str:
     if isinstance(solver, str):
         return solver
     known = getattr(solver, "__dataclass_fields__", {})
-    options = [f"{name}={getattr(solver, name)!r}" for name, f in known.items() if getattr(solver, name) != f.default]
+    always = getattr(solver, "cost", "")
+    options = [f"{name}={getattr(solver, name)!r}" for name, f in known.items()
+               if name == always or getattr(solver, name) != f.default]  # fmt: skip
     return f"{type(solver).__name__}({', '.join(options)})"
 
 
@@ -271,10 +314,16 @@ class _Call:
         """Estimated relative error of the gradient; NaN where F is not known."""
         options = {**self.options, "solver": self.solver, "on_failure": "ignore", "error": True}
         try:
-            report = implicit_grad(*self.arguments, **options, return_report=True)[1]
+            value, report = implicit_grad(*self.arguments, **options, return_report=True)
         except InputError:
             return math.nan
-        return _largest(report.error.relative) if report.error is not None else math.nan
+        found = report.error
+        if found is None or found.correction is None:
+            return math.nan if found is None else _largest(found.relative)
+        trees, batched, xp = (value, found.correction), self.options["batched"], self.engine.xp
+        g, off = (Raveler(self.engine, tree, "the gradient", batched).vector for tree in trees)
+        size, absolute = item_norm(xp, g - off), xp.asarray(found.absolute)
+        return _largest(xp.where(size > 0, absolute / divisor(xp, size), xp.asarray(found.relative)))
 
     def measured(
         self, repeats: int, memory: bool, error: bool, *, quiet: bool
@@ -335,19 +384,3 @@ def _largest(x: Any) -> float:
 
 def _total(x: Any) -> float:
     return sum(_values(x))
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} GiB"
