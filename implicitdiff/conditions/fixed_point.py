@@ -35,6 +35,8 @@ class FixedPoint(Root):
     singular : {"raise", "gauge", "minimum-norm"}
         What is asked for where A is singular: nothing, which is an error; the gradient of a loss that does not see its
         null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹.
+    conserve : array (n, k) or (n,), or callable, optional
+        What y − T conserves (see `Root`): T(y) has as much of it as y, whatever y is.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where ∂T/∂y has entries, in raveled order: A is then assembled from as many products as its columns need
         colours, held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
@@ -44,8 +46,8 @@ class FixedPoint(Root):
     S. Bai, J. Z. Kolter, V. Koltun, "Deep equilibrium models", NeurIPS 2019. arXiv:1909.01377
     """
 
-    def maps(self, point: Point) -> Maps:
-        t = super().maps(point)
+    def own_maps(self, point: Point) -> Maps:
+        t = super().own_maps(point)
         y = point.y.vector
         value, at = t.residual, t.at
         return Maps(

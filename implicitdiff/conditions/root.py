@@ -6,11 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_singular, check_verify, maps_from
+from implicitdiff.arrays import any_true
+from implicitdiff.conditions.base import (
+    Function,
+    Given,
+    Maps,
+    Observations,
+    check_callables,
+    check_singular,
+    check_verify,
+    maps_from,
+)
+from implicitdiff.conditions.conserved import check_conserve, conserving, tell_conserved
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.sparse import SparseCondition
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.sparsity import check_sparsity
+from implicitdiff.namespaces import namespace
 
 __all__ = ["Root"]
 
@@ -39,6 +51,9 @@ class Root(SparseCondition):
     singular : {"raise", "gauge", "minimum-norm"}
         What is asked for where A is singular: nothing, which is an error; the gradient of a loss that does not see its
         null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹.
+    conserve : array (n, k) or (n,), or callable, optional
+        What the motion of the root conserves, where A is singular for that reason: Wᵀ y with W in raveled order, or
+        ``c(y, theta, *args)``, a tree of arrays whose total derivative is zero. The system is bordered by it.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where A has entries, in raveled order: A is then assembled from as many products as its columns need colours,
         held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
@@ -56,12 +71,13 @@ class Root(SparseCondition):
     mixed_jvp: Callable[..., Any] | None = None
     verify: bool = True
     singular: str = "raise"
+    conserve: Any = None
     sparsity: Any = None
 
     def __init__(
         self, fun: Callable[..., Any], *, jvp: Function = None, vjp: Function = None, jacobian: Function = None,
         mixed_vjp: Function = None, mixed_jvp: Function = None, verify: bool = True,
-        singular: str = "raise", sparsity: Any = None,
+        singular: str = "raise", conserve: Any = None, sparsity: Any = None,
     ) -> None:  # fmt: skip
         if not callable(fun):
             raise InputError(f"fun is {type(fun).__name__}; expected a callable F(y, theta, *args) -> like y.")
@@ -76,13 +92,22 @@ class Root(SparseCondition):
         check_callables(**fields)
         check_verify(verify)
         check_singular(singular)
-        options = {"verify": verify, "singular": singular, "sparsity": check_sparsity(sparsity)}
+        check_conserve(conserve, sparsity)
+        options = {"verify": verify, "singular": singular, "conserve": conserve, "sparsity": check_sparsity(sparsity)}
         for name, value in {**fields, **options}.items():
             object.__setattr__(self, name, value)
 
     @property
     def has_matrix(self) -> bool:
-        return self.jacobian is not None or self.sparsity is not None
+        return self.jacobian is not None or self.sparsity is not None or self.conserve is not None
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        return {} if self.conserve is None or callable(self.conserve) else {"conserve": self.conserve}
+
+    def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str | Warning]]:
+        wrong = any_true(namespace(observations.usable), ~observations.usable)
+        return tell_conserved(namespace(observations.usable), observations, batched) if wrong else None, []
 
     @property
     def to_verify(self) -> tuple[Callable[..., Any], ...]:
@@ -95,6 +120,10 @@ class Root(SparseCondition):
         return (self.fun, self.jvp, self.vjp, self.jacobian)
 
     def maps(self, point: Point) -> Maps:
+        return conserving(point, self.own_maps(point), self.conserve, verify=self.verify)
+
+    def own_maps(self, point: Point) -> Maps:
+        """F, A and B without what is conserved beside."""
         function = point.vector_function(self.fun, "fun")
         given = Given(
             ("jvp", self.jvp), ("vjp", self.vjp), ("jacobian", self.jacobian), self.mixed_jvp, self.mixed_vjp,
