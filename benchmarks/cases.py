@@ -229,7 +229,14 @@ def certificates(setting: Setting) -> list[Row]:
     return measured(setting)
 
 
+def sparse(setting: Setting) -> list[Row]:
+    """Sparse systems: see `benchmarks.sparse_systems`."""
+    from benchmarks.sparse_systems import sparse as measured
+
+    return measured(setting)
+
+
 CASES: dict[str, Callable[[Setting], list[Row]]] = {
     "gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "import": imports,
-    "memory": memory, "certificates": certificates,
+    "memory": memory, "certificates": certificates, "sparse": sparse,
 }  # fmt: skip

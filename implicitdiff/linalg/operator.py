@@ -211,7 +211,7 @@ class Operator(LinearMap):
     @property
     def assembled(self) -> bool:
         """Whether a matrix was assembled from products."""
-        return "matrix" in self._cache
+        return "matrix" in self._cache and self.sparse is None and self.entries is None
 
     @property
     def probes(self) -> int:

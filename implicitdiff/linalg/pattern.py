@@ -86,6 +86,8 @@ class Pattern:
         least = 1 + max(int(self.rows.max(initial=-1)), int(self.columns.max(initial=-1)))
         if self.n not in (0, n) or least > n:
             raise ShapeError(f"sparsity is that of a matrix of order {self.n or least}, and A is one of order {n}.")
+        if self.n == n and np.count_nonzero(self.rows == self.columns) == n:
+            return self
         i = np.arange(n)
         return self._once(
             ("order", n), lambda: Pattern(n, np.concatenate([self.rows, i]), np.concatenate([self.columns, i]))
@@ -94,7 +96,11 @@ class Pattern:
     @property
     def symmetric(self) -> Pattern:
         """The pattern and its transpose together."""
-        return self._once("symmetric", lambda: self.union(self.transposed))
+        return self._once("symmetric", lambda: self if self._is_symmetric() else self.union(self.transposed))
+
+    def _is_symmetric(self) -> bool:
+        turned = self.by_columns
+        return np.array_equal(self.rows[turned], self.columns) and np.array_equal(self.columns[turned], self.rows)
 
     @property
     def transposed(self) -> Pattern:

@@ -108,12 +108,12 @@ def with_entries(op: Any, found: Entries, spent: int = 0) -> Any:
     xp, cache = op.backend.xp, {"probes": op.probes + spent}
     if op.backend.name == "numpy" and not op.items:
         matrix = found.pattern.matrix(found.values)
-        turned = matrix.T.tocsr()
+        turned = matrix if op.symmetric else matrix.T.tocsr()
         return replace(
             op, entries=found, sparse=matrix.tocsc(), forward=lambda x: (matrix @ x.T).T,
             adjoint=lambda x: (turned @ x.T).T, _cache=cache,
         )  # fmt: skip
-    turned = found.transposed(xp, op.device)
+    turned = found if op.symmetric else found.transposed(xp, op.device)
     return replace(
         op, entries=found, forward=lambda x: found.matvec(xp, x, op.device),
         adjoint=lambda x: turned.matvec(xp, x, op.device), _cache=cache,
