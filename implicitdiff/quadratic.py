@@ -11,6 +11,7 @@ import numpy as np
 from implicitdiff.arrays import Array, listed
 from implicitdiff.compilers import untraced
 from implicitdiff.conditions import QP
+from implicitdiff.conditions.constrained import Degenerate
 from implicitdiff.decorator import ImplicitFunction
 from implicitdiff.errors import (
     InfeasibleError,
@@ -38,8 +39,8 @@ _AXES = {"Q": 2, "q": 1, "A": 2, "b": 1, "G": 2, "h": 1}
 def solve_qp(
     Q: Any, q: Any, A: Any = None, b: Any = None, G: Any = None, h: Any = None, *, batched: bool = False,
     solver: str | SolverLike = "auto", on_failure: OnFailure = "raise",
-    on_report: Callable[[Report], object] | None = None, backend: Any = None, return_multipliers: bool = False,
-    settings: Mapping[str, Any] | None = None,
+    on_report: Callable[[Report], object] | None = None, backend: Any = None, degenerate: Degenerate = "raise",
+    return_multipliers: bool = False, settings: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """Solve min ½ yᵀQy + qᵀy subject to Ay = b, Gy <= h, so that the solution can be differentiated in all of the data.
 
@@ -71,6 +72,8 @@ def solve_qp(
         Called with the `Report` of each derivative, as for `implicit_function`.
     backend : str or Backend, optional
         Default: read off the arrays.
+    degenerate : {"raise", "select"}
+        What a derivative does at a kink: dependent active constraints, or a multiplier of zero; see `KKT`.
     return_multipliers : bool
         Return ``(y, (lam, mu))``, the multipliers of the equalities and of the inequalities, None where there are
         none. They cannot be differentiated; they are what `QP` and `KKT` take.
@@ -140,7 +143,7 @@ def solve_qp(
     options: dict[str, Any] = {"solver": solver, "on_failure": on_failure, "on_report": on_report, "backend": engine}
     if batched:
         options["in_axes"] = (0, {name: 0 if axes[name] else None for name in data}, 0)
-    condition = QP(**sparse, multipliers=_multipliers) if sparse else _CONDITION
+    condition = QP(**sparse, multipliers=_multipliers, degenerate=degenerate)
     function: Any = ImplicitFunction(_solution, condition, True, completed(FunctionOptions, options))
     y, multipliers = function(data, y, lam, mu)
     return (y, multipliers) if return_multipliers else y
@@ -152,9 +155,6 @@ def _solution(data: Any, y: Array, lam: Array | None, mu: Array | None) -> Any:
 
 def _multipliers(y: Array, data: Any, solved: Array, lam: Array | None, mu: Array | None) -> Any:
     return lam, mu
-
-
-_CONDITION = QP(multipliers=_multipliers)
 
 
 def _check_pairs(data: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -15,6 +16,7 @@ from scipy import sparse
 
 from implicitdiff import (
     QP,
+    DegeneracyWarning,
     DTypeError,
     InfeasibleError,
     InputError,
@@ -250,6 +252,23 @@ def test_what_is_told_of_a_derivative() -> None:
     np.testing.assert_allclose(y.detach().numpy(), [0.5, 2.0])
     with pytest.raises(QualificationError, match=r"ineq\[0\], ineq\[1\]"):
         y.sum().backward()
+
+
+@EACH
+def test_one_piece_at_a_kink(name: str) -> None:
+    """Where a constraint is there twice, and another holds with a multiplier of zero: the derivative of one side."""
+    fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]
+    G = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    fixed = on(lib, {"Q": np.eye(2), "q": np.array([-1.0, -2.0]), "G": G})
+    bounds = np.array([0.5, 1.0, 2.0])
+
+    def first(h: Any) -> Any:
+        return solve_qp(**fixed, h=h, degenerate="select")[0]
+
+    told = pytest.warns(DegeneracyWarning, match=r"ineq\[0\], ineq\[1\]")
+    with told if name == "torch" else contextlib.nullcontext():  # JAX's own passes do not say what was seen
+        got = lib.numpy(fw.gradient(first)(lib.array(bounds)))
+    assert got.tolist() in ([1.0, 0.0, 0.0], [0.0, 0.5, 0.0])  # y[0] = min(h[0], h[1] / 2)
 
 
 # -- sparse matrices -------------------------------------------------------------------------------------

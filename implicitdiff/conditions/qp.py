@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, times
 from implicitdiff.conditions.base import Maps, finite_part
-from implicitdiff.conditions.constrained import Constrained, Route
+from implicitdiff.conditions.constrained import Constrained, Degenerate, Route
 from implicitdiff.conditions.lagrangian import FirstOrder
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, ShapeError
@@ -49,7 +49,7 @@ class QP(Constrained):
     G, h : array, shapes (r, n) and (r,), optional
         Inequalities. G may be a SciPy sparse matrix. Where Q, A or G is sparse, the whole system is, and is factored by
         SuperLU on every framework; matrices in theta are dense.
-    multipliers, route, active_tol
+    multipliers, route, active_tol, degenerate
         As for `KKT`; the multipliers are the pair of those of Ay = b and of Gy <= h, or the one that there is.
 
     Raises
@@ -78,12 +78,14 @@ class QP(Constrained):
     multipliers: Any
     route: str
     active_tol: float | None
+    degenerate: str
     eq = None
     ineq = None
 
     def __init__(
         self, Q: Any = None, q: Any = None, A: Any = None, b: Any = None, G: Any = None, h: Any = None, *,
         multipliers: Any = None, route: Route = "auto", active_tol: float | None = None,
+        degenerate: Degenerate = "raise",
     ) -> None:  # fmt: skip
         given = {name: value for name, value in zip(_NAMES, (Q, q, A, b, G, h), strict=True) if value is not None}
         for name, value in given.items():
@@ -91,7 +93,8 @@ class QP(Constrained):
                 raise ShapeError(f"{name} has shape {getattr(value, 'shape', None)}; expected {_AXES[name]} axes.")
         sparse = {name: (x + x.T) / 2 if name == "Q" else x for name, x in given.items() if hasattr(x, "tocsr")}
         given = {**given, **{name: SparseMatrix(x) for name, x in sparse.items()}}
-        fields = {"data": given, "multipliers": multipliers, "route": route, "active_tol": active_tol}
+        fields = {"data": given, "multipliers": multipliers, "route": route, "active_tol": active_tol,
+                  "degenerate": degenerate}  # fmt: skip
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         self._check_options()
@@ -145,6 +148,11 @@ class _Bound(Constrained):
     def active_tol(self) -> float | None:  # type: ignore[override]
         """The user's."""
         return self.qp.active_tol
+
+    @property
+    def degenerate(self) -> str:  # type: ignore[override]
+        """The user's."""
+        return self.qp.degenerate
 
     @property
     def _names(self) -> list[str]:
