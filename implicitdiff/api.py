@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
 
-from implicitdiff.compilers import public
+from implicitdiff.compilers import public, untraced
 from implicitdiff.errors import InputError
 from implicitdiff.linearization import Linearization, linearized
 from implicitdiff.outcome import Report
@@ -290,6 +290,7 @@ def implicit_grad(
     return _handed_out(lin, x0, lin.product(mode, outer, x0, lin.control), return_report)
 
 
+@untraced
 def sequence_state(y: Any, solver: Any = "auto", *, batched: bool = False, backend: Any = None) -> SequenceState:
     """Begin the state of a sequence of gradients with the shapes that it will have, as ``jax.lax.scan`` needs it.
 

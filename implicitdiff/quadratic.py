@@ -36,6 +36,7 @@ _AXES = {"Q": 2, "q": 1, "A": 2, "b": 1, "G": 2, "h": 1}
 
 
 @untraced
+@untraced
 def solve_qp(
     Q: Any, q: Any, A: Any = None, b: Any = None, G: Any = None, h: Any = None, *, batched: bool = False,
     solver: str | SolverLike = "auto", on_failure: OnFailure = "raise",
@@ -46,9 +47,9 @@ def solve_qp(
 
     A strictly convex program is solved by Newton's method on the active set, all of a batch at once; where that ends
     without a solution, and where Q is singular, by Clarabel (``pip install 'implicitdiff[qp]'``), and made exact to
-    rounding on its active set. `QP` differentiates the solution: by Torch's and JAX's own autodiff, forward
-    and in reverse, to second order, within ``jax.jit`` and under ``vmap``. It is solved on the CPU, in double
-    precision, wherever the arrays are.
+    rounding on its active set. Constraints may be left out. `QP` differentiates the solution: by Torch's and JAX's own
+    autodiff, forward and in reverse, to second order, within ``jax.jit`` and under ``vmap``. It is solved on the CPU,
+    in double precision, wherever the arrays are.
 
     Parameters
     ----------
@@ -137,6 +138,10 @@ def solve_qp(
     data = {name: x for name, x in both.items() if name not in sparse}
     engine = backend_for(data) if backend is None else get_backend(backend)
     arrays = {name: engine.as_leaf(x, name) for name, x in data.items()}
+    bound = "A" in both or "G" in both
+    if not bound:  # an inequality that is absent
+        zero = 0 * arrays["q"]
+        arrays = data = {**arrays, "G": zero[..., None, :], "h": zero[..., :1] + float("inf")}
     axes = _check_shapes({**arrays, **sparse}, batched)
     call = _Call(engine, data, sparse, axes, on_failure, settings_of(settings or {}))
     y, lam, mu = call.solved()
@@ -146,7 +151,7 @@ def solve_qp(
     condition = QP(**sparse, multipliers=_multipliers, degenerate=degenerate)
     function: Any = ImplicitFunction(_solution, condition, True, completed(FunctionOptions, options))
     y, multipliers = function(data, y, lam, mu)
-    return (y, multipliers) if return_multipliers else y
+    return (y, multipliers if bound else (None, None)) if return_multipliers else y
 
 
 def _solution(data: Any, y: Array, lam: Array | None, mu: Array | None) -> Any:
@@ -163,8 +168,6 @@ def _check_pairs(data: Mapping[str, Any]) -> None:
             raise InputError(f"solve_qp has {one} and no {other}.")
     if "Q" not in data:
         raise InputError("solve_qp has neither Q nor q.\nNext: zeros, where the objective has no such part.")
-    if "A" not in data and "G" not in data:
-        raise InputError("solve_qp has no constraints.\nNext: linear_solve(Q, -q) solves for the minimum.")
 
 
 def _check_shapes(arrays: Mapping[str, Any], batched: bool) -> dict[str, bool]:

@@ -381,7 +381,6 @@ def test_items_that_fail_are_named(lib: Library) -> None:
     [
         ({"h": None}, InputError, "has G and no h"),
         ({"Q": None}, InputError, "has q and no Q"),
-        ({"G": None, "h": None}, InputError, "no constraints"),
         ({"q": [[1.0, 2.0]]}, ShapeError, r"q has shape \(1, 2\); expected 1 axes.\nNext: batched=True"),
         ({"G": np.ones((2, 3))}, ShapeError, r"G has shape \(2, 3\); expected \(2, 2\)"),
         ({"Q": np.eye(3)}, ShapeError, r"Q has shape \(3, 3\); expected \(2, 2\)"),
@@ -415,3 +414,13 @@ def test_without_clarabel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_items() -> None:
     data = {name: x[None][:0] for name, x in small().items()}
     assert solve_qp(**data, batched=True).shape == (0, 2)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@LIBS
+def test_without_constraints(lib: Library, batched: bool) -> None:
+    data = batch()[0] if batched else program()[0]
+    Q, q = lib.array(data["Q"]), lib.array(data["q"])
+    y, multipliers = solve_qp(Q, q, batched=batched, return_multipliers=True)
+    assert multipliers == (None, None)
+    np.testing.assert_allclose(lib.numpy(y), -np.linalg.solve(data["Q"], data["q"][..., None])[..., 0], rtol=1e-9)

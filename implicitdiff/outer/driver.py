@@ -238,6 +238,7 @@ class _Progress:
             self.bar.update()
 
 
+@untraced
 def bilevel(
     condition: Any, outer: Any, y0: Any, theta0: Any, *, args: tuple[Any, ...] = (), inner: Any = "newton-cg",
     optimizer: Any = "adam", learning_rate: float | None = None, steps: int = 100,
