@@ -213,8 +213,8 @@ and the most steps of it, and of moving the active set."""
 # -- loops -----------------------------------------------------------------------------------------------
 SMALLEST_STEP = 1e-4
 """Part of a Newton step below which none lowers ‖F‖."""
-FORGOTTEN = 0.9
-"""Part of what an estimate was wrong by that is remembered from step to step."""
+FORGOTTEN = 0.5
+"""Part of what an estimate was wrong by once that is remembered when it is seen anew."""
 OVERSHOT = 0.9
 """Slope at the end of a step, against that at its start, from which it went too far."""
 CONSISTENT = 1e-6

@@ -14,9 +14,14 @@ from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules
 from implicitdiff.solvers import CG, GMRES, Auto, get_solver
+from implicitdiff.solvers.recycling import carried_on
+from implicitdiff.solvers.sequences import SequenceState, fresh, pairs_of
 from implicitdiff.tolerances import RESIDUAL
 
 __all__ = ["Equations", "Solved", "Spot"]
+
+PAIRS = 200
+"""Pairs that the loop's own choice of a method keeps, but no more than four for each unknown."""
 
 
 class Solved(NamedTuple):
@@ -26,6 +31,8 @@ class Solved(NamedTuple):
     usable: Array
     """Whether it is a step that a method made, and finite: also one that was stopped at negative curvature."""
     products: Array
+    memory: Any
+    """Pairs of directions and their images, for the next solve (`implicitdiff.solvers.recycling`)."""
 
 
 @dataclass(frozen=True)
@@ -104,26 +111,34 @@ class Spot:
         if type(asked) is not Auto or A.matrix is not None or A.sparse is not None or A.positive_definite is False:
             return asked
         options: Any = {f.name: getattr(asked, f.name) for f in fields(asked)}
-        return CG(**options) if A.symmetric else GMRES(**options)
+        return CG(**options, recycle=min(PAIRS, 4 * A.n)) if A.symmetric else GMRES(**options)
 
-    def solve(self, b: Array, rtol: Any, *, transposed: bool) -> Solved:
+    def memory(self) -> SequenceState | None:
+        """Return the memory of solves here before the first; None where the method keeps none."""
+        A, pairs = self.operator, pairs_of(self.solver)
+        return fresh(A.backend.xp, (A.n,), A.dtype, A.device, pairs) if pairs else None
+
+    def solve(self, b: Array, rtol: Any, memory: Any, *, transposed: bool) -> Solved:
         """Solve A x = b or Aᵀ x = b to a relative residual."""
         solver, xp = self.solver, self.rules.point.backend.xp
         if is_dataclass(solver) and "rtol" in {f.name for f in fields(solver)}:
             solver = replace(solver, rtol=rtol)  # type: ignore[type-var]
         operator = self.operator.damped(float(getattr(solver, "damping", 0.0)))
         state = solver.init(operator)
-        x, status, counts = solver.solve(solver.transpose(state) if transposed else state, b, None)
+        state = solver.transpose(state) if transposed else state
+        if memory is None:
+            x, status, counts = solver.solve(state, b, None)
+        else:
+            x, status, counts, memory = carried_on(solver, state, b, memory, operator.backend, extrapolated=False)
         status = xp.asarray(status, device=operator.device)
         spent = counts.matvecs + operator.n * operator.assembled + operator.probes
         # at negative curvature, or at the last of its iterations, a method hands out what it had: a descent direction
-        stopped = (Status.NOT_POSITIVE_DEFINITE, Status.MAX_ITERATIONS, Status.STAGNATED)
         usable = status <= int(Status.APPROXIMATE)
-        for code in stopped:
+        for code in (Status.NOT_POSITIVE_DEFINITE, Status.MAX_ITERATIONS, Status.STAGNATED):
             usable = usable | (status == int(code))
         space = operator.backend.space(b)
         usable = usable & space.finite(x)
-        return Solved(space.select(usable, x, space.zeros()), usable, self.equations.count(spent))
+        return Solved(space.select(usable, x, space.zeros()), usable, self.equations.count(spent), memory)
 
     @property
     def regular(self) -> Array:

@@ -22,7 +22,6 @@ from implicitdiff.outer.sweeps import Corrected, adjoint_solved, begin, swept
 from implicitdiff.problem import Problem, problem_of
 from implicitdiff.ravel import Raveler
 from implicitdiff.rules import Rules
-from implicitdiff.tolerances import FORGOTTEN
 from implicitdiff.verification.first_use import verify
 
 __all__ = ["Steps"]
@@ -113,7 +112,7 @@ class Steps:
         infinite = equations.number(float("inf"))
         return BilevelState(
             equations.y.unravel(y), equations.theta.unravel(theta), gradient, gradients, products, none, nan, nan,
-            nan, nan, none == 0, u, state, past, infinite, scale,
+            nan, nan, none == 0, u, state, past, infinite, scale, spot.memory(),
         )  # fmt: skip
 
     # -- a step --------------------------------------------------------------------------------------
@@ -135,12 +134,11 @@ class Steps:
         norm = backend.space(theta).size(s.gradient)
         none = equations.number(float("nan"))
         error = s.error / divisor(xp, norm) if self.tolerance.measured else none
-        one = equations.number(1.0)
         return BilevelState(
             equations.y.unravel(s.y), equations.theta.unravel(moved), equations.theta.unravel(s.gradient),
             state.inner_gradients + s.gradients, state.products + s.products, state.step + 1,
             equations.at(s.y, theta).value() - xp.vecdot(s.u, s.F), norm, error, s.size, s.usable & ~s.going, s.u,
-            optimizer, Past(theta, *by), xp.maximum(one, FORGOTTEN * s.doubt), state.scale,
+            optimizer, Past(theta, *by), s.doubt, state.scale, s.memory,
         )  # fmt: skip
 
     def _start(self, equations: Equations, y: Array, theta: Array, state: BilevelState) -> tuple[Array, Array]:
@@ -151,12 +149,14 @@ class Steps:
 
     def _gradient(self, equations: Equations, y: Array, theta: Array, state: BilevelState) -> Corrected:
         """Return y, u and the gradient at θ, to the tolerance of the step."""
-        y, u = self._start(equations, y, theta, state)
+        (y, u), past = self._start(equations, y, theta, state), (state.doubt, state.memory)
         if isinstance(self.tolerance, Sweep):
-            s = begin(equations, y, u, theta, state.doubt, gradient=True)
-            return swept(equations, s, theta, self.tolerance, None if self.inner == "newton-cg" else self._inner)
+            s = begin(equations, (y, u), theta, past, gradient=True)
+            least = equations.count(1 + (state.step % self.tolerance.check == 0))
+            inner = None if self.inner == "newton-cg" else self._inner
+            return swept(equations, s, theta, self.tolerance, least, inner)
         rtol = self._rtol(equations, state)
-        s = begin(equations, y, u, theta, state.doubt, gradient=False)
+        s = begin(equations, (y, u), theta, past, gradient=False)
         return adjoint_solved(equations, self._inner(equations, s, theta, rtol * state.scale), theta, rtol)
 
     def _rtol(self, equations: Equations, state: BilevelState) -> Any:
@@ -185,7 +185,7 @@ class Steps:
         equations = self.equations(replace(self.problem(state.y, state.theta), backend=backend, args=args))
         theta = equations.theta.vector
         y, u = self._start(equations, equations.y.vector, theta, state)
-        s = begin(equations, y, u, theta, state.doubt, gradient=False)
+        s = begin(equations, (y, u), theta, (state.doubt, state.memory), gradient=False)
         measured = self.tolerance.measured
         limit = self.tolerance.at(0.0) * s.size if measured else self._rtol(equations, state) * state.scale
         s = self._inner(equations, s, theta, limit)

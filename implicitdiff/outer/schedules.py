@@ -44,6 +44,8 @@ class Sweep(Schedule):
         Relative error of the gradient at which no further sweep is made.
     most : int, default 20
         Sweeps in one outer step, at most.
+    check : int, default 8
+        Every so many steps there are two sweeps at least, so that it is seen what the first one left.
 
     Raises
     ------
@@ -60,12 +62,14 @@ class Sweep(Schedule):
     eta: float = 0.1
     target: float = 0.1
     most: int = 20
+    check: int = 8
     measured = True
 
     def __post_init__(self) -> None:
         _check("eta", self.eta, 0, 1)
         _check("target", self.target, 0, 1)
-        _check("most", self.most)
+        for name in ("most", "check"):
+            _check(name, getattr(self, name))
 
     def at(self, step: Any) -> Any:
         return self.eta

@@ -53,8 +53,9 @@ class BilevelState(NamedTuple):
         The raveled u of Aᵀ u = ∂L/∂y.
     optimizer : pytree
         State of the optimizer.
-    past, doubt, scale : Past, float, float
-        What the next step starts from, what estimates were wrong by, and the size of F at the start of the loop.
+    past, doubt, scale, memory : Past, float, float, SequenceState or None
+        What the next step starts from, what estimates were wrong by, the size of F at the start of the loop, and what
+        solves leave to the next ones.
     """
 
     y: Any
@@ -73,3 +74,4 @@ class BilevelState(NamedTuple):
     past: Past
     doubt: Any
     scale: Any
+    memory: Any

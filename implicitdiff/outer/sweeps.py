@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, divisor
 from implicitdiff.outer.equations import Equations
 from implicitdiff.outer.schedules import Sweep
-from implicitdiff.tolerances import ROUNDED, SMALLEST_STEP
+from implicitdiff.tolerances import FORGOTTEN, ROUNDED, SMALLEST_STEP
 
 __all__ = ["Corrected", "adjoint_solved", "begin", "corrected", "newton", "swept"]
 
@@ -45,6 +45,8 @@ class Corrected(NamedTuple):
     gradients: Array
     products: Array
     sweeps: Array
+    memory: Any
+    """Of the solves."""
     going: Array
     """Whether another sweep is wanted."""
     usable: Array
@@ -56,21 +58,27 @@ class Corrected(NamedTuple):
         return self.doubt * self.expected
 
 
-def begin(equations: Equations, y: Array, u: Array, theta: Array, doubt: Array, *, gradient: bool) -> Corrected:
-    """Look at where a step starts: F, and the gradient by what is there, which takes no product with A."""
+def begin(
+    equations: Equations, start: tuple[Array, Array], theta: Array, past: tuple[Array, Any], *, gradient: bool
+) -> Corrected:
+    """Look at where a step starts: F, and the gradient by what is there, which takes no product with A.
+
+    ``start`` are y and u, ``past`` the doubt and the memory.
+    """
+    (y, u), (doubt, memory) = start, past
     spot, zero, none = equations.at(y, theta), equations.number(0.0), equations.count(0)
     F = spot.residual()
     size = equations.backend.space(F).size(F)
     g = spot.pullback(u, spot.slopes()[1]) if gradient else equations.backend.xp.zeros_like(theta)
     far, yes = zero + float("inf"), ~(size < 0)
-    return Corrected(y, u, F, size, g, far, far, doubt, none + 1, none, none, yes, yes)
+    return Corrected(y, u, F, size, g, far, far, doubt, none + 1, none, none, memory, yes, yes)
 
 
 def newton(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corrected:
     """One loose Newton correction of y."""
     backend, xp = equations.backend, equations.backend.xp
     here = equations.at(s.y, theta)
-    delta = here.solve(s.F, rtol, transposed=False)
+    delta = here.solve(s.F, rtol, s.memory, transposed=False)
     step, size = here.rules.restricted(delta.x), backend.space(s.F).size
 
     def there(t: Array) -> tuple[Array, Array, Array]:
@@ -90,7 +98,7 @@ def newton(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corre
     y, F = backend.space(s.y).select(kept, y, s.y), backend.space(F).select(kept, F, s.F)
     return s._replace(
         y=y, F=F, size=xp.where(kept, after, s.size), gradients=s.gradients + count,
-        products=s.products + delta.products, usable=s.usable & delta.usable & (kept | exact),
+        products=s.products + delta.products, memory=delta.memory, usable=s.usable & delta.usable & (kept | exact),
     )  # fmt: skip
 
 
@@ -99,13 +107,14 @@ def corrected(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> tu
     spot = equations.at(s.y, theta)
     by_y, by_theta = spot.slopes()
     rho = by_y - spot.product(s.u, transposed=True)
-    w = spot.solve(rho, rtol, transposed=True)
+    w = spot.solve(rho, rtol, s.memory, transposed=True)
     u = equations.backend.detached(s.u + w.x)
     g = spot.pullback(u, by_theta)
     usable = s.usable & w.usable & spot.regular
     space = equations.backend.space(g)
     level = ROUNDED * space.eps * (2 * space.size(by_theta) + space.size(g))
-    return s._replace(u=u, gradient=g, products=s.products + w.products + 1, usable=usable), level
+    found = s._replace(u=u, gradient=g, products=s.products + w.products + 1, memory=w.memory, usable=usable)
+    return found, level
 
 
 def adjoint_solved(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corrected:
@@ -119,49 +128,62 @@ def adjoint_solved(equations: Equations, s: Corrected, theta: Array, rtol: Any) 
     def left(u: Array) -> Array:
         return by_y - spot.product(u, transposed=True)
 
-    def body(found: tuple[Array, ...]) -> tuple[Array, ...]:
-        u, rho, products, usable, count = found
+    def body(found: Any) -> Any:
+        u, rho, products, memory, usable, count = found
         # a tolerance that is an array, under jit, cannot be an option of a solver: then digit by digit
         ask = DIGIT if backend.traced else min(max(float(wanted) / float(norm(rho)) / 2, spot.least), DIGIT)
-        w = spot.solve(rho, ask, transposed=True)
+        w = spot.solve(rho, ask, memory, transposed=True)
         u = backend.detached(u + w.x)
-        return u, left(u), products + w.products + 1, usable & w.usable, count + 1
+        return u, left(u), products + w.products + 1, w.memory, usable & w.usable, count + 1
 
-    def going(found: tuple[Array, ...]) -> Array:
-        return ~(norm(found[1]) <= wanted) & found[3] & (found[4] < most)
+    def going(found: Any) -> Array:
+        return ~(norm(found[1]) <= wanted) & found[4] & (found[5] < most)
 
-    first = s.u, left(s.u), s.products + 1, s.usable, equations.count(0)
-    u, rho, products, usable, _ = backend.while_loop(going, body, first)
+    first = s.u, left(s.u), s.products + 1, s.memory, s.usable, equations.count(0)
+    u, rho, products, memory, usable, _ = backend.while_loop(going, body, first)
     usable = usable & (norm(rho) <= wanted) & spot.regular
     g = spot.pullback(u, by_theta)
-    return s._replace(u=u, gradient=g, products=products, usable=usable, going=xp.zeros_like(s.going))
+    return s._replace(u=u, gradient=g, products=products, memory=memory, usable=usable, going=xp.zeros_like(s.going))
 
 
-def swept(equations: Equations, start: Corrected, theta: Array, schedule: Sweep, inner: Any = None) -> Corrected:
+def swept(
+    equations: Equations, start: Corrected, theta: Array, schedule: Sweep, least: Array, inner: Any = None
+) -> Corrected:
     """Sweep until the estimated error of the gradient is below the target, relative to its size.
 
-    ``inner`` takes the place of Newton's correction of y: it lowers ‖F‖ by η.
+    ``inner`` takes the place of Newton's correction of y: it lowers ‖F‖ by η. ``least``: sweeps, at least.
     """
     xp, norm = equations.backend.xp, equations.backend.space(theta).size
 
     def sweep(before: Corrected) -> Corrected:
         start = before._replace(usable=before.usable | True)
-        if inner is None:
-            s = newton(equations, start, theta, schedule.eta)
-        else:
-            s = inner(equations, start, theta, schedule.eta * start.size)
+        eta = _eta(equations, before, schedule, norm)
+        s = newton(equations, start, theta, eta) if inner is None else inner(equations, start, theta, eta * start.size)
         kappa = s.size / divisor(xp, before.size)
-        s, level = corrected(equations, s, theta, schedule.eta)
+        s, level = corrected(equations, s, theta, eta)
         change = norm(s.gradient - before.gradient)
         # the error of the gradient before is seen now: was more expected of it, or less?
         seen, ratio = before.sweeps > 0, change / divisor(xp, before.expected)
-        known = xp.where(xp.isfinite(before.doubt), before.doubt, equations.number(1.0))
+        # what was seen long ago counts less, but only against what is seen anew
+        older = xp.where(before.sweeps == 1, FORGOTTEN * before.doubt, before.doubt)
+        known = xp.where(xp.isfinite(older) & (older > 1), older, equations.number(1.0))
         s = s._replace(
-            change=change, expected=xp.maximum(equations.number(schedule.eta), kappa) * change,
+            change=change, expected=xp.maximum(equations.number(eta), kappa) * change,
             doubt=xp.where(seen, xp.maximum(known, ratio), before.doubt), sweeps=before.sweeps + 1,
         )  # fmt: skip
         wrong = ~(s.error <= schedule.target * norm(s.gradient)) & ~(change <= level)
-        wrong = wrong | ~s.usable
+        wrong = wrong | ~s.usable | (s.sweeps < least)
         return s._replace(going=wrong & (s.sweeps < schedule.most), usable=~wrong)
 
     return equations.backend.while_loop(lambda s: s.going, sweep, start)
+
+
+def _eta(equations: Equations, s: Corrected, schedule: Sweep, norm: Any) -> float:
+    """η; or what the target needs, where sweeps follow one another and numbers are seen.
+
+    No less than η²: a Newton step that gained a digit will gain two.
+    """
+    if equations.backend.traced or not bool(s.sweeps > 0):
+        return schedule.eta
+    needed = schedule.target * float(norm(s.gradient)) / max(float(s.error), 1e-300)
+    return min(schedule.eta, max(needed / 2, schedule.eta**2))

@@ -154,19 +154,22 @@ class _Resumed:
     state : KrylovState
     b : array, shape (*items, n)
     past : SequenceState
+    extrapolated : bool
+        Whether to start from the last solutions.
     """
 
-    def __init__(self, solver: Any, state: KrylovState, b: Array, past: SequenceState) -> None:
+    def __init__(self, solver: Any, state: KrylovState, b: Array, past: SequenceState, extrapolated: bool) -> None:
         self.solver, self.state, self.past = solver, state, past
         self.op, self.backend = state.operator, state.operator.backend
         self.xp, self.scaling = self.backend.xp, state.scaling
         self.right = b if self.scaling is None else self.scaling.scaled(b)
         self.space = self.backend.space(self.right)
         self.S, self.Y = past.directions, past.images
-        self.start = predicted(self.backend, past)
+        self.start = predicted(self.backend, past) if extrapolated else None
         if self.scaling is not None:
             rows, columns = (part[..., None, :] for part in self.scaling)
-            self.S, self.Y, self.start = self.S / columns, self.Y * rows, self.scaling.start(self.start)
+            self.S, self.Y = self.S / columns, self.Y * rows
+            self.start = None if self.start is None else self.scaling.start(self.start)
 
     def _number(self, value: Any, kind: Any = None) -> Array:
         """Scalars of a space may be the host's own numbers."""
@@ -249,8 +252,8 @@ class _Resumed:
         xp, start = self.xp, self.start
         if old is not None:
             usable = self.space.finite(old.x) & (old.status > int(Status.APPROXIMATE))
-            start = self.space.select(usable, old.x, start)
-        begin = None if not (self.backend.traced or any_true(xp, self.past.count > 0)) else start
+            start = self.space.select(usable, old.x, 0 * old.x if start is None else start)
+        begin = start if self.backend.traced or old is not None or any_true(xp, self.past.count > 0) else None
         gone = wanted[..., None, None]
         S, Y = (xp.where(gone, xp.zeros_like(part), part) for part in (self.S, self.Y))
         new = self._run(self.state, self._masked(wanted), begin, S, Y)
@@ -268,8 +271,10 @@ class _Resumed:
         return self.xp.where(mask, new, old)
 
 
-def carried_on(solver: Any, state: Any, b: Array, sequence: SequenceState, backend: Backend) -> Any:
-    """Solve the next system of a sequence.
+def carried_on(
+    solver: Any, state: Any, b: Array, sequence: SequenceState, backend: Backend, *, extrapolated: bool = True
+) -> Any:
+    """Solve the next system of a sequence; where it is not ``extrapolated``, from zero.
 
     Returns
     -------
@@ -278,7 +283,7 @@ def carried_on(solver: Any, state: Any, b: Array, sequence: SequenceState, backe
     """
     past = fitted(sequence, backend, b, pairs_of(solver))
     if pairs_of(solver):
-        return _Resumed(solver, state, b, past).solved()
+        return _Resumed(solver, state, b, past, extrapolated).solved()
     known = backend.traced or any_true(backend.xp, past.count > 0)
     start = predicted(backend, past) if known else None
     return (*solver.solve(state, b, start), past)
