@@ -112,6 +112,29 @@ def test_products_fall_with_what_is_shared() -> None:
     assert spent["recycled"] < 0.5 * spent["cold"]
 
 
+def test_the_residual_that_is_told_is_the_true_one_and_products_are_counted() -> None:
+    path, made = Path(), list[int]()
+    hvp = path.condition.hvp
+
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return hvp(*args)
+
+    condition, state = Stationary(hvp=counted, mixed_vjp=path.condition.mixed_vjp), "new"
+    for rtol in (1e-5, 1e-9):  # followed, and recomputed
+        for theta in path.thetas:
+            y, v, _ = path.at(theta)
+            made.clear()
+            _, state, report = implicit_vjp(
+                condition, y, theta, v, solver=CG(rtol=rtol, recycle=K), state=state, return_report=True
+            )
+            A = path.H + np.diag(np.exp(theta))
+            true = np.linalg.norm(v - A @ report.solution) / np.linalg.norm(v)
+            assert abs(true - report.residual) <= 1e-3 * rtol + 1e-3 * true
+            assert true <= rtol
+        assert report.matvecs == len(made)
+
+
 def test_a_sequence_in_one_point_needs_no_iteration() -> None:
     path = Path()
     _, reports, state = path.run(CG(recycle=60), thetas=[path.thetas[0]] * 3)

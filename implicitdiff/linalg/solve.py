@@ -16,7 +16,7 @@ from implicitdiff.solvers import GMRES, MINRES, get_solver
 from implicitdiff.solvers.base import methods_of
 from implicitdiff.solvers.rank import ranked
 from implicitdiff.solvers.recycling import carried_on
-from implicitdiff.solvers.sequences import SequenceState, followed
+from implicitdiff.solvers.sequences import SequenceState, followed, looked_at
 from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
 
 __all__ = ["Prepared", "Solution", "method_of", "prepare"]
@@ -138,7 +138,9 @@ class Prepared:
             x, status, counts, carried = carried_on(self.solver, state, b, x0, op.backend)
         else:
             x, status, counts = self.solver.solve(state, b, x0)
-        status, counts, probes = _verify(used, b, x, xp.asarray(status, device=op.device), counts, self.solver)
+        status = xp.asarray(status, device=op.device)
+        looked = carried is not None and looked_at(carried, op.backend, status)
+        status, counts, probes = _verify(used, b, x, status, counts, self.solver, looked=looked)
         consistent = getattr(self.solver, "consistent", False)
         x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
         if not self.least_squares:
@@ -252,7 +254,9 @@ def _empty(op: Operator, b: Array) -> Solution:
     return Solution(xp.zeros_like(b), code, code, code, zero, zero, None, zero, None)
 
 
-def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, Counts, int]:
+def _verify(
+    op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any, *, looked: bool = False
+) -> tuple[Array, Counts, int]:
     """Recompute what the solver did not tell, and check a symmetry that was only declared."""
     xp = op.backend.xp
     if not getattr(solver, "verified", False):
@@ -265,7 +269,7 @@ def _verify(op: Operator, b: Array, x: Array, status: Array, counts: Counts, sol
         claimed = xp.broadcast_to(status, counts.residual.shape)
         wrong = (claimed == 0) & ~(counts.residual <= rtol)
         status = xp.where(wrong, xp.full_like(claimed, int(Status.STAGNATED)), claimed)
-    if counts.rcond is None and not op.trusted:
+    if counts.rcond is None and not op.trusted and not looked:
         status, probes = _check_symmetry(op, b, x, status, counts, solver)
         return status, counts, probes
     return status, counts, 0

@@ -24,6 +24,7 @@ from implicitdiff.solvers.cycles import (
     rescaled_cycle,
     resolution,
     started,
+    true_residual,
     unit_of,
     without_preconditioner,
 )
@@ -225,7 +226,11 @@ class Krylov(Solver):
         def body(s: Outer) -> Outer:
             start = Start(s.x, s.r, rtol, s.active, maxiter - s.iterations, s.memory)
             c = rescaled_cycle(self.cycle, state, space, s, start)
-            r = space.subtract(unit(), op.matvec(c.x))
+            if c.r is None:
+                r, more = space.subtract(unit(), op.matvec(c.x)), 1
+            else:
+                r, more = true_residual(state, space, s, c, unit, rtol)
+            c = c._replace(matvecs=c.matvecs + more)
             return self._rescaled(space, s, self._after_cycle(state, space, s, c, r, rtol, maxiter), unit, backend)
 
         end = backend.while_loop(lambda s: space.any(s.active), body, state_0)
@@ -278,7 +283,7 @@ class Krylov(Solver):
         again = s.active & ~done & finite & improved & (c.status == 0) & (iterations < maxiter)
         return Outer(
             c.x, r, residual, again, space.where(s.active, status, s.status), iterations,
-            s.matvecs + c.matvecs + 1, norm, space.where(s.active, tolerance, s.tolerance), s.unit, condition, c.memory,
+            s.matvecs + c.matvecs, norm, space.where(s.active, tolerance, s.tolerance), s.unit, condition, c.memory,
         )  # fmt: skip
 
     def _rescaled(self, space: Any, s: Outer, end: Outer, unit: Callable[[], Array], backend: Backend) -> Outer:

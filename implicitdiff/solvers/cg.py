@@ -93,7 +93,8 @@ class CG(Krylov):
         end = loop(lambda s: space.any(s.active), step, first, limit=most)
         end = _flat(end, state, space, 16 * noise)
         norm = end.operator_norm if precondition.identity else without_preconditioner(space, end.operator_norm, rr, rz)
-        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm, gain=end.gain, memory=end.memory)
+        r = None if end.memory is None else end.r
+        return Cycle(end.x, end.iterations, end.matvecs, end.status, norm, gain=end.gain, memory=end.memory, r=r)
 
 
 def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array, level: float) -> _State:

@@ -21,6 +21,7 @@ __all__ = [
     "rescaled_cycle",
     "resolution",
     "started",
+    "true_residual",
     "unit_of",
     "without_preconditioner",
 ]  # fmt: skip
@@ -45,7 +46,8 @@ class Cycle(NamedTuple):
     """What one run of an iterative method returns to the driver below.
 
     ``operator_norm`` and ``gain`` are lower estimates of ‖A‖ and ‖A⁻¹‖; ``flat`` tells where ‖A v‖ <= 4 √ε ‖A‖ for a
-    unit vector v was met.
+    unit vector v was met. ``r`` is the residual that a method followed with its steps, where it may do for the
+    true one.
     """
 
     x: Array
@@ -56,6 +58,7 @@ class Cycle(NamedTuple):
     flat: Any = False
     gain: Any = 0.0
     memory: Any = None
+    r: Any = None
 
 
 class KrylovState(NamedTuple):
@@ -119,6 +122,25 @@ def rescaled_cycle(
     memory = c.memory and c.memory.forgotten(space, s.unit != 1)
     norm, gain = c.operator_norm * s.unit, c.gain / s.unit
     return c._replace(x=space.scale(1 / s.unit, c.x), operator_norm=norm, gain=gain, memory=memory)
+
+
+def true_residual(
+    state: KrylovState, space: Any, s: Outer, c: Cycle, unit: Callable[[], Array], rtol: Array
+) -> tuple[Array, Any]:
+    """b − A x after a cycle, and the products that it took.
+
+    A residual that was followed with every step is that but for rounding, which is below (steps + 1) ε ‖A‖ ‖x‖ or
+    nearly so: where a tenth of the tolerance is far above, and half of the digits are enough, none is needed.
+    """
+    op = state.operator
+
+    def anew(_: Any) -> Array:
+        return space.subtract(unit(), op.matvec(c.x))
+
+    rounding = 16 * accuracy(state, space) * (c.memory.written + 1) * c.memory.norm * space.norm(c.x)
+    sure = (c.status == 0) & (space.norm(c.r) <= rtol) & (rounding <= 0.1 * rtol) & (rtol >= space.eps**0.5)
+    open_ = s.active & ~sure
+    return op.backend.if_any(open_, anew, c.r), space.where(open_, 1, 0)
 
 
 def started(space: Any, op: Operator, unit: Callable[[], Array], x0: Array | None, scale: Array, rtol: Array) -> Outer:

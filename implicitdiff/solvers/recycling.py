@@ -60,6 +60,8 @@ class Memory(NamedTuple):
     pivot: Any
     """√(pᵀAp) of the pair before, for a method that makes no conjugate directions itself; 0 before the first, and -1
     where there are none (negative curvature): then nothing is kept."""
+    norm: Any
+    """The largest ‖A p‖ / ‖p‖ of the new pairs."""
 
     def noted(self, space: Any, p: Array, ap: Array, curvature: Array, model: Array, go: Array) -> Memory:
         """Store a pair in place of the oldest one, in items that go on."""
@@ -70,8 +72,9 @@ class Memory(NamedTuple):
             row = space.select(go, space.scale(root, space.copy(x)), space.take(basis, j))
             rows.append(space.put(basis, j, row))
         seen = space.where(go, curvature / space.where(go, model, one), space.scalar(0.0))
-        ratio = space.where(self.ratio == 0, seen, self.ratio)
-        return self._replace(directions=rows[0], images=rows[1], written=self.written + 1, ratio=ratio)
+        ratio, size = space.where(self.ratio == 0, seen, self.ratio), space.norm(p)
+        norm = space.maximum(self.norm, space.norm(ap) / space.where(size > 0, size, one))
+        return self._replace(directions=rows[0], images=rows[1], written=self.written + 1, ratio=ratio, norm=norm)
 
     @property
     def strange(self) -> Array:
@@ -183,7 +186,7 @@ class _Resumed:
     ) -> _Found:  # fmt: skip
         xp, number, integer = self.xp, self._number, self.xp.int32
         zero, one = self.space.scalar(0.0), self.space.scalar(1.0)
-        memory = Memory(xp.asarray(S, copy=True), xp.asarray(Y, copy=True), 0, zero, one, *fitting, zero)
+        memory = Memory(xp.asarray(S, copy=True), xp.asarray(Y, copy=True), 0, zero, one, *fitting, zero, zero)
         x, status, counts, memory = self.solver._solve(state, target, start, memory, most)
         iterations, residual = number(counts.iterations, integer), number(counts.residual)
         gained = xp.log10(number(memory.first) / divisor(xp, residual))

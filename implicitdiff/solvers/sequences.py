@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from implicitdiff.arrays import Array, item_norm, times
+from implicitdiff.arrays import Array, any_true, item_norm, times
 from implicitdiff.closures import Memory
 from implicitdiff.errors import ShapeError
+from implicitdiff.outcome import Status
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
-__all__ = ["Past", "SequenceState", "fitted", "followed", "fresh", "pairs_of", "predicted", "told"]
+__all__ = ["Past", "SequenceState", "fitted", "followed", "fresh", "looked_at", "pairs_of", "predicted", "told"]
 
 KEPT = 4
 """Solutions that are kept: three to extrapolate from, and one more to see how well that did."""
@@ -153,6 +154,13 @@ class Past:
         if lin.carried is not None:
             self.states[kind] = lin.carried
         return value
+
+
+def looked_at(state: SequenceState, backend: Backend, status: Array) -> bool:
+    """Whether an earlier solve of the sequence has compared A with Aᵀ, and this one did not fail."""
+    if backend.traced:
+        return False
+    return not any_true(backend.xp, (state.count == 0) | (status > int(Status.APPROXIMATE)))
 
 
 def told(state: SequenceState) -> dict[str, Any]:
