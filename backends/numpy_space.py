@@ -140,7 +140,7 @@ class Slices:
                 f"solver {getattr(solver, 'name', solver)!r} needs the whole matrix, and each process holds a slice.\n"
                 "Next: solver='cg', 'minres' or 'gmres'."
             )
-        if operator.matrix is not None or operator.sparse is not None:
+        if operator.matrix is not None or operator.sparse is not None or operator.sparsity is not None:
             raise BackendError("a matrix is given for A, and each process holds a slice.\nNext: give its products.")
         if self.reduce(float(b.shape[-1] == 0)):
             raise InputError("a process holds no entry at all.\nNext: use fewer processes.")

@@ -24,7 +24,7 @@ from implicitdiff.solvers.sparse import SparseState
 
 __all__ = ["HostedState", "init", "solve"]
 
-KEPT = 4
+KEPT = 2
 """Matrices whose factors are kept for programs."""
 _factors: OrderedDict[Any, SparseState] = OrderedDict()
 _lock = threading.Lock()
