@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, cast, over
 from implicitdiff.axes import axes_of, first, items_of, mapped_of, spread
 from implicitdiff.closures import Memory
 from implicitdiff.compilers import public, untraced
+from implicitdiff.conditions import as_condition
 from implicitdiff.error_estimate import ErrorControl
 from implicitdiff.errors import BackendError, CallbackError, DTypeError, InputError
 from implicitdiff.linearization import Linearization, linearized
@@ -98,7 +99,8 @@ class ImplicitFunction(Generic[P, R, Y]):
         out = self._solution(theta, data, options)
         y: Y = out[0] if self.has_aux else out
         with self.explaining(y):
-            return linearized(problem_of(self.condition, y, theta, args=data, copy=True, **self.options))
+            condition = as_condition(self.condition).received(out[1]) if self.has_aux else self.condition
+            return linearized(problem_of(condition, y, theta, args=data, copy=True, **self.options))
 
     def _next(self, lin: Linearization[Any, Any], kind: str, take: Callable[[Any], Any]) -> Any:
         """Take a product as the next one of a sequence, where the solver recycles."""

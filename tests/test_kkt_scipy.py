@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 from conftest import JAX, NUMPY, PLAIN, TORCH, Library, relative_error
-from helpers_constraints import curved
+from helpers_constraints import ball, curved
 from scipy.optimize import Bounds, LinearConstraint, NonlinearConstraint, minimize
 
 from implicitdiff import (
@@ -18,6 +18,7 @@ from implicitdiff import (
     InconsistentDerivativesError,
     InputError,
     ShapeError,
+    implicit_function,
     implicit_jacobian,
     implicit_vjp,
     multipliers_from_scipy,
@@ -248,3 +249,30 @@ def test_multipliers_that_are_not_there() -> None:
         multipliers_from_scipy(found, distance)
     with pytest.raises(ShapeError, match="v has 2 entries"):
         split_multipliers([1.0, 2.0], [0.0] * 3, 1.0)
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
+@pytest.mark.parametrize("form", ["array", "dict"])
+def test_multipliers_from_the_wrapped_solver(lib: Library, form: str) -> None:
+    """They are part of the Hessian of the Lagrangian: right ones are right, and that wrong ones are used shows."""
+    program = ball(lib)
+    theta, v = program.array(program.theta), program.array(program.cotangent)
+    for factor in (1.0, 3.0):
+        mu = factor * np.asarray(program.mu)
+        aux = mu if form == "array" else {"multipliers": mu, "iterations": 7}
+        layer = implicit_function(program.condition(multipliers="aux"), has_aux=True)(
+            lambda _, aux=aux: (program.y, aux)
+        )
+        leaf = theta.clone().requires_grad_() if lib in TORCH else theta
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = [layer.vjp(theta, v)]
+            if lib in TORCH:
+                layer(leaf)[0].backward(v)
+                found.append(leaf.grad)
+        right = [relative_error(lib, g, program.truth("vjp")) < 1e-9 for g in found]
+        assert right == [factor == 1.0] * len(found)
+        assert bool(caught) == (factor != 1.0)
+    program.check("vjp", program.condition(multipliers="aux"), 1e-9)  # without a solver they are recovered
+    with pytest.raises(InputError, match="multipliers = 'mine': expected numbers, a callable, or 'aux'"):
+        program.condition(multipliers="mine")

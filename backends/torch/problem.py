@@ -210,6 +210,8 @@ class RecordedProblem:
         y, self.aux = out if self.function.has_aux else (out, None)
         if self._collected is not None:
             self._collected.append(self.aux)
+        elif self.function.has_aux:
+            self.condition = as_condition(self.problem.condition).received(self.aux)
         device = next((x.device for x in tensors), None)
         with self.function.explaining(y), self.engine.computing():
             y = map_leaves(lambda leaf: _tensor(leaf, device), y)
@@ -230,7 +232,13 @@ class RecordedProblem:
         if shared:  # the right-hand side comes from `composed`
             engine = copy.copy(engine)
             engine.shared = True
-        at = {"backend": engine, "y": self.y.unravel(y.detach()), "theta": theta, "args": args}
+        at = {
+            "condition": self.condition,
+            "backend": engine,
+            "y": self.y.unravel(y.detach()),
+            "theta": theta,
+            "args": args,
+        }
         return Linearization(replace(self.problem, **at))
 
     def pullback(self, y: Array, v: Array, tensors: Sequence[Array]) -> Array:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from implicitdiff.arrays import Array, listed, named_items
@@ -30,6 +30,7 @@ from implicitdiff.conditions.base import Condition, Maps, Observations, finite_p
 from implicitdiff.conditions.constraint import Constraint
 from implicitdiff.conditions.degenerate import selected
 from implicitdiff.conditions.lagrangian import FirstOrder, Lagrangian, Objective
+from implicitdiff.conditions.multipliers import as_vector
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.reduced import Choices, reduced
 from implicitdiff.conditions.stationary import Stationary
@@ -40,7 +41,6 @@ from implicitdiff.errors import (
     InputError,
     NotPositiveDefiniteError,
     QualificationError,
-    ShapeError,
     SingularError,
     UnknownNameError,
 )
@@ -78,7 +78,12 @@ class Constrained(Condition):
 
     @property
     def arrays(self) -> dict[str, Any]:
-        return {} if self.multipliers is None or callable(self.multipliers) else {"multipliers": self.multipliers}
+        return {} if self.multipliers is None or not self._of_one_point else {"multipliers": self.multipliers}
+
+    @property
+    def _of_one_point(self) -> bool:
+        """Whether multipliers are those of one point."""
+        return not (callable(self.multipliers) or isinstance(self.multipliers, str))
 
     def without_bounds(self, theta: Any) -> Any:
         return finite_part(theta.backend.xp, theta.vector)
@@ -90,6 +95,8 @@ class Constrained(Condition):
     def _check_options(self) -> None:
         if self.route not in ROUTES:
             raise UnknownNameError(f"route = {self.route!r}: expected one of {', '.join(ROUTES)}.")
+        if isinstance(self.multipliers, str) and self.multipliers != "aux":
+            raise UnknownNameError(f"multipliers = {self.multipliers!r}: expected numbers, a callable, or 'aux'.")
         if self.degenerate not in DEGENERATE:
             raise UnknownNameError(f"degenerate = {self.degenerate!r}: expected one of {', '.join(DEGENERATE)}.")
         if self.active_tol is not None and not 0 < self.active_tol < 1:
@@ -207,29 +214,27 @@ class Constrained(Condition):
 
     def elsewhere(self) -> Condition:
         """Return the condition without multipliers, which are those of one point."""
-        if self.multipliers is None or callable(self.multipliers):
+        return self if self.multipliers is None or not self._of_one_point else self._with_multipliers(None)
+
+    def received(self, aux: Any) -> Condition:
+        """Return the condition with the multipliers that the solver returned, where it is said that it does."""
+        if not isinstance(self.multipliers, str):
             return self
+        return self._with_multipliers(aux["multipliers"] if isinstance(aux, Mapping) else aux)
+
+    def _with_multipliers(self, multipliers: Any) -> Condition:
         found = copy.copy(self)
-        object.__setattr__(found, "multipliers", None)
+        object.__setattr__(found, "multipliers", multipliers)
         return found
 
     def _given(self, point: Point, first: FirstOrder) -> Array | None:
         """Return the user's multipliers as one vector per item."""
-        given = self.multipliers
+        given = None if isinstance(self.multipliers, str) else self.multipliers
         if callable(given):
             parts = given(point.y.unravel(point.y.vector), point.theta.unravel(point.theta.vector), *point.args)
         else:
             parts = given
-        if parts is None:
-            return None
-        sizes = {"eq": first.p, "ineq": first.values.shape[-1] - first.p}
-        both = tuple(parts) if isinstance(parts, (tuple, list)) else (parts, None) if sizes["eq"] else (None, parts)
-        if len(both) != 2:
-            raise InputError(f"multipliers holds {len(both)} parts; expected the pair (of eq, of ineq).")
-        vectors = []
-        for name, part in zip(sizes, both, strict=True):
-            vectors.append(_multiplier(point, part, name, sizes[name]))
-        return vectors[0] if len(vectors) == 1 else point.backend.concat(vectors)
+        return None if parts is None else as_vector(point, parts, first.p, first.values.shape[-1])
 
     # -- what was found --------------------------------------------------------------------------------
     def tell(self, observations: Observations, batched: bool) -> tuple[Exception | None, list[str | Warning]]:
@@ -367,16 +372,3 @@ def _items(xp: Any, mask: Array) -> Array:
 def _equalities(point: Point, first: FirstOrder) -> Array:
     """Mask of the equalities, shape (k,)."""
     return point.backend.xp.arange(first.values.shape[-1], device=point.y.device) < first.p
-
-
-def _multiplier(point: Point, part: Any, name: str, size: int) -> Array:
-    backend = point.backend
-    empty = part is None or 0 in getattr(part, "shape", (1,))
-    if empty and not size:
-        return point.backend.xp.zeros((*point.items, 0), dtype=point.y.dtype, device=point.y.device)
-    if empty or not size:
-        raise InputError(f"multipliers: there {'are' if size else 'is no'} {name}, and its part is {part!r}.")
-    leaf = backend.as_leaf(part, f"multipliers of {name}")
-    if math.prod(leaf.shape) != size * math.prod(point.items):
-        raise ShapeError(f"the multipliers of {name} have shape {tuple(leaf.shape)}; expected {(*point.items, size)}.")
-    return backend.astype(backend.reshape(leaf, (*point.items, size)), point.y.dtype)

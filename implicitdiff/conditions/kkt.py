@@ -52,10 +52,11 @@ class KKT(Constrained):
     lagrangian_hessian : callable, optional
         ``∂²𝓛/∂y²`` as ``lagrangian_hessian(y, theta, lam, mu, *args)``: what Ipopt and CasADi have, at the weight 1 of
         f. It is used in place of the other second derivatives. What there is none of has shape (0,).
-    multipliers : pair of arrays, array or callable, optional
+    multipliers : pair of arrays, array, callable or "aux", optional
         (λ, μ), one entry per constraint, as the solver returned them; the array alone where there is one kind of
-        constraint; or ``(y, theta, *args) ->`` the same. By default they are recovered by least squares from
-        ∇f = −Σ λ∇h − Σ μ∇g over the active set.
+        constraint; or ``(y, theta, *args) ->`` the same. ``"aux"``: what the solver that `implicit_function` wraps
+        returns beside y (``has_aux=True``): the multipliers themselves, or a dict that holds them as ``"multipliers"``.
+        By default they are recovered by least squares from ∇f = −Σ λ∇h − Σ μ∇g over the active set.
     route : {"auto", "kkt", "schur", "nullspace"}
         How the saddle system is solved. ``"kkt"`` (and "auto"): by ``solver=`` as a whole. ``"schur"``: by
         ``solver=`` for H, and the Schur complement J H⁻¹ Jᵀ; H has to be regular. ``"nullspace"``: by ``solver=`` for

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from implicitdiff.arrays import Array
 from implicitdiff.conditions.scipy_constraints import Limited, collected, sides_of
 from implicitdiff.errors import InputError, ShapeError
 
-__all__ = ["multipliers_from_scipy", "split_multipliers"]
+if TYPE_CHECKING:
+    from implicitdiff.conditions.point import Point
+
+__all__ = ["as_vector", "multipliers_from_scipy", "split_multipliers"]
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -146,3 +151,30 @@ def _of_slsqp(found: np.ndarray, limited: Sequence[Limited], x: np.ndarray) -> P
         parts[i] = rest[start : start + counts[i][1]]
         start += counts[i][1]
     return lam, np.concatenate([np.zeros(0), *(parts[i] for i in range(len(counts)))])
+
+
+def as_vector(point: Point, parts: Any, p: int, k: int) -> Array:
+    """Return the user's multipliers of k constraints, p of them equalities, as one vector per item."""
+    sizes = {"eq": p, "ineq": k - p}
+    both = tuple(parts) if isinstance(parts, (tuple, list)) else (parts, None) if p else (None, parts)
+    if len(both) != 2:
+        raise InputError(f"multipliers holds {len(both)} parts; expected the pair (of eq, of ineq).")
+    pairs = zip(sizes.items(), both, strict=True)
+    vectors = [_part(point, part, name, size) for (name, size), part in pairs]
+    vectors = [x for x in vectors if x.shape[-1]] or vectors[:1]
+    return vectors[0] if len(vectors) == 1 else point.backend.concat(vectors)
+
+
+def _part(point: Point, part: Any, name: str, size: int) -> Array:
+    backend, y = point.backend, point.y
+    empty = part is None or 0 in getattr(part, "shape", (1,))
+    if empty and not size:
+        return backend.xp.zeros((*point.items, 0), dtype=y.dtype, device=y.device)
+    if empty or not size:
+        raise InputError(f"multipliers: there {'are' if size else 'is no'} {name}, and its part is {part!r}.")
+    if isinstance(part, np.ndarray) and not backend.is_array(part):  # as most solvers return them
+        part = backend.xp.asarray(np.array(part, dtype=str(y.dtype).rpartition(".")[2]), device=y.device)
+    leaf = backend.as_leaf(part, f"multipliers of {name}")
+    if math.prod(leaf.shape) != size * math.prod(point.items):
+        raise ShapeError(f"the multipliers of {name} have shape {tuple(leaf.shape)}; expected {(*point.items, size)}.")
+    return backend.astype(backend.reshape(leaf, (*point.items, size)), y.dtype)
