@@ -138,7 +138,7 @@ class Slices:
         if not (isinstance(solver, Krylov) or approximation):
             raise BackendError(
                 f"solver {getattr(solver, 'name', solver)!r} needs the whole matrix, and each process holds a slice.\n"
-                "Next: solver='cg', 'minres' or 'gmres'."
+                "Next: solver='cg', 'minres', 'gmres' or 'bicgstab'."
             )
         if operator.matrix is not None or operator.sparse is not None or operator.sparsity is not None:
             raise BackendError("a matrix is given for A, and each process holds a slice.\nNext: give its products.")

@@ -11,7 +11,7 @@ import numpy as np
 from standin_mpi import COMM_WORLD as comm
 
 import implicitdiff as idf
-from implicitdiff import CG, GMRES, MINRES, ImplicitDiffError, Root, Stationary
+from implicitdiff import CG, GMRES, MINRES, BiCGSTAB, Chebyshev, ImplicitDiffError, Root, Stationary
 from implicitdiff.backends.numpy import NumpyBackend
 
 RANK = comm.Get_rank()
@@ -26,10 +26,12 @@ MATRICES = {
     "minres": Q @ np.diag(np.geomspace(1, 10, N) * (-1.0) ** np.arange(N)) @ Q.T,
     "gmres": 3 * np.eye(N) + rng.normal(size=(N, N)) / np.sqrt(N),
     "restarted": 3 * np.eye(N) + rng.normal(size=(N, N)) / np.sqrt(N),
+    "bicgstab": 3 * np.eye(N) + rng.normal(size=(N, N)) / np.sqrt(N),
+    "chebyshev": Q @ np.diag(np.linspace(1, 10, N)) @ Q.T,
 }
 SOLVERS = {
     "cg": CG(rtol=1e-12), "minres": MINRES(rtol=1e-12), "gmres": GMRES(rtol=1e-12),
-    "restarted": GMRES(rtol=1e-12, restart=7),
+    "restarted": GMRES(rtol=1e-12, restart=7), "bicgstab": BiCGSTAB(rtol=1e-12), "chebyshev": Chebyshev(terms=60),
 }  # fmt: skip
 C = rng.normal(size=(N, N)) / 5
 Y, V, T = rng.normal(size=(3, N))
@@ -51,7 +53,7 @@ def condition(name: str, **changes: Any) -> Any:
     forward, mixed = product(A), {"mixed_jvp": lambda y, t, d: -product(C)(d)}
     mixed["mixed_vjp"] = lambda y, t, u: -product(C.T)(u)
     fun = lambda y, t: forward(y) - product(C)(t)
-    if name in ("cg", "minres"):
+    if name in ("cg", "minres", "chebyshev"):
         return Stationary(**{"grad": fun, "hvp": lambda y, t, v: forward(v), **mixed, **changes})
     adjoint = product(A.T)
     return Root(fun, **{"jvp": lambda y, t, v: forward(v), "vjp": lambda y, t, u: adjoint(u), **mixed, **changes})

@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 
 import implicitdiff as idf
-from implicitdiff import CG, GMRES, MINRES, Auto, FixedPoint, ImplicitDiffError, Root, Stationary
+from implicitdiff import CG, GMRES, MINRES, Auto, BiCGSTAB, FixedPoint, ImplicitDiffError, Root, Stationary
 from implicitdiff.backends.torch import TorchBackend
 
 RANK, SIZE = int(sys.argv[2]), int(sys.argv[3])
-TIGHT = {"cg": CG(rtol=1e-13), "minres": MINRES(rtol=1e-13), "gmres": GMRES(rtol=1e-13), "auto": Auto(rtol=1e-13)}
+TIGHT = {
+    "cg": CG(rtol=1e-13), "minres": MINRES(rtol=1e-13), "gmres": GMRES(rtol=1e-13), "bicgstab": BiCGSTAB(rtol=1e-13),
+    "auto": Auto(rtol=1e-13),
+}  # fmt: skip
 N, M, ROWS = 12, 5, 30
 
 rng = np.random.default_rng(3)

@@ -48,7 +48,8 @@ def test_sharded_gradient(lines: dict[str, tuple[str, ...]], layout: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solvers", ["lu cg gmres", pytest.param("cholesky minres auto", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("solvers", ["lu cg gmres", *(pytest.param(more, marks=pytest.mark.exhaustive)
+                for more in ("cholesky minres auto", "bicgstab truncated chebyshev"))])  # fmt: skip
 def test_inside_shard_map(solvers: str) -> None:
     """Inside of ``shard_map``, with the checks of what varies over devices that JAX makes by default."""
     cases = dict(line.rsplit(": ", 1) for line in printed(MAPPED, 4, *solvers.split()).splitlines())

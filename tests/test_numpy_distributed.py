@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "docs" / "examples_distributed" / "numpy_mpi.py"
-CASES = ("cg", "minres", "gmres", "restarted")
+CASES = ("cg", "minres", "gmres", "restarted", "bicgstab", "chebyshev")
 FAULTS = {
     "y": "NonFiniteError: y", "cotangent": "NonFiniteError: cotangent", "product": "NonFiniteProductError|SolveError",
     "singular": "SingularError", "auto": "BackendError: solver 'auto'", "lu": "BackendError: solver 'lu'",

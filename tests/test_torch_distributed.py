@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples_distributed"
 SOLVERS = {
     "stationary": ("cg", "minres", "gmres", "auto"), "given": ("cg", "minres", "auto"), "matrix": ("cg", "auto"),
-    "root": ("gmres", "auto"), "fixed point": ("gmres", "auto"),
+    "root": ("gmres", "bicgstab", "auto"), "fixed point": ("gmres", "auto"),
 }  # fmt: skip
 SHORT = {
-    "stationary:cg", "given:minres", "matrix:auto", "root:gmres", "fixed point:auto",
+    "stationary:cg", "given:minres", "matrix:auto", "root:gmres", "root:bicgstab", "fixed point:auto",
     "features:objective:cg", "outputs:grad:cg", "examples:given:cg", "features:objective:minres", "features:root:cg",
 }  # fmt: skip
 """Each condition, solver and layout once; the other cases are exhaustive."""

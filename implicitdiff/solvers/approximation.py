@@ -158,7 +158,8 @@ def dominant(op: Operator) -> Array:
     def goes_on(s: _Power) -> Any:
         return (s.turn < POWER) if backend.traced else space.any(s.active) & (s.turn < POWER)
 
-    end = backend.while_loop(goes_on, step, _Power(z, zero, zero, seen, 0), limit=POWER)
+    first = step(_Power(z, zero, zero, seen, 0))  # not in the loop: what it starts from varies over devices as A does
+    end = backend.while_loop(goes_on, step, first, limit=POWER - 1)
     op._cache["probes"] = op.probes + (POWER if backend.traced else int(end.turn))
     found = space.where(end.quotient < 0, -end.size, end.size)
     op._cache["dominant"] = found = xp.asarray(found, dtype=op.dtype, device=op.device)
