@@ -36,7 +36,6 @@ _AXES = {"Q": 2, "q": 1, "A": 2, "b": 1, "G": 2, "h": 1}
 
 
 @untraced
-@untraced
 def solve_qp(
     Q: Any, q: Any, A: Any = None, b: Any = None, G: Any = None, h: Any = None, *, batched: bool = False,
     solver: str | SolverLike = "auto", on_failure: OnFailure = "raise",
@@ -140,8 +139,9 @@ def solve_qp(
     arrays = {name: engine.as_leaf(x, name) for name, x in data.items()}
     bound = "A" in both or "G" in both
     if not bound:  # an inequality that is absent
-        zero = 0 * arrays["q"]
-        arrays = data = {**arrays, "G": zero[..., None, :], "h": zero[..., :1] + float("inf")}
+        zero = engine.xp.zeros_like(arrays["q"])
+        absent = {"G": zero[..., None, :], "h": zero[..., :1] + float("inf")}
+        arrays, data = {**arrays, **absent}, {**data, **absent}  # what the framework differentiates are the user's
     axes = _check_shapes({**arrays, **sparse}, batched)
     call = _Call(engine, data, sparse, axes, on_failure, settings_of(settings or {}))
     y, lam, mu = call.solved()

@@ -424,3 +424,13 @@ def test_without_constraints(lib: Library, batched: bool) -> None:
     y, multipliers = solve_qp(Q, q, batched=batched, return_multipliers=True)
     assert multipliers == (None, None)
     np.testing.assert_allclose(lib.numpy(y), -np.linalg.solve(data["Q"], data["q"][..., None])[..., 0], rtol=1e-9)
+
+
+@EACH
+def test_derivatives_without_constraints(name: str) -> None:
+    """−Q⁻¹v by q, whatever else there is to differentiate."""
+    fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]
+    data, *_ = program()
+    v, Q = lib.array(V), lib.array(data["Q"])
+    gradient = fw.gradient(lambda q: (v * solve_qp(Q, q)).sum())(lib.array(data["q"]))
+    np.testing.assert_allclose(lib.numpy(gradient), -np.linalg.solve(data["Q"], V), rtol=1e-10)
