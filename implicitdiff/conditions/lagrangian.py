@@ -315,7 +315,7 @@ class Lagrangian:
             return backend.concat([first.gradient + turned(z), values])
 
         checked, matrix = checked_parts(self, first, z), self._matrix_of(H, first.rows)
-        return Maps(residual, self._at, A, self._mixed(derived, order), checked=checked, hessian=matrix)
+        return Maps(residual, self._at, A, self._mixed(terms, derived, order), checked=checked, hessian=matrix)
 
     def _matrix_of(self, H: Operator, rows: Any) -> Any:
         """The matrix of H, where it is at hand; sparse beside sparse gradients, and then found where it is not."""
@@ -351,10 +351,13 @@ class Lagrangian:
             found.append(self.backend.differentiate_gradient(values, y, theta).value())
         return found[0] if len(found) == 1 else found[0] + found[1]
 
-    def _mixed(self, derived: Sequence[Any], order: int) -> LinearMap:
+    def _mixed(self, terms: Sequence[_Term], derived: Sequence[Any], order: int) -> LinearMap:
         """B = (∂²𝓛/∂θ∂y, ∂c/∂θ)."""
-        backend, p, of_values = self.backend, self.point, self.of_values
-        n, kinds = p.y.n, dict.fromkeys([*(d.kind for d in derived), of_values.kind])
+        backend, n = self.backend, self.point.y.n
+        if all(t.slope for t in terms) and derived[0].kind != "autodiff":  # one sweep of differences for both
+            joint = backend.differentiate(self._joint(terms, self.point), self.y, self.theta)
+            return self._map(order, (joint.kind,), joint.jvp_theta, joint.vjp_theta)
+        of_values = self.of_values
 
         def forward(t: Array) -> Array:
             slope = functools.reduce(lambda a, d: a + d.jvp_theta(t), derived[1:], derived[0].jvp_theta(t))
@@ -364,7 +367,17 @@ class Lagrangian:
             of_slope = u[..., :n]
             return functools.reduce(lambda a, d: a + d.vjp_theta(of_slope), derived, of_values.vjp_theta(u[..., n:]))
 
+        return self._map(order, [*(d.kind for d in derived), of_values.kind], forward, adjoint)
+
+    def _joint(self, terms: Sequence[_Term], point: Point) -> VectorFunction:
+        """∇_y𝓛 of given gradients, and c."""
+        slope, values = self.summed(terms, "slope", point), point.raveled_function(self._all, self.name)
+        both = lambda y, theta: point.backend.concat([slope(y, theta), values(y, theta)])  # noqa: E731
+        return VectorFunction(both, point, f"{slope.name} and {self.name}", lambda p: self._joint(terms, p))
+
+    def _map(self, rows: int, kinds: Sequence[str], forward: Product, adjoint: Product) -> LinearMap:
+        p = self.point
         return LinearMap(
-            backend, order, p.theta.n, p.items, p.y.dtype, p.y.device, kind=", ".join(kinds), label="B",
-            forward=forward, adjoint=adjoint, domain=p.theta.dtype,
+            self.backend, rows, p.theta.n, p.items, p.y.dtype, p.y.device, kind=", ".join(dict.fromkeys(kinds)),
+            label="B", forward=forward, adjoint=adjoint, domain=p.theta.dtype,
         )  # fmt: skip
