@@ -340,6 +340,8 @@ def test_equal_patterns_are_one() -> None:
     assert one.of_order(N) is one
     assert as_pattern(TRIDIAGONAL).of_order(N) is one
     assert Pattern(N, [0, 0], [1, 1]).size == 1
+    assert as_pattern([[1, 0], [0, 1]]) is as_pattern(np.eye(2))
+    assert as_pattern(list(TRIDIAGONAL)) is as_pattern(TRIDIAGONAL)
 
 
 # -- frameworks --------------------------------------------------------------------------------------------

@@ -164,10 +164,10 @@ def as_pattern(given: Any) -> Pattern:
         found = given.tocoo()
         shape: tuple[int, ...] = found.shape
         places: tuple[Any, ...] = (found.row, found.col)
-    elif isinstance(given, (tuple, list)) and len(given) == 2 and all(map(_are_indices, given)):
+    elif _is_pair(given):
         return _of_indices(*map(np.asarray, given))
     else:
-        mask = np.asarray(given) if hasattr(given, "shape") else np.zeros(0)
+        mask = np.asarray(given) if hasattr(given, "shape") or isinstance(given, list) else np.zeros(0)
         if mask.ndim != 2:
             raise InputError(
                 f"sparsity is {type(given).__name__}: expected None, 'detect', a SciPy sparse matrix, a square array, "
@@ -185,6 +185,13 @@ def _of_indices(rows: np.ndarray, columns: np.ndarray) -> Pattern:
     if min(rows.min(initial=0), columns.min(initial=0)) < 0:
         raise InputError("sparsity holds a negative index; rows and columns are counted from 0.")
     return Pattern(0, rows, columns)
+
+
+def _is_pair(given: Any) -> bool:
+    """Whether it is (rows, columns); a list of lists is a matrix."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2 or not all(map(_are_indices, given)):
+        return False
+    return isinstance(given, tuple) or all(hasattr(x, "shape") for x in given)
 
 
 def _are_indices(x: Any) -> bool:
