@@ -11,10 +11,12 @@ from implicitdiff.arrays import Array, any_true, divisor
 from implicitdiff.errors import NotSymmetricError, PatternError
 from implicitdiff.linalg.coloring import Coloring
 from implicitdiff.linalg.pattern import Pattern
-from implicitdiff.tolerances import MISSED
+from implicitdiff.tolerances import MISSED, SKEW
 
 __all__ = ["Entries", "Mismatch", "mismatch", "missed", "noise", "poisoned", "read", "swept"]
 
+LOOKED_AT = 16
+"""Rows that are looked into, at most: an entry that is left out spoils one other row, or none."""
 AT_ONCE = 2**26
 """Numbers in the vectors of one sweep, at most: more products are made in several."""
 
@@ -98,10 +100,17 @@ class Mismatch(NamedTuple):
     """Rows, per item, in which A has more than the matrix."""
     finite: Array
     """Items whose product is finite."""
+    gap: Array
+    """How much more, as a part of what is there."""
+    level: Array
+    """What a row may be off by."""
 
 
 def mismatch(op: Any, found: Entries) -> Mismatch:
-    """Hold an assembled matrix against a product with a vector without structure."""
+    """Hold an assembled matrix against a product with a vector without structure.
+
+    Where nothing is seen a gap cannot be looked into, and has to be a hundred times as large to count.
+    """
     xp, device = op.backend.xp, op.device
     columns = found.transposed(xp, device).largest(xp, device)
     columns = xp.where(xp.isfinite(columns), columns, xp.zeros_like(columns))
@@ -109,41 +118,45 @@ def mismatch(op: Any, found: Entries) -> Mismatch:
     exact = op.matvec(x)
     size = found._replace(values=xp.abs(found.values)).matvec(xp, xp.abs(x), device) + xp.abs(exact)
     size = size + op.offset * xp.abs(x)
-    level = MISSED.at(xp, op.dtype) * size
+    level = MISSED.at(xp, op.dtype) * size * (1 if op.backend.sees(found.values) else 100)
     if noise(op):  # of differences, which are noisy as a whole
         level = level + 30 * noise(op) * xp.max(size, axis=-1, keepdims=True)
     gap = xp.abs(exact - found.matvec(xp, x, device))
-    return Mismatch(x, gap > level, xp.all(xp.isfinite(exact), axis=-1))
+    return Mismatch(x, gap > level, xp.all(xp.isfinite(exact), axis=-1), gap / divisor(xp, size), level)
 
 
-def missed(op: Any, found: Entries, seen: Mismatch) -> Exception:
-    """Find an entry that a pattern leaves out, by halving, and say so."""
-    xp, n, pattern = op.backend.xp, op.n, found.pattern
-    rows = np.asarray(op.backend.to_host(seen.rows)).reshape(-1, n)
-    item, row = (int(k) for k in np.argwhere(rows)[0])
-    outside = np.ones(n, dtype=bool)
-    outside[pattern.columns[pattern.rows == row]] = False
-
-    def part(columns: np.ndarray) -> float:
-        """What these columns, as far as the pattern leaves them out, make of the row."""
-        inside = outside & (np.arange(n) >= columns[0]) & (np.arange(n) <= columns[-1])
-        x = xp.where(xp.asarray(inside, device=op.device), seen.vector, xp.zeros_like(seen.vector))
-        return abs(float(np.asarray(op.backend.to_host(op.matvec(x))).reshape(-1, n)[item, row]))
-
-    columns = np.arange(n)
-    if not part(columns):
-        return NotSymmetricError(
-            f"the products say that A is not symmetric: row {row} is not the column across the diagonal.\n"
-            "Next: check hvp, or use Root, whose A need not be symmetric."
+def missed(op: Any, found: Entries, seen: Mismatch) -> Exception | None:
+    """Find an entry that a pattern leaves out, by halving, and say so; None where a row is off by rounding alone."""
+    n, to_host = op.n, op.backend.to_host
+    rows, gap, level = (np.asarray(to_host(x)).reshape(-1, n) for x in (seen.rows, seen.gap, seen.level))
+    worst = np.argwhere(rows)[np.argsort(-gap[rows], kind="stable")[:LOOKED_AT]]
+    for item, row in worst.tolist():
+        outside = np.ones(n, dtype=bool)
+        outside[found.pattern.columns[found.pattern.rows == row]] = False
+        columns = np.arange(n)
+        if not _part(op, seen, (item, row), outside) > level[item, row]:
+            continue
+        while len(columns) > 1:
+            halves = np.array_split(columns, 2)
+            columns = max(halves, key=lambda c: _part(op, seen, (item, row), outside & np.isin(np.arange(n), c)))
+        count = int(rows.any(axis=0).sum())
+        return PatternError(
+            f"sparsity leaves out entry ({row}, {columns[0]}) of A, which is not zero; {count} rows miss something.\n"
+            'Next: add what is missing, in raveled order, or say sparsity="detect".'
         )
-    while len(columns) > 1:
-        halves = np.array_split(columns, 2)
-        columns = max(halves, key=part)
-    count = int(rows.any(axis=0).sum())
-    return PatternError(
-        f"sparsity leaves out entry ({row}, {columns[0]}) of A, which is not zero; {count} rows miss something.\n"
-        'Next: add what is missing, in raveled order, or say sparsity="detect".'
+    if op.trusted or not op.symmetric or gap.max() <= SKEW.at(op.backend.xp, op.dtype):
+        return None
+    return NotSymmetricError(
+        f"the products say that A is not symmetric: row {worst[0][1]} is not the column across the diagonal.\n"
+        "Next: check hvp, or use Root, whose A need not be symmetric."
     )
+
+
+def _part(op: Any, seen: Mismatch, place: tuple[int, int], inside: np.ndarray) -> float:
+    """What some columns make of a row."""
+    xp = op.backend.xp
+    x = xp.where(xp.asarray(inside, device=op.device), seen.vector, xp.zeros_like(seen.vector))
+    return abs(float(np.asarray(op.backend.to_host(op.matvec(x))).reshape(-1, op.n)[place]))
 
 
 def poisoned(backend: Any, found: Entries, seen: Mismatch) -> Entries:

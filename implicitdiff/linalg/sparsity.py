@@ -136,10 +136,15 @@ def _read(op: Operator, sparsity: Sparsity) -> tuple[Entries, int]:
         wrong = seen and any_true(op.backend.xp, difference.rows & difference.finite[..., None])
         if not wrong or sparsity.given is not None:
             break
-        pattern, more = sparsity.find(op)
+        before, (pattern, more) = pattern, sparsity.find(op)
         spent += more
+        if pattern is before:
+            break
     if wrong:
-        raise missed(op, found, difference)
+        error = missed(op, found, difference)
+        if error is not None:
+            raise error
+        difference = difference._replace(rows=difference.rows & False)
     return poisoned(op.backend, found, difference), spent
 
 
