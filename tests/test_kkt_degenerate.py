@@ -20,6 +20,7 @@ from implicitdiff import (
     QualificationError,
     RegularityWarning,
     UnknownNameError,
+    check_regularity,
     implicit_function,
     implicit_grad,
     implicit_jacobian,
@@ -87,6 +88,12 @@ def test_three_constraints_in_the_plane(lib: Library) -> None:
     assert len(both) == 2
     assert not np.allclose(*both)
     assert is_one_of(derivative(condition, lib, [1, 1]), both)
+
+
+def test_regularity_is_that_of_the_point() -> None:
+    """Nothing is selected where one asks whether the point is regular."""
+    condition = program(NUMPY, H, Q, np.zeros(2), ROWS, RATES)
+    assert not check_regularity(condition, np.ones(2), ONE).licq
 
 
 def test_an_error_without_it() -> None:

@@ -18,6 +18,7 @@ from implicitdiff import (
     InconsistentDerivativesError,
     InputError,
     ShapeError,
+    check_derivatives,
     implicit_function,
     implicit_jacobian,
     implicit_vjp,
@@ -139,6 +140,11 @@ def test_dicts() -> None:
     got = implicit_jacobian(KKT(f, line, [disk]), y, theta)
     # on the circle and on the line: y = (t, 1) / sqrt(1 + t²)
     np.testing.assert_allclose(got, [[0, 0, 8**-0.5], [0, 0, -(8**-0.5)]], atol=1e-9)
+
+
+def test_only_what_was_given_is_checked() -> None:
+    """The Jacobians of numbers are ours."""
+    assert {row.against for row in check_derivatives(KKT(distance, [BOX, LINEAR]), Y, THETA)} <= {"differences of f"}
 
 
 def test_wrong_jacobian_is_told() -> None:

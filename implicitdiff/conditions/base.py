@@ -188,6 +188,10 @@ class Condition(Record):
         """Return the condition for another point: without what was given for one alone."""
         return self
 
+    def without_selection(self) -> Condition:
+        """Return the condition that shows what is degenerate, and selects nothing."""
+        return self
+
     def received(self, aux: Any) -> Condition:
         """Return the condition for one solution, given what the wrapped solver returned beside it."""
         return self

@@ -214,17 +214,20 @@ class Constrained(Condition):
 
     def elsewhere(self) -> Condition:
         """Return the condition without multipliers, which are those of one point."""
-        return self if self.multipliers is None or not self._of_one_point else self._with_multipliers(None)
+        return self if self.multipliers is None or not self._of_one_point else self._with("multipliers", None)
 
     def received(self, aux: Any) -> Condition:
         """Return the condition with the multipliers that the solver returned, where it is said that it does."""
         if not isinstance(self.multipliers, str):
             return self
-        return self._with_multipliers(aux["multipliers"] if isinstance(aux, Mapping) else aux)
+        return self._with("multipliers", aux["multipliers"] if isinstance(aux, Mapping) else aux)
 
-    def _with_multipliers(self, multipliers: Any) -> Condition:
+    def without_selection(self) -> Condition:
+        return self._with("degenerate", "raise")
+
+    def _with(self, name: str, value: Any) -> Condition:
         found = copy.copy(self)
-        object.__setattr__(found, "multipliers", multipliers)
+        object.__setattr__(found, name, value)
         return found
 
     def _given(self, point: Point, first: FirstOrder) -> Array | None:

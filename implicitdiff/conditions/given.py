@@ -52,7 +52,7 @@ def _gradient(of: Lagrangian, terms: list[Any]) -> Callable[[Array, Array], Arra
 def _of_constraints(of: Lagrangian, first: FirstOrder) -> Iterator[Checked]:
     point, size = of.point, _per_row(of, first)
     for c, s in zip(of.constraints, of.slices, strict=True):
-        if c.jacobian is not None:
+        if c.jacobian is not None and not c.linear:  # or it is ours
             matrix = _lazy(of, s.stop - s.start, partial(partial, _rows_times, first.rows, s))
             yield Checked(
                 point, c.name, point.raveled_function(c.values, c.name), None, None, _NOTHING, _NOTHING,

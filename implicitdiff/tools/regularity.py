@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array, item_norm
 from implicitdiff.compilers import untraced
+from implicitdiff.conditions import as_condition
 from implicitdiff.conditions.active_set import names
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.block_operator import SaddleOperator
@@ -141,7 +142,7 @@ def check_regularity(
 
 @untraced
 def _checked(condition: Any, y: Any, theta: Any, args: tuple[Any, ...], backend: Backend) -> Regularity:
-    problem = problem_of(condition, y, theta, args=args, backend=backend)
+    problem = problem_of(as_condition(condition).without_selection(), y, theta, args=args, backend=backend)
     with problem.backend.computing():
         rules = Rules(problem, flat=True)
         op = rules.prepared.operator
