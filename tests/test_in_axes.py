@@ -148,7 +148,7 @@ def alone(call: Callable[..., Any], lib: Library, problem: Batch, *rest: Any, **
 
 
 @pytest.mark.filterwarnings("ignore::implicitdiff.NotASolutionWarning")
-@LIBS
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
 def test_errors_are_those_of_a_loop(lib: Library) -> None:
     """Off the solution, where there is something to estimate: per item, and the correction is summed."""
     problem = batch()

@@ -81,7 +81,7 @@ class Point:
         self.choices: Any = None
         self._one: Point | None = None
         self._own: list[Any] = []
-        if self.items:
+        if self.items and mapped:
             check_mapped(backend, args, mapped, self.items)
         if self.items and backend.vmap is not None:
             self._own = mapped_of(args, mapped)
