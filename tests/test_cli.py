@@ -7,13 +7,14 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import DIRECT, SOLVERS
+from conftest import SOLVERS
 
 import implicitdiff
 from implicitdiff import CG, Stationary, registry, solver_names, solvers
@@ -112,26 +113,22 @@ def test_demo_with_each_solver(solver: str, capsys: pytest.CaptureFixture[str]) 
     out, err = capsys.readouterr()
     assert err == ""
     assert number(out, "gradient check  relative error") < 1e-5
-    assert number(out, "adjoint solves") >= 3
+    assert number(out, "outer loop") >= 3
     used = "cholesky" if solver == "auto" else solver
     assert f"adjoint solver  {used} (" in out
-    assert (number(out, "iterations") == 0) == (used in DIRECT)
-    assert number(out, "matvecs") > number(out, "iterations")
+    assert number(out, "saved") > 0
 
 
 def test_each_solver_finds_the_same_penalties(wine: demo.Outcome) -> None:
     found = demo.run("wine", "minres", steps=4, quiet=True)
-    np.testing.assert_allclose(found.tuned.theta, wine.tuned.theta, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.tuned.theta, wine.tuned.theta, rtol=0, atol=0.4)  # gradients within 10 %
+    np.testing.assert_allclose(found.history, wine.history, rtol=0.02)
 
 
-def test_warm_start_spares_iterations() -> None:
-    data = demo.load("wine", seed=0)
-    theta, W = np.full(13, -3.0), np.zeros((14, 3))
-    warm = demo.Hypergradient(data, "cg", W)
-    warm(theta)
-    first = warm.cost.iterations
-    warm(theta + 1e-4)
-    assert 0 < warm.cost.iterations - first < first
+def test_the_loop_spares_work(wine: demo.Outcome) -> None:
+    state, rounds = wine.loop.state, len(wine.loop.history)
+    assert state.inner_gradients + state.products < rounds * sum(wine.alone)
+    assert all(row.error <= 0.1 for row in wine.loop.history)
 
 
 def test_table_shows_the_losses_of_the_models(wine: demo.Outcome) -> None:
@@ -315,7 +312,9 @@ def test_what_is_not_used_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_solver_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(solvers._FACTORIES, "weak", lambda: CG(maxiter=2))
-    assert main([*WINE, "--solver", "weak"]) == 1
+    with warnings.catch_warnings():  # of the loop, that its gradients missed their tolerance
+        warnings.simplefilter("ignore")
+        assert main([*WINE, "--solver", "weak"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert re.search(r"2 iterations", err)
