@@ -21,7 +21,7 @@ MODULES = {"numpy": "benchmarks.cases", "torch": "benchmarks.with_torch", "jax":
 BACKENDS = (*MODULES, "cupy")
 DEVICES = ("cpu", "cuda")
 NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "products", "syncs", "import", "memory", "certificates",
-         "sparse")  # fmt: skip
+         "sequences", "sparse")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

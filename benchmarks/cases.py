@@ -236,7 +236,14 @@ def sparse(setting: Setting) -> list[Row]:
     return measured(setting)
 
 
+def sequences(setting: Setting) -> list[Row]:
+    """Products of one adjoint after another: see `benchmarks.sequences`, which brings scikit-learn in."""
+    from benchmarks.sequences import sequences as measured
+
+    return measured(setting)
+
+
 CASES: dict[str, Callable[[Setting], list[Row]]] = {
     "gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "import": imports,
-    "memory": memory, "certificates": certificates, "sparse": sparse,
+    "memory": memory, "certificates": certificates, "sequences": sequences, "sparse": sparse,
 }  # fmt: skip

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, cg
 
-from implicitdiff import Stationary
+from benchmarks.measure import Setting, Spread
+from benchmarks.report import Row
+from implicitdiff import CG, Stationary, implicit_vjp
 
-__all__ = ["PROBLEMS", "Adam", "SequenceProblem", "breast_cancer", "digits", "grid"]
+__all__ = ["PROBLEMS", "Adam", "SequenceProblem", "breast_cancer", "digits", "grid", "points", "sequences"]
 
 Array = NDArray[Any]
 
@@ -280,3 +282,63 @@ def like(data: Array, y: Any) -> Any:
 
 
 PROBLEMS = {"breast cancer": breast_cancer, "digits": digits, "grid": grid}
+
+
+# -- one adjoint after another ----------------------------------------------------------------------------
+Point = tuple[Array, Array, Array, Array]
+SETUPS = {"breast cancer": (100, 1.8e-6, 5.6e-6), "digits": (400, 1e-6, 3.2e-6), "grid": (100, 5.6e-5, 5.6e-5)}
+"""Pairs, and the largest relative residuals (on a grid of four a decade), cold and with pairs, at which no gradient of
+the loop is off by more than 1e-4."""
+
+
+def points(problem: SequenceProblem, steps: int = 60) -> list[Point]:
+    """θ, y, ∂L/∂y and the gradient along a loop of exact gradients and steps of Adam."""
+    theta, y, step, found = problem.theta, problem.y, Adam(), list[Point]()
+    for _ in range(steps):
+        y = problem.inner(y, theta)
+        g = problem.gradient(y, theta)
+        found.append((theta, y, problem.slope(y), g))
+        theta = step(theta, g)
+    return found
+
+
+def followed(problem: SequenceProblem, path: list[Point], solver: Any, *, shared: bool) -> tuple[int, float]:
+    """Solve for all adjoints; return the products of the solves, and the largest true error of a gradient.
+
+    Products are all that a solve makes: iterations, residuals, and what finds the scale of a small system. F is not
+    given, so that nothing is spent on looking at y.
+    """
+    condition = Stationary(hvp=problem.hvp, mixed_vjp=problem.mixed_vjp, kind="minimum")
+    state: Any = "new"
+    products, worst = 0, 0.0
+    for theta, y, v, g in path:
+        value, after, report = implicit_vjp(
+            condition, y, theta, v, args=problem.args, solver=solver, state=state, return_report=True
+        )
+        state = after if shared else "new"
+        products += report.matvecs
+        worst = max(worst, float(np.linalg.norm(value - g) / np.linalg.norm(g)))
+    return products, worst
+
+
+def sequences(setting: Setting) -> list[Row]:
+    """Products of the adjoints of an outer loop: cold, started from the last ones, and with their pairs."""
+    rows = []
+    for name, (pairs, cold_rtol, rtol) in SETUPS.items():
+        if setting.short and name != "breast cancer":
+            continue
+        problem = PROBLEMS[name]()
+        path = points(problem, 6 if setting.short else 60)
+        cold, _ = followed(problem, path, CG(rtol=cold_rtol), shared=False)
+        tight, _ = followed(problem, path, CG(rtol=1e-8), shared=False)
+        started, error = followed(problem, path, CG(rtol=cold_rtol), shared=True)
+        recycled, off = followed(problem, path, CG(rtol=rtol, recycle=pairs), shared=True)
+        size, facts = f"{problem.name}, {len(path)} steps", {"pairs": pairs, "rtol": rtol, "rtol, cold": cold_rtol}
+        for what, ours, theirs, bar, wrong in (
+            ("extrapolated / cold", started, cold, None, error),
+            (f"{pairs} pairs / cold", recycled, cold, None if setting.short else 0.15, off),
+            (f"{pairs} pairs / cold at 1e-8", recycled, tight, None, off),
+        ):
+            ratio = Spread(*3 * (ours / theirs,))
+            rows.append(Row(f"adjoints, {what}", size, ours, theirs, ratio, bar, wrong, 1e-4, "products", facts))
+    return rows

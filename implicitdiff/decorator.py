@@ -271,7 +271,8 @@ def implicit_function(condition: ConditionLike, *, has_aux: Any = False, **optio
         function of the condition has a parameter of that name, too. Other keyword arguments are options, which go to
         the solver alone.
     solver, on_failure, backend, batched
-        Of the linear solve; see `implicitdiff.linearize`.
+        Of the linear solve; see `implicitdiff.linearize`. With ``CG(recycle=k)`` or ``MINRES(recycle=k)`` derivatives
+        share from call to call and from backward pass to backward pass what a sequence can; not under JAX.
     in_axes : tuple, optional
         As for `linearize`, for a solver of whole batches: it gets theta and args as they are, and returns y with the
         leading axis.

@@ -15,7 +15,7 @@ from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers import GMRES, MINRES, get_solver
 from implicitdiff.solvers.base import methods_of
 from implicitdiff.solvers.rank import ranked
-from implicitdiff.solvers.recycling import carried_on
+from implicitdiff.solvers.recycling import carried_on, remember_scale
 from implicitdiff.solvers.sequences import SequenceState, followed, looked_at
 from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
 
@@ -132,6 +132,8 @@ class Prepared:
         if op.n == 0 or 0 in b.shape:
             self.methods, self.seconds = [(_name(self.solver), "n = 0")], time.perf_counter() - start
             return _empty(op, b)
+        if isinstance(x0, SequenceState):
+            remember_scale(self.whole, x0)
         used, state = self.state(transposed)
         carried = None
         if isinstance(x0, SequenceState):

@@ -27,15 +27,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor, times
+from implicitdiff.linalg.equilibration import Scaling
 from implicitdiff.linalg.preconditioner import Preconditioner
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.sequences import SequenceState, fitted, pairs_of, predicted
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
+    from implicitdiff.linalg.operator import Operator
     from implicitdiff.solvers.cycles import KrylovState
 
-__all__ = ["Memory", "carried_on", "limited_memory"]
+__all__ = ["Memory", "carried_on", "limited_memory", "remember_scale"]
 
 PATIENCE, GRACE = 2.0, 5
 """Times the iterations of a solve without pairs, and some more, after which pairs are given up."""
@@ -215,7 +217,9 @@ class _Resumed:
             found = self._plain(nobody, None)
         zero = xp.zeros_like(found.ratio)
         count = xp.sum(xp.astype(present, xp.int32), axis=-1, dtype=xp.int32)
+        one = xp.ones_like(past.scale)
         after = past._replace(
+            scale=one if self.scaling is None else one * self.scaling.columns,
             directions=self._unscaled(found.directions, 1), images=self._unscaled(found.images, 0), pace=found.pace,
             condition=found.condition, dropped=failed,
             used=xp.where(known & ~failed, count, xp.zeros_like(count)),
@@ -272,6 +276,16 @@ class _Resumed:
         for _ in range(len(new.shape) - len(mask.shape)):
             mask = mask[..., None]
         return self.xp.where(mask, new, old)
+
+
+def remember_scale(op: Operator, past: SequenceState) -> None:
+    """Let an operator, known by products alone, have the scale of the systems before: to find one takes some."""
+    xp, known = op.backend.xp, past.scale
+    if op.backend.traced or known is None or tuple(known.shape) != (*op.items, op.n):
+        return
+    if op.matrix is not None or op.sparse is not None or any_true(xp, known == 0):
+        return
+    op._cache["scalingTrue"] = Scaling(known, known) if any_true(xp, known != 1) else None
 
 
 def carried_on(
