@@ -24,7 +24,8 @@ from implicitdiff.polishing import polished
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten
 from implicitdiff.records import brief
-from implicitdiff.rules import Rules, Run
+from implicitdiff.rules import Rules
+from implicitdiff.runs import Run
 from implicitdiff.typing import T, Y
 from implicitdiff.verification.confirmation import Confirmation
 from implicitdiff.verification.first_use import verify

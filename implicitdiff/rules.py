@@ -16,7 +16,7 @@ inside a compiled program, and is judged outside of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +28,7 @@ from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
 from implicitdiff.diagnosis import check_loss, reject_non_finite
 from implicitdiff.errors import ShapeError
-from implicitdiff.estimates import Estimate, Product
+from implicitdiff.estimates import Product
 from implicitdiff.linalg.solve import Prepared, Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
@@ -36,13 +36,14 @@ from implicitdiff.outcome import Status
 from implicitdiff.polishing import once_only
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import LeafRaveler, Raveler
+from implicitdiff.runs import Run
 from implicitdiff.solution_check import SolutionCheck, Step
 from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.sequences import SequenceState
 from implicitdiff.tolerances import TINY, UNCERTAIN
 from implicitdiff.verification.consistency import contradicted
 
-__all__ = ["Diagnostics", "Rules", "Run"]
+__all__ = ["Diagnostics", "Rules"]
 
 
 class Diagnostics(NamedTuple):
@@ -79,27 +80,6 @@ class Diagnostics(NamedTuple):
         for doubt in (self.suspect, self.uncertain):
             good = good if doubt is None else good & ~doubt
         return xp.all(good) & ~xp.any(self.zero_product)
-
-
-class Run(NamedTuple):
-    """What a run of a mode came to, and whether its values can be seen."""
-
-    value: Any
-    diagnostics: Diagnostics
-    methods: Sequence[tuple[str, str]]
-    derivatives: dict[str, str]
-    damping: float
-    seconds: float
-    rules: Rules | None = None
-    """None where they were inside a compiled program."""
-    mode: Mode = Mode.EAGER
-    """How it ran: inline, values cannot be seen."""
-    clean: Any = None
-    """From a compiled program, whether there is nothing to tell."""
-    certain: Any = None
-    """Makes sure of what the program left in doubt of y as a solution."""
-    estimate: Estimate | None = None
-    """Of the error, where it was asked for."""
 
 
 class Rules:

@@ -68,6 +68,7 @@ LAYERS = (
         "accuracy",
         "polishing",
         "rules",
+        "runs",
         "covariance",
         "typing",
         "diagnosis",

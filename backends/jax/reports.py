@@ -20,7 +20,8 @@ from implicitdiff.linalg.reports import make_report
 from implicitdiff.linalg.solve import Solution
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report
-from implicitdiff.rules import Rules, Run
+from implicitdiff.rules import Rules
+from implicitdiff.runs import Run
 from implicitdiff.solution_check import Step
 
 __all__ = ["between", "hand_out", "hand_out_solved"]

@@ -19,7 +19,8 @@ from implicitdiff.mode import Mode
 from implicitdiff.polishing import no_numbers
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
-from implicitdiff.rules import Rules, Run
+from implicitdiff.rules import Rules
+from implicitdiff.runs import Run
 from implicitdiff.solvers.sequences import SequenceState
 from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
