@@ -198,7 +198,7 @@ class _Certificate:
         return w, self._all(usable)
 
     def _derivative(self, at: Rules, x: Array, more: Any) -> Array:
-        return more - at.maps.B.rmatvec(x) if self.product.transposed else at.restricted(x)
+        return more - at.maps.B.rmatvec(x) if self.product.transposed else at.restricted(x) + more
 
     def _all(self, mask: Array) -> Array:
         return self.xp.all(mask, axis=0) if len(mask.shape) > len(self.items) else mask

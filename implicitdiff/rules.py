@@ -29,6 +29,7 @@ from implicitdiff.curvature import refuted, suspicion
 from implicitdiff.diagnosis import check_loss, reject_non_finite
 from implicitdiff.errors import ShapeError
 from implicitdiff.estimates import Product
+from implicitdiff.least_norm import LeastNorm, returned, turned
 from implicitdiff.linalg.solve import Prepared, Solution, prepare
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
@@ -109,6 +110,7 @@ class Rules:
         self.point.choices, self.trial = choices, trial
         numbers = self.condition.without_bounds(theta)
         self.inputs = self._finite(y.vector, y, "y") & self._finite(numbers, theta, "theta")
+        self.follows = self.condition.follows and self.condition.singular == "minimum-norm" and y.n > 0
         self.kinds, self.product = dict[str, str](), cast("Product", None)
         self.solution_warned = self.warned = self.curved = self.unsure = False
         self._seen: Step | None = None
@@ -124,6 +126,11 @@ class Rules:
     @cached_property
     def prepared(self) -> Prepared:
         return prepare(self.maps.A, self.condition.routed(self.solver), nan_on_failure=self.nan_on_failure)
+
+    @cached_property
+    def least_norm(self) -> LeastNorm:
+        """Where the solution of least norm is followed."""
+        return LeastNorm(self)
 
     @cached_property
     def check(self) -> SolutionCheck:
@@ -180,12 +187,13 @@ class Rules:
         ``solution_checked`` says that y was looked at as a solution before.
         """
         raveler = self.point.theta
-        b = self.maps.B.matvec(raveler.like(tangent, "tangent", dtype=raveler.dtype))
+        t = raveler.like(tangent, "tangent", dtype=raveler.dtype)
+        b, direct = turned(self, lambda at: at.maps.B.matvec(t))
         mask = self._mask(solution_checked) if self.nan_on_failure else None
         if mask is not None:  # before and after: calls of LAPACK must not run side by side (see `DenseSolver`)
             b = self.point.backend.space(b).scale(mask, b)
         solve: Any = self.point.backend.linear or Prepared.solve
-        w = self.restricted(solve(self.prepared, -b, None, False).x)
+        w = self.restricted(solve(self.prepared, -b, None, False).x) + direct
         return self.point.y.unravel(w if mask is None else self.point.y.space.scale(mask, w))
 
     def _mask(self, solution_checked: bool) -> Array:
@@ -215,8 +223,10 @@ class Rules:
             check_loss(p, loss_at(self))
         right = p.y.space.finite(by_y) & p.theta.space.finite(by_theta)
         g, diagnostics = self._reverse(by_y, x0, self.inputs, right)
+        direct = self.product.beside
         self.product = self.product._replace(
-            right=lambda at: (at.embedded((found := slopes(at))[0]), found[1]), value=g, beside=by_theta,
+            right=lambda at: (at.embedded((found := slopes(at))[0]), found[1] + direct), value=g - direct,
+            beside=by_theta + direct,
             loss=lambda at: loss_at(at)(at.point.y.vector, at.point.theta.vector),
         )  # fmt: skip
         return self.product.tree(self.product.total), diagnostics
@@ -266,14 +276,21 @@ class Rules:
     # -- vectors -------------------------------------------------------------------------------------
     def _forward(self, image: Callable[[Rules], Any], x0: Any, inputs: Array, t: Any) -> tuple[Any, Diagnostics]:
         """−A⁻¹ b, with b what B makes of t."""
-        p, b = self.point, image(self)
+        p = self.point
+        b, direct = turned(self, image)
         space = p.backend.space(b)
         zero_product = space.is_zero(b) & ~p.theta.space.is_zero(t)
         right, b = self._per_item(space.finite(b)), -b
         solution = self._solve(b, x0, inputs, transposed=False)
         diagnostics = self._diagnostics(solution, b, False, inputs, zero_product)
         w = self.restricted(solution.x)
-        self.product = Product(False, lambda at: (-image(at), 0), b, solution, w, p.y.unravel)
+
+        def again(at: Rules) -> tuple[Any, Any]:
+            b, direct = turned(at, image)
+            return -b, direct
+
+        self.product = Product(False, again, b, solution, w, p.y.unravel, direct)
+        w = w + direct
         return self._nan_where_failed(w, diagnostics._replace(right=right))
 
     def restricted(self, x: Any) -> Any:
@@ -287,15 +304,17 @@ class Rules:
     def _reverse(self, v: Any, x0: Any, inputs: Array, right: Array | None = None) -> tuple[Any, Diagnostics]:
         """−Bᵀ A⁻ᵀ v."""
         space = self.point.backend.space
-        b = self.embedded(v)
+        b = self.least_norm.after(v) if self.follows else self.embedded(v)
         solution = self._solve(b, x0, inputs, transposed=True)
         u = solution.x
+        direct = returned(self, v, u) if self.follows else 0
         g = -self.maps.B.rmatvec(u)
         theta = self.point.theta
         zero_product = theta.is_zero(g) & ~space(u).is_zero(u)
         diagnostics = self._diagnostics(solution, b, True, inputs, zero_product)
         right = diagnostics.right if right is None else right
-        self.product = Product(True, lambda at: (at.embedded(v), 0), b, solution, g, theta.unravel)
+        self.product = Product(True, lambda at: (at.embedded(v), direct), b, solution, g, theta.unravel, direct)
+        g = g + direct
         return self._nan_where_failed(g, diagnostics._replace(right=right, image=self._per_item(theta.finite(g))))
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:

@@ -71,6 +71,9 @@ NULL_VECTOR = ByPrecision(2 * (2.0**-52) ** 0.5, 0.5 * (2.0**-23) ** 0.7)
 LEAST_SQUARES = ByPrecision(1e-12, 3e-6)
 """‖Aᵀ r‖ / (‖A‖ ‖r‖) up to which r is orthogonal to the range of A: well above rounding, and below the least singular
 value of a matrix that still counts as regular."""
+LEAST_NORM = ByPrecision(1e-6, 1e-2)
+"""Part of y in the null space of A, relative to y, up to which y is the solution of least norm, and change of A up to
+which F is linear in y: as well as solvers that began at zero leave it."""
 PROJECTOR = ByPrecision(1e-9, 1e-4)
 """Relative difference of D D z and D z up to which D is a projection: some roundings of two products."""
 

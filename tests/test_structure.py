@@ -68,6 +68,7 @@ LAYERS = (
         "accuracy",
         "polishing",
         "rules",
+        "least_norm",
         "runs",
         "covariance",
         "typing",

@@ -303,6 +303,11 @@ class RecordedProblem:
     # -- products that are differentiated again ------------------------------------------------------
     def composed(self, y: Array, tensors: Sequence[Array]) -> tuple[Point, Maps]:
         """Return the point and the maps of F there, as functions of y and θ."""
+        if self.condition.follows and self.condition.singular == "minimum-norm":
+            raise DerivativeError(
+                "singular='minimum-norm' follows the solution of least norm, whose derivative is not differentiated "
+                "again.\nNext: ask for first derivatives, outside of the transforms of torch.func."
+            )
         theta, args, _ = self._trees(tensors)
         raveler = copy.copy(self.y)
         raveler.backend, raveler.vector = self.composable, y

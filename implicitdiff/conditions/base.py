@@ -168,6 +168,9 @@ class Condition(Record):
     singular: str = "raise"
     """What is asked for where A is singular; a field of the conditions that let it be said."""
 
+    follows: ClassVar[bool] = False
+    """Whether ``singular="minimum-norm"`` follows the solution of least norm, where there is one (`least_norm`)."""
+
     def routed(self, solver: Any) -> Any:
         """Return the solver for the whole system, given the one that was asked for."""
         return solver if self.singular == "raise" else OnRange(solver, self.singular)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from implicitdiff.conditions.base import Function, Maps, check_callables, check_verify
+from implicitdiff.conditions.base import Function, Maps, check_callables, check_singular, check_verify
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.residuals import Residuals
 from implicitdiff.conditions.sparse import SparseCondition
@@ -50,6 +50,10 @@ class LeastSquares(SparseCondition):
         What is solved with: A, or A without the curvature of r. With ``error=True`` the report tells what that costs.
     verify : bool, default True
         Whether what is given is held against ``residual`` at its first use (see `check_derivatives`).
+    singular : {"raise", "gauge", "minimum-norm"}
+        What is asked for where A is singular: nothing, which is an error; the gradient of a loss that does not see its
+        null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹. Where r is linear in y,
+        and y the solution of least norm, the latter is the derivative of that solution: its null space turns with θ.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where A (not J) has entries, as for `Stationary`.
 
@@ -97,12 +101,14 @@ class LeastSquares(SparseCondition):
     regularizer: Callable[..., Any] | None = None
     hessian: str = "exact"
     verify: bool = True
+    singular: str = "raise"
     sparsity: Any = None
+    follows: ClassVar[bool] = True
 
     def __init__(
         self, residual: Callable[..., Any], *, jvp: Function = None, vjp: Function = None, jacobian: Function = None,
         loss: Function = None, regularizer: Function = None, hessian: HessianOf = "exact", verify: bool = True,
-        sparsity: Any = None,
+        singular: str = "raise", sparsity: Any = None,
     ) -> None:  # fmt: skip
         if not callable(residual):
             raise InputError(f"residual is {type(residual).__name__}; expected a callable r(y, theta, *args).")
@@ -111,7 +117,8 @@ class LeastSquares(SparseCondition):
         check_verify(verify)
         if hessian not in get_args(HessianOf):
             raise UnknownNameError(f"hessian = {hessian!r}: expected one of {', '.join(get_args(HessianOf))}.")
-        options = {"hessian": hessian, "verify": verify, "sparsity": check_sparsity(sparsity)}
+        check_singular(singular)
+        options = {"hessian": hessian, "verify": verify, "singular": singular, "sparsity": check_sparsity(sparsity)}
         for name, value in {"residual": residual, **fields, **options}.items():
             object.__setattr__(self, name, value)
 

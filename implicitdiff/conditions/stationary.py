@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from implicitdiff.conditions.base import Function, Given, Maps, check_callables, check_singular, check_verify, maps_from
 from implicitdiff.conditions.point import Point
@@ -49,7 +49,8 @@ class Stationary(SparseCondition):
         for approximations that are meant, such as a Gauss-Newton matrix.
     singular : {"raise", "gauge", "minimum-norm"}
         What is asked for where A is singular: nothing, which is an error; the gradient of a loss that does not see its
-        null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹.
+        null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹. Where f is quadratic in
+        y, and y of least norm, the latter is the derivative of that solution: its null space turns with θ.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where A has entries, in raveled order: A is then assembled from as many products as its columns need colours,
         held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
@@ -80,6 +81,7 @@ class Stationary(SparseCondition):
     verify: bool = True
     singular: str = "raise"
     sparsity: Any = None
+    follows: ClassVar[bool] = True
 
     def __init__(
         self, fun: Function = None, *, grad: Function = None, hvp: Function = None, hessian: Function = None,
