@@ -411,3 +411,23 @@ def test_rounding_is_no_missing_entry(lib: Library, how: str) -> None:
     want = np.linspace(1, 2, N) / (1 + 3 * np.linspace(1, 2, N) ** 2)
     np.testing.assert_allclose(lib.numpy(g), want, rtol=1e-4 if lib.name == "array_api_strict" else 1e-7)
     assert "assembled from 1 product" in report.reason
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_many_parameters_take_few_evaluations_where_b_is_sparse(dense: bool) -> None:
+    """B = −2 M diag(θ): the second θ has entries where the first is zero."""
+    n, made, rng = 400, list[int](), np.random.default_rng(2)
+    band = np.eye(n) + np.diag(np.ones(n - 1), 1)
+    M, A = rng.normal(size=(n, n)) if dense else band, 2 * np.eye(n) + band
+
+    def F(y: np.ndarray, t: np.ndarray) -> np.ndarray:
+        made.append(1)
+        return 3 * y + np.append(y[1:], 0 * y[:1]) - M @ (t * t)
+
+    v = rng.normal(size=n)
+    for theta in np.arange(n) % 2.0, rng.uniform(1, 2, n):
+        made.clear()
+        y = np.linalg.solve(A, M @ (theta * theta))
+        g = idf.implicit_vjp(idf.Root(F, sparsity=A), y, theta, v)
+        np.testing.assert_allclose(g, 2 * theta * (M.T @ np.linalg.solve(A.T, v)), rtol=1e-9, atol=1e-11)
+        assert (len(made) < n / 2) == (not dense)

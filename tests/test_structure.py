@@ -54,6 +54,7 @@ LAYERS = (
         "linalg.entries",
         "linalg.detection",
         "linalg.sparsity",
+        "linalg.sparse_map",
     ),
     ("linalg.preconditioner", "linalg.rectangular"),
     ("solvers",),

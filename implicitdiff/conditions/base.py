@@ -16,6 +16,7 @@ from implicitdiff.conditions.matrices import matrix_operator
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import DerivativeError, InputError, UnknownNameError
 from implicitdiff.linalg.operator import LinearMap, Operator, Product
+from implicitdiff.linalg.sparse_map import by_colors
 from implicitdiff.linalg.sparsity import Sparsity
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.records import Record
@@ -335,10 +336,11 @@ class _Builder:
         if forward is None and adjoint is None:
             forward, adjoint, kind = self.derived.jvp_theta, self.derived.vjp_theta, self.derived.kind
             accuracy = self.derived.accuracy
-        return LinearMap(
+        B = LinearMap(
             p.backend, p.y.n, p.theta.n, p.items, p.y.dtype, p.y.device, forward=forward, adjoint=adjoint,
             kind=kind, label="B", domain=p.theta.dtype, accuracy=accuracy,
         )  # fmt: skip
+        return B if given.sparsity is None else by_colors(B, given.sparsity.mixed)
 
 
 def lengths_of_leaves(point: Point) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ def detected(op: Any) -> tuple[Pattern, int]:
         rows, columns = np.nonzero(_nonzero(op, op.matvec, np.eye(n)).T)
         spent = n
     else:
-        rows, columns, spent = _by_halving(op)
+        rows, columns, spent = by_halving(op, transposable=op.adjoint is not None)
     found = Pattern(n, rows, columns).of_order(n)
     return found.symmetric if op.symmetric else found, spent
 
@@ -58,18 +58,31 @@ def _nonzero(op: Any, product: Any, vectors: np.ndarray) -> np.ndarray:
     return found.any(axis=tuple(range(1, found.ndim - 1))) if found.ndim > 2 else found
 
 
-def _by_halving(op: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    n, spent = op.n, 0
+def by_halving(
+    op: Any, *, transposable: bool = False, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    """Places of the entries of a map, of any shape, and the products that it took.
+
+    Parameters
+    ----------
+    op : LinearMap
+    transposable : bool
+        Whether long rows may be read off transposed products.
+    most : int, optional
+        Colours from which it is given up: nothing is found.
+    """
+    n, k, spent = op.columns, op.rows, 0
     shift = max((n - 1).bit_length() - START, 0)
     blocks = -(-n // 2**shift)
-    rows, columns = np.repeat(np.arange(n), blocks), np.tile(np.arange(blocks), n)  # row and block, as far as is known
+    rows, columns = np.repeat(np.arange(k), blocks), np.tile(np.arange(blocks), k)  # row and block, as far as is known
     dense = np.zeros(0, dtype=np.int64)
-    transposable = op.adjoint is not None
     while True:
         rows, columns, more = _confirmed(op, rows, columns, shift)
         spent += more
+        if most is not None and more > most:
+            return rows[:0], columns[:0], spent
         if transposable:
-            rows, columns, dense = _without_dense(rows, columns, dense, n)
+            rows, columns, dense = _without_dense(rows, columns, dense, k)
         if shift == 0:
             break
         shift -= 1
@@ -83,7 +96,7 @@ def _by_halving(op: Any) -> tuple[np.ndarray, np.ndarray, int]:
             )
     if not len(dense):
         return rows, columns, spent
-    units = np.zeros((len(dense), n))
+    units = np.zeros((len(dense), k))
     units[np.arange(len(dense)), dense] = 1
     which, others = np.nonzero(_nonzero(op, op.rmatvec, units))
     return np.concatenate([rows, dense[which]]), np.concatenate([columns, others]), spent + len(dense)
@@ -91,9 +104,9 @@ def _by_halving(op: Any) -> tuple[np.ndarray, np.ndarray, int]:
 
 def _confirmed(op: Any, rows: np.ndarray, blocks: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Keep the pairs of row and block of columns where there is something; count the products."""
-    n = op.n
+    n = op.columns
     count = ((n - 1) >> shift) + 1
-    colors, used = column_colors(count, rows, blocks, n)
+    colors, used = column_colors(count, rows, blocks, op.rows)
     of_column = colors[np.arange(n) >> shift]
     probe = probe_vector(np, n, np.float64, None)
     vectors = np.where(of_column[None, :] == np.arange(used)[:, None], probe, 0.0)

@@ -64,7 +64,7 @@ def swept(op: Any, product: Callable[[Array], Array], vectors: np.ndarray) -> Ar
     step = max(1, AT_ONCE // max(n, 1))
     parts = []
     for start in range(0, count, step):
-        x = xp.asarray(vectors[start : start + step], dtype=op.dtype, device=op.device)
+        x = xp.asarray(vectors[start : start + step], dtype=op.domain or op.dtype, device=op.device)
         k = x.shape[0]
         x = xp.broadcast_to(xp.reshape(x, (k, *lead, n)), (k, *op.items, n))
         parts.append(op.backend.astype(product(x), op.dtype))

@@ -32,11 +32,14 @@ class Sparsity:
         Patterns that were found, by order.
     flipped : bool
         Whether it is that of Aᵀ.
+    mixed : dict
+        Patterns of B that were found.
     """
 
     given: Pattern | None = None
     found: dict[int, Pattern] = field(default_factory=dict)
     flipped: bool = False
+    mixed: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def transposed(self) -> Sparsity:
