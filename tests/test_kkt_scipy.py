@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy
 import scipy.sparse
 from conftest import JAX, NUMPY, PLAIN, TORCH, Library, relative_error
 from helpers_constraints import ball, curved
@@ -194,6 +195,11 @@ def test_as_minimize_takes_them() -> None:
     np.testing.assert_allclose(got, differences, atol=1e-4)
 
 
+SLSQP_HAS_MULTIPLIERS = pytest.mark.skipif(
+    tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 16), reason="SLSQP returns multipliers from SciPy 1.16 on"
+)
+
+
 # -- multipliers -------------------------------------------------------------------------------------------------------
 MIXED = [
     LinearConstraint([[1.0, 1.0, 0.0]], -1.0, 1.0),
@@ -216,7 +222,7 @@ def solved(method: str, constraints: Any, bounds: Any, **options: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore::implicitdiff.errors.NotASolutionWarning")  # trust-constr stops short
 @pytest.mark.parametrize("constraints", [MIXED, MIXED[1], MIXED[::-1], MIXED[:2]])
-@pytest.mark.parametrize("method", ["trust-constr", "SLSQP"])
+@pytest.mark.parametrize("method", ["trust-constr", pytest.param("SLSQP", marks=SLSQP_HAS_MULTIPLIERS)])
 def test_multipliers_of_scipy(method: str, constraints: Any) -> None:
     """With them in this order ∇f + Jᵀz is zero: what `check_regularity` calls stationarity, and KKT warns of."""
     bounds = Bounds(-5.0, [5.0, 0.3, 5.0]) if method == "trust-constr" else None
@@ -243,6 +249,7 @@ def test_multipliers_of_osqp() -> None:
     np.testing.assert_array_equal(mu, [0.0, 0.0, 1.0, 2.0])
 
 
+@SLSQP_HAS_MULTIPLIERS
 def test_multipliers_that_are_not_there() -> None:
     found = solved("SLSQP", MIXED[:1], None)
     with pytest.raises(InputError, match="SLSQP returns no multipliers of bounds"):
