@@ -14,10 +14,10 @@ from families import FAMILIES, transpose
 from generated import Instance, Posed
 from problems import SOLVERS_FOR
 
-from implicitdiff import CG, GMRES, MINRES, FixedPoint, Root, Stationary
+from implicitdiff import CG, GMRES, MINRES, BiCGSTAB, FixedPoint, Root, Stationary
 
 FRAMEWORKS = {lib.name: lib for lib in (NUMPY, STRICT, *TORCH, *JAX)}
-ITERATIVE = {"cg": CG, "minres": MINRES, "gmres": GMRES}
+ITERATIVE = {"cg": CG, "minres": MINRES, "gmres": GMRES, "bicgstab": BiCGSTAB}
 SOURCES = {
     "numpy": ("products", "matrix", "sparse", "autodiff", "complex step", "differences", "values"),
     "array_api_strict": ("products", "matrix", "differences", "values"),
@@ -214,8 +214,8 @@ MISTAKES: dict[str, Mistake] = {
     "NaN in y": Mistake(lambda c: not c.items, ("NonFiniteError",), r"\by\b"),
     "NaN in theta": Mistake(lambda c: not c.items, ("NonFiniteError",), "theta"),
     "NaN in cotangent": Mistake(lambda c: not c.items and c.entry == "vjp", ("NonFiniteError",), "cotangent"),
-    "preconditioner NaN": Mistake(_bad_for("cg", "minres", "gmres"), **PRECONDITIONER),
-    "preconditioner 0": Mistake(_bad_for("cg", "minres", "gmres"), **PRECONDITIONER),
+    "preconditioner NaN": Mistake(_bad_for("cg", "minres", "gmres", "bicgstab"), **PRECONDITIONER),
+    "preconditioner 0": Mistake(_bad_for("cg", "minres", "gmres", "bicgstab"), **PRECONDITIONER),
     "preconditioner negative": Mistake(_bad_for("cg", "minres"), **PRECONDITIONER),
     "preconditioner asymmetric": Mistake(_bad_for("cg", "minres"), **PRECONDITIONER),
     # a singular diagonal matrix is a regular one in other units

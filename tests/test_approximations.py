@@ -241,6 +241,7 @@ def test_divergence_of_one_item(lib: Library) -> None:
         (np.diag((-1.0) ** np.arange(N) * np.arange(1, N + 1)), "truncated", Status.NOT_POSITIVE_DEFINITE),
         (np.diag((-1.0) ** np.arange(N) * np.arange(1, N + 1)), "chebyshev", Status.NOT_POSITIVE_DEFINITE),
         (np.diag((-1.0) ** np.arange(N) * np.arange(1, N + 1)), "neumann", Status.DIVERGED),
+        (np.diag((-1.0) ** np.arange(N) * np.arange(1, N + 1)), "nystrom", Status.NOT_POSITIVE_DEFINITE),
         (np.diag(np.r_[0.0, np.ones(N - 1)]), "diagonal", Status.SINGULAR),
         (asymmetric(), "truncated", Status.NOT_SYMMETRIC),
         (asymmetric(), "nystrom", Status.NOT_SYMMETRIC),

@@ -25,9 +25,10 @@ import numpy as np
 from implicitdiff.arrays import Array, divisor
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.preconditioner import Preconditioner
+from implicitdiff.outcome import Status
 from implicitdiff.solvers.approximation import Applied, ApproximateState, Approximation
 from implicitdiff.solvers.base import Structure
-from implicitdiff.tolerances import RANK
+from implicitdiff.tolerances import RANK, ROUNDED
 
 __all__ = ["Nystrom"]
 
@@ -37,6 +38,7 @@ class _Sketch(NamedTuple):
     values: Array  # λ + ρ for its eigenvalues λ; 0 where there is none
     rho: Array  # (*items): what A is elsewhere
     sign: Array  # of A, which may be negative definite
+    indefinite: Array  # whether curvature of both signs was met
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,7 +103,9 @@ class Nystrom(Approximation):
         return xp.broadcast_to(op.backend.reshape(rows, shape), (r, *op.items, op.n))
 
     def apply(self, state: ApproximateState, space: Any, r: Array) -> Applied:
-        return Applied(_woodbury(state.operator.backend.xp, state.prepared, r), space.counter())
+        found: _Sketch = state.prepared
+        status = space.where(found.indefinite, int(Status.NOT_POSITIVE_DEFINITE), 0)
+        return Applied(_woodbury(state.operator.backend.xp, found, r), space.counter(), 0, status)
 
     def as_preconditioner(self, operator: Operator) -> Preconditioner:
         xp, found = operator.backend.xp, self.prepare(operator)
@@ -139,9 +143,11 @@ def _sketched(op: Operator, omega: Array, rho: float | None) -> _Sketch:
     elsewhere = divisor(xp, xp.abs(mean)) if rho is None else xp.full_like(mean, rho)
     elsewhere = xp.where(finite, elsewhere, xp.full_like(elsewhere, float("nan")))
     level = images.shape[-2] * float(xp.finfo(images.dtype).eps)
-    rows, _ = _half_inverse(xp, _gram(xp, omega, images), images, level)  # its Gram matrix has the eigenvalues of L
-    rows, values = _half_inverse(xp, _gram(xp, rows, rows), rows, max(level, RANK))
-    return _Sketch(rows, xp.where(values > 0, values + part, values), elsewhere, sign)
+    rows, ritz, _ = _half_inverse(xp, _gram(xp, omega, images), images, level)  # its Gram matrix: the eigenvalues of L
+    below = max(RANK, ROUNDED * max(level, op.accuracy)) * xp.max(xp.abs(ritz + part), axis=-1)
+    indefinite = xp.min(ritz, axis=-1) + part < -below
+    rows, values, kept = _half_inverse(xp, _gram(xp, rows, rows), rows, max(level, RANK))
+    return _Sketch(rows, xp.where(kept, values + part, xp.zeros_like(values)), elsewhere, sign, indefinite)
 
 
 def _gram(xp: Any, left: Array, right: Array) -> Array:
@@ -149,9 +155,9 @@ def _gram(xp: Any, left: Array, right: Array) -> Array:
     return (product + xp.matrix_transpose(product)) / 2
 
 
-def _half_inverse(xp: Any, middle: Array, rows: Array, level: float) -> tuple[Array, Array]:
-    """Λ^(-1/2) Vᵀ rows for a symmetric V Λ Vᵀ, and Λ: zeros for what is negative, or rounding."""
+def _half_inverse(xp: Any, middle: Array, rows: Array, level: float) -> tuple[Array, Array, Array]:
+    """Λ^(-1/2) Vᵀ rows for a symmetric V Λ Vᵀ, with zeros for what is negative, or rounding; Λ, and what was kept."""
     values, vectors = xp.linalg.eigh(middle)
     kept = values > level * xp.max(xp.abs(values), axis=-1, keepdims=True)
     root = xp.where(kept, 1 / xp.sqrt(divisor(xp, values)), xp.zeros_like(values))
-    return root[..., :, None] * (xp.matrix_transpose(vectors) @ rows), xp.where(kept, values, xp.zeros_like(values))
+    return root[..., :, None] * (xp.matrix_transpose(vectors) @ rows), values, kept
