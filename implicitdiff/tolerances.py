@@ -68,6 +68,8 @@ NOISE_LEFT = 1e-2
 """Most that noise of products may raise the tolerance of an iterative method to: beyond, it says nothing."""
 NULL_VECTOR = ByPrecision(2 * (2.0**-52) ** 0.5, 0.5 * (2.0**-23) ** 0.7)
 """‖A r‖ / (‖A‖ ‖r‖) of MINRES at which r is a null vector: lost orthogonality keeps it above about sqrt(eps)."""
+MARGIN = 1e-2
+"""What is added to the damping that makes the least eigenvalue zero, relative to it; beside √ε ‖A‖."""
 LEAST_SQUARES = ByPrecision(1e-12, 3e-6)
 """‖Aᵀ r‖ / (‖A‖ ‖r‖) up to which r is orthogonal to the range of A: well above rounding, and below the least singular
 value of a matrix that still counts as regular."""

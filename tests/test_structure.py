@@ -56,7 +56,7 @@ LAYERS = (
         "linalg.sparsity",
         "linalg.sparse_map",
     ),
-    ("linalg.preconditioner", "linalg.rectangular"),
+    ("linalg.preconditioner", "linalg.rectangular", "linalg.damping"),
     ("solvers",),
     ("linalg.solve", "linalg.reports", "solution_check"),
     (

@@ -47,13 +47,18 @@ _STATIC_FIELDS = ("solver", "reason", "seconds", "damping")
 
 
 def _report_parts(report: Report) -> tuple[tuple[Any, ...], Any]:
-    static = (tuple(sorted(report.derivatives.items())), *(getattr(report, name) for name in _STATIC_FIELDS))
-    return tuple(getattr(report, name) for name in _ARRAY_FIELDS), static
+    found = hasattr(report.damping, "dtype")  # a number that was given, or an array that was found
+    static = {name: getattr(report, name) for name in _STATIC_FIELDS} | ({"damping": None} if found else {})
+    arrays = tuple(getattr(report, name) for name in _ARRAY_FIELDS)
+    kinds = tuple(sorted(report.derivatives.items()))
+    return (*arrays, report.damping if found else None), (kinds, *static.values())
 
 
 def _report_whole(static: Any, arrays: Any) -> Report:
     kinds, *named = static
+    *arrays, found = arrays
     fields = {**dict(zip(_ARRAY_FIELDS, arrays, strict=True)), **dict(zip(_STATIC_FIELDS, named, strict=True))}
+    fields = fields if found is None else {**fields, "damping": found}
     return Report(derivatives=dict(kinds), **fields)
 
 

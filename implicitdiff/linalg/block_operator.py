@@ -40,6 +40,11 @@ class SaddleOperator(Operator):
     corner: Any = None
     units: Any = None
 
+    uniform = False
+
+    def principal(self) -> Operator:
+        return self.hessian()
+
     def damped(self, damping: float) -> SaddleOperator:
         """Return [[H + δI, Jᵀ], [J, −D]]: δ on the whole diagonal would bring an indefinite K nearer to singular."""
         if not damping:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -187,6 +187,12 @@ class Operator(LinearMap):
     entries: Any = field(default=None, repr=False, compare=False)
     leaves: tuple[int, ...] = ()
     like: Any = field(default=None, repr=False, compare=False)
+
+    uniform: ClassVar[bool] = True  # whether damping adds δ to the whole diagonal
+
+    def principal(self) -> Operator:
+        """Return the part that damping is to make positive definite."""
+        return self
 
     @property
     def rounding(self) -> float:

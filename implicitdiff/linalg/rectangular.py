@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.block_operator import padded
@@ -11,9 +12,9 @@ from implicitdiff.linalg.operator import Operator
 __all__ = ["regularised", "squared"]
 
 
-def regularised(op: Operator, damping: float) -> Operator:
+def regularised(op: Operator, damping: Any) -> Operator:
     """Return A over δI, where A is not square: least squares with a right-hand side (b, 0) are those of Tikhonov."""
-    if not damping or op.rows == op.columns:
+    if not damping or damping == "auto" or op.rows == op.columns:
         return op
     backend, m, n = op.backend, op.rows, op.columns
     xp, back = backend.xp, op.rmatvec

@@ -46,7 +46,7 @@ def make_report(
         derivatives=derivatives,
         seconds=seconds,
         rcond=known(solution.rcond),
-        damping=damping,
+        damping=damping if solution.damping is None else read(solution.damping),
         rank=known(solution.rank),
         nullity=known(solution.nullity),
         leak=known(solution.leak),

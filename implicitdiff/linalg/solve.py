@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient
+from implicitdiff.linalg.damping import AUTO, damped
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.sparsity import assembled
 from implicitdiff.outcome import Counts, Status
@@ -17,7 +19,7 @@ from implicitdiff.solvers.base import methods_of
 from implicitdiff.solvers.rank import ranked
 from implicitdiff.solvers.recycling import carried_on, remember_scale
 from implicitdiff.solvers.sequences import SequenceState, followed, looked_at
-from implicitdiff.tolerances import RESIDUAL_OF_OTHERS, SKEW_SEEN, UNCERTAIN
+from implicitdiff.tolerances import DENSE, RESIDUAL_OF_OTHERS, SKEW_SEEN, SMALL, UNCERTAIN
 
 __all__ = ["Prepared", "Solution", "method_of", "prepare"]
 
@@ -41,6 +43,8 @@ class Solution(NamedTuple):
     rank: Any = None
     nullity: Any = None
     leak: Any = None
+    damping: Any = None
+    """δ, where it was found."""
     carried: Any = None
     """What it leaves to the next system of a sequence."""
 
@@ -98,17 +102,28 @@ class Prepared:
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
     _undamped: tuple[float, Prepared] | None = None
     _stand_in: Prepared | None = None
+    found_damping: Any = None
+    """δ, where it was found."""
 
     @property
     def damping(self) -> float:
-        """The δ of (A + δI) that is solved with."""
-        return float(getattr(self.solver, "damping", 0.0))
+        """The δ of (A + δI) that is solved with; NaN where it is to be found."""
+        damping = getattr(self.solver, "damping", 0.0)
+        return math.nan if damping == AUTO else float(damping)
 
     @cached_property
     def whole(self) -> Operator:
         """A + δI, assembled where a sparsity pattern tells how; a wrong one raises."""
-        op = self.operator.damped(self.damping)
-        return op if op.sparsity is None else assembled(op)
+        damping = getattr(self.solver, "damping", 0.0)
+        if damping != AUTO:
+            op = self.operator.damped(damping)
+            return op if op.sparsity is None else assembled(op)
+        op = self.operator
+        op = op if op.sparsity is None else assembled(op)  # the matrix is what δ is found of
+        direct = op.matrix is not None or getattr(self.solver, "direct", False)
+        dense = op.n <= SMALL or (op.n <= DENSE and direct)
+        op, self.found_damping = damped(op, damping, dense=dense)
+        return op
 
     def state(self, transposed: bool) -> tuple[Operator, Any]:
         """Return A or Aᵀ, damping included, and the solver's state for it."""
@@ -157,6 +172,8 @@ class Prepared:
         if self.nan_on_failure:
             solution = solution.without_doubt(xp, op.rounding)
             solution = solution._replace(x=nan_where(op.backend, solution.failed, x))
+        if self.found_damping is not None:
+            solution = solution._replace(damping=self.found_damping)
         if carried is not None:
             solution = solution._replace(carried=followed(carried, xp, solution.x, xp.asarray(~solution.failed)))
         self.seconds = time.perf_counter() - start
@@ -185,7 +202,7 @@ class Prepared:
             return self
         if self._stand_in is None:
             kind = MINRES if self.operator.symmetric else GMRES
-            self._stand_in = Prepared(self.operator, kind(damping=self.damping))
+            self._stand_in = Prepared(self.operator, kind(damping=getattr(self.solver, "damping", 0.0)))
         return self._stand_in
 
     def correction(self, b: Array) -> tuple[Array, Array, Any]:

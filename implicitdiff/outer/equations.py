@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import CallbackError
+from implicitdiff.linalg.damping import damped
 from implicitdiff.outcome import Status
 from implicitdiff.problem import Problem
 from implicitdiff.ravel import Raveler
@@ -16,7 +17,7 @@ from implicitdiff.rules import Rules
 from implicitdiff.solvers import CG, GMRES, Auto, get_solver
 from implicitdiff.solvers.recycling import carried_on
 from implicitdiff.solvers.sequences import SequenceState, fresh, pairs_of
-from implicitdiff.tolerances import RESIDUAL
+from implicitdiff.tolerances import RESIDUAL, SMALL
 
 __all__ = ["Equations", "Solved", "Spot"]
 
@@ -123,7 +124,7 @@ class Spot:
         solver, xp = self.solver, self.rules.point.backend.xp
         if is_dataclass(solver) and "rtol" in {f.name for f in fields(solver)}:
             solver = replace(solver, rtol=rtol)  # type: ignore[type-var]
-        operator = self.operator.damped(float(getattr(solver, "damping", 0.0)))
+        operator, _ = damped(self.operator, getattr(solver, "damping", 0.0), dense=self.operator.n <= SMALL)
         state = solver.init(operator)
         state = solver.transpose(state) if transposed else state
         if memory is None:

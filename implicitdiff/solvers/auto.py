@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.linalg.operator import Operator
@@ -68,7 +68,7 @@ class Auto(Solver):
     rtol: float | None = None
     maxiter: int | None = None
     preconditioner: Any = None
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "auto"
     verified: ClassVar[bool] = True

@@ -59,7 +59,7 @@ class Solver(Record):
     """
 
     name: ClassVar[str] = "solver"
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
     structure: ClassVar[Structure] = "general"
     """What A has to be; on any other the method is wrong, or breaks down."""
     square: ClassVar[bool] = True  # whether A has to be
@@ -150,7 +150,7 @@ class Krylov(Solver):
     rtol: float | None = None
     maxiter: int | None = None
     preconditioner: Any = None
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     verified: ClassVar[bool] = True
     stall: ClassVar[float] = 0.5

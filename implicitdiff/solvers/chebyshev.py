@@ -16,7 +16,7 @@ Y. Saad, "Iterative methods for sparse linear systems", 2nd ed., SIAM, 2003, alg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator, Product
@@ -66,7 +66,7 @@ class Chebyshev(Approximation):
 
     terms: int = 20
     bounds: tuple[float, float] | None = None
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "chebyshev"
     cost: ClassVar[str] = "terms"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, nowhere, probe_vector, quotient
 from implicitdiff.linalg.equilibration import Scaling, of_matrix
@@ -61,7 +61,7 @@ class DenseSolver(Solver):
         Solve (A + damping I) x = b.
     """
 
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
     direct: ClassVar[bool] = True
 
     verified: ClassVar[bool] = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError
@@ -39,7 +39,7 @@ class Diagonal(Approximation):
     array([0.5 , 0.25])
     """
 
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "diagonal"
     products_only: ClassVar[bool] = False

@@ -63,9 +63,9 @@ class OnRange(Solver):
         return str(getattr(self.inner, "name", type(self.inner).__name__))
 
     @property
-    def damping(self) -> float:  # type: ignore[override]
+    def damping(self) -> Any:  # type: ignore[override]
         """Damping of A."""
-        return float(getattr(self.inner, "damping", 0.0))
+        return getattr(self.inner, "damping", 0.0)
 
     @property
     def accepting(self) -> bool:

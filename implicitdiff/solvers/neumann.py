@@ -18,7 +18,7 @@ Z. Geng, X.-Y. Zhang, S. Bai, Y. Wang, Z. Lin, "On training implicit models", Ne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
@@ -106,7 +106,7 @@ class Neumann(Approximation):
 
     terms: int = 20
     step: Any = "auto"
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "neumann"
     cost: ClassVar[str] = "terms"
@@ -145,7 +145,7 @@ class OneStep(Approximation):
     """
 
     step: Any = "auto"
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "one_step"
 
@@ -185,7 +185,7 @@ class Phantom(Approximation):
 
     steps: int = 5
     tau: float = 0.5
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "phantom"
     cost: ClassVar[str] = "steps"

@@ -18,7 +18,7 @@ DOI 10.1137/21M1466244 (as a preconditioner, Ω Gaussian)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Nystrom(Approximation):
     rho: float | None = None
     seed: int = 0
     sketch: str = "gauss"
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "nystrom"
     cost: ClassVar[str] = "rank"

@@ -35,7 +35,7 @@ def _whole(value: Any) -> bool:
 
 
 OPTIONS: dict[str, Check] = {
-    "damping": (_number, "a finite number"),
+    "damping": (lambda value: _number(value) or value == "auto", "a finite number, or 'auto'"),
     "rtol": (lambda value: value is None or (_number(value) and 0 < value < 1), "a number between 0 and 1"),
     "maxiter": (lambda value: value is None or _count(value), "a positive integer"),
     "recycle": (_whole, "a number of pairs, 0 or more"),

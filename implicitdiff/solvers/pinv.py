@@ -14,7 +14,7 @@ G. H. Golub, C. F. Van Loan, "Matrix Computations", 4th ed., Johns Hopkins Unive
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor, item_norm, quotient
 from implicitdiff.linalg.block_operator import padded
@@ -85,7 +85,7 @@ class Pinv(Solver):
     (array([1., 1.]), 1, 1)
     """
 
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "pinv"
     square: ClassVar[bool] = False
@@ -147,7 +147,9 @@ class Pinv(Solver):
         solvable, right = state.in_range(b, tolerance)
         x = _inverse(xp, state, right)
         x = x + _inverse(xp, state, right - _product(xp, state, x))
-        x = without(xp, state.null, x) if state.least_norm else x
+        if state.least_norm and state.null is not None:  # in a norm of other units: what that leaves is small
+            x = without(xp, state.null, x)
+            x = x + _inverse(xp, state, right - _product(xp, state, x))
         r = b - _product(xp, state, x)
         residual = item_norm(xp, r)
         # what is left has to be orthogonal to the range

@@ -76,9 +76,9 @@ class _Blockwise(Solver):
     verified: ClassVar[bool] = True
 
     @property
-    def damping(self) -> float:  # type: ignore[override]
+    def damping(self) -> Any:  # type: ignore[override]
         """Damping of H."""
-        return float(getattr(self.inner, "damping", 0.0))
+        return getattr(self.inner, "damping", 0.0)
 
     @property
     def rtol(self) -> float | None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, item_norm, needed
-from implicitdiff.errors import NotSymmetricError
+from implicitdiff.errors import InputError, NotSymmetricError
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.outcome import Counts, Status
@@ -120,9 +120,12 @@ class OnSupport(Solver):
     verified = True
 
     @property
-    def damping(self) -> float:  # type: ignore[override]
+    def damping(self) -> Any:  # type: ignore[override]
         """δ."""
-        return float(getattr(self.method, "damping", 0.0))
+        damping = getattr(self.method, "damping", 0.0)
+        if damping == "auto":
+            raise InputError("damping = 'auto': I − ∂T of a projected or proximal step needs none.\nGive a number.")
+        return damping
 
     def roughly(self, rtol: float) -> OnSupport:
         known = getattr(self.method, "roughly", None)

@@ -9,7 +9,7 @@ A. Rajeswaran, C. Finn, S. Kakade, S. Levine, "Meta-learning with implicit gradi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
@@ -51,7 +51,7 @@ class Truncated(Approximation):
 
     steps: int = 10
     preconditioner: Any = None
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     name: ClassVar[str] = "truncated"
     cost: ClassVar[str] = "steps"
