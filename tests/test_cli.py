@@ -122,7 +122,7 @@ def test_demo_with_each_solver(solver: str, capsys: pytest.CaptureFixture[str]) 
 def test_each_solver_finds_the_same_penalties(wine: demo.Outcome) -> None:
     found = demo.run("wine", "minres", steps=4, quiet=True)
     np.testing.assert_allclose(found.tuned.theta, wine.tuned.theta, rtol=0, atol=0.4)  # gradients within 10 %
-    np.testing.assert_allclose(found.history, wine.history, rtol=0.02)
+    np.testing.assert_allclose(found.history, wine.history, rtol=0.05)
 
 
 def test_the_loop_spares_work(wine: demo.Outcome) -> None:

@@ -234,11 +234,11 @@ def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_loads_no_framework() -> None:
-    """``import implicitdiff`` loads nothing but itself on top of NumPy, SciPy's linalg and the standard library."""
+    """All that is public loads nothing but itself on top of NumPy, SciPy's linalg and the standard library."""
     result = run_python(
         "import sys, numpy, scipy.linalg\n"
         "before = set(sys.modules)\n"
-        "import implicitdiff\n"
+        "from implicitdiff import *\n"
         "print(*sorted(m for m in set(sys.modules) - before if m.partition('.')[0] not in sys.stdlib_module_names))\n"
     )
     assert result.returncode == 0, result.stderr
@@ -246,6 +246,21 @@ def test_import_loads_no_framework() -> None:
     assert "implicitdiff.linalg.solve" in new
     known = {"implicitdiff"} if hasattr(np, "unstack") else {"implicitdiff", "array_api_compat"}  # NumPy before 2.1
     assert [m for m in new if m.partition(".")[0] not in known or m.startswith("implicitdiff.backends.")] == []
+
+
+def test_import_loads_what_is_used() -> None:
+    """``import implicitdiff`` by itself loads nothing; a name brings its module, and one that there is not is none."""
+    result = run_python(
+        "import sys, numpy, scipy.linalg\n"
+        "before = set(sys.modules)\n"
+        "import implicitdiff\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+        "implicitdiff.SolveError\n"
+        "print('implicitdiff.errors' in sys.modules, 'implicitdiff.linearization' in sys.modules)\n"
+        "print(implicitdiff.testing.check_solver.__name__, hasattr(implicitdiff, 'implicit_gradient'))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["implicitdiff", "True False", "check_solver False"]
 
 
 def test_import_of_the_folder_is_refused() -> None:
@@ -275,13 +290,16 @@ def test_all_is_sorted_and_importable() -> None:
 
 def test_all_is_complete() -> None:
     """Every class and function that ``__init__`` imports is public, and every error and warning is."""
+    for_types = next(node for node in parsed("implicitdiff").body if isinstance(node, ast.If))
     imported = {
-        alias.asname or alias.name
-        for node in parsed("implicitdiff").body
+        (alias.asname or alias.name, node.module)
+        for node in for_types.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == set(implicitdiff.__all__)
+    assert {name for name, _ in imported} == set(implicitdiff.__all__)
+    loaded = {(name, module) for name, module in implicitdiff._HOME.items()}
+    assert loaded == {(name, module) for name, module in imported if module != "implicitdiff"}
     assert set(importlib.import_module("implicitdiff.errors").__all__) <= set(implicitdiff.__all__)
     public = {
         name for name in dir(implicitdiff)
