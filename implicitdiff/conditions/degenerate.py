@@ -103,11 +103,8 @@ class _Local(NamedTuple):
     rank: float
     """Square of the part of a row of norm one, from which on it is independent of others."""
 
-    @property
-    def force(self) -> Array:
-        """The size of ∇f, per item, with an axis."""
-        size = item_norm(self.backend.xp, self.gradient)[..., None]
-        return divisor(self.backend.xp, size)
+    force: Array
+    """What multipliers are held against, (*items, 1): the size of ∇f, or, if that is more, what moves y by its own."""
 
     def combination(self, held: Array, right: Array) -> Array:
         """Least squares of J_Iᵀ a = right over the rows that are held, (*items, k)."""
@@ -141,7 +138,9 @@ def _chosen(
     n, k = bend.shape[-1], size.shape[-1]
     rank = 1e4 * float(xp.finfo(J.dtype).eps) * k
     zero = xp.zeros((*J.shape[:-2], n, n), dtype=J.dtype, device=point.y.device)
-    local = _Local(backend, zero, J / safe[..., None], first.gradient * bend, equality, near, limits.active, rank)
+    gradient = first.gradient * bend
+    force = xp.maximum(item_norm(xp, gradient), item_norm(xp, units.reach / bend))[..., None]
+    local = _Local(backend, zero, J / safe[..., None], gradient, equality, near, limits.active, rank, force)
     start = _positive(local)
     balanced = item_norm(xp, _left(local, start.multipliers)) <= limits.violated * local.force[..., 0]
     trials = []
