@@ -325,3 +325,32 @@ def test_an_indefinite_matrix_shares_starts_only() -> None:
     assert max(errors) <= 1e-6
     assert not state.directions.any()
     assert reports[-1].iterations < reports[0].iterations
+
+
+def test_under_a_transform_of_torch_there_is_no_state() -> None:
+    torch = framework("torch").torch
+    path = Path(framework("torch").xp, torch.asarray)
+    y, v, _ = map(torch.asarray, path.at(path.thetas[0]))
+    with pytest.raises(InputError, match=r"torch\.func"):
+        torch.func.vmap(lambda t: implicit_vjp(path.condition, y, t, v, state="new")[0])(torch.asarray(path.thetas[:2]))
+
+
+@pytest.mark.parametrize("given", ["products", "matrix"])
+def test_units_are_found_once_and_change_nothing(given: str) -> None:
+    d = 10.0 ** np.where(np.arange(N) % 2, 5, -5)
+    path, state = Path(), "new"
+    A = lambda t: (path.H + np.diag(np.exp(t))) / d[:, None] / d
+    products = {"hvp": lambda y, t, v: A(t) @ v} if given == "products" else {"hessian": lambda y, t: A(t)}
+    condition = Stationary(mixed_vjp=lambda y, t, u: np.exp(t) * y * u / d**2, **products)
+    reports = []
+    for theta in path.thetas:
+        y, v, g = path.at(theta)
+        value, state, report = implicit_vjp(
+            condition, y * d, theta, v / d, solver=CG(rtol=1e-9, recycle=60), state=state, return_report=True
+        )
+        assert _off(value, g) <= 1e-6
+        reports.append(report)
+    assert reports[-1].iterations < 0.3 * reports[0].iterations
+    if given == "products":
+        assert reports[0].matvecs > N  # it was assembled for its scale
+        assert reports[-1].matvecs <= reports[-1].iterations + 2

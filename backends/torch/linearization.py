@@ -24,11 +24,13 @@ from implicitdiff.backends.torch.refusal import owned, with_refused
 from implicitdiff.compilers import is_within_compiled
 from implicitdiff.conditions.point import Point
 from implicitdiff.error_estimate import ErrorControl
+from implicitdiff.errors import InputError
 from implicitdiff.linearization import Linearization
 from implicitdiff.polishing import uncertified
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler
+from implicitdiff.solvers.sequences import SequenceState
 from implicitdiff.verification.outer import check_outer
 
 if TYPE_CHECKING:
@@ -58,6 +60,11 @@ class TorchLinearization(Linearization[Any, Any]):
         self._asked = problem
 
     def _product(self, mode: str, direction: Any, x0: Any, control: ErrorControl) -> Any:
+        if isinstance(x0, SequenceState) and under_transform():
+            raise InputError(
+                "a state is given under a transform of torch.func, which hides the numbers that it would hold.\n"
+                "Next: take the derivative outside, with batched=True where there are several problems."
+            )
         if mode == "gradient":
             refuse_captured(direction)
             if under_transform():

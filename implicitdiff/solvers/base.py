@@ -29,9 +29,9 @@ from implicitdiff.solvers.cycles import (
     without_preconditioner,
 )
 from implicitdiff.solvers.options import check_options
-from implicitdiff.solvers.refinement import refined
+from implicitdiff.solvers.refinement import refinable, refined
 from implicitdiff.solvers.unit import one_step
-from implicitdiff.tolerances import FACTORED, LOOSE, LOOSE_ITERATIONS, LOST, NOISE_LEFT, RESIDUAL
+from implicitdiff.tolerances import LOOSE, LOOSE_ITERATIONS, LOST, NOISE_LEFT, RESIDUAL
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -195,11 +195,10 @@ class Krylov(Solver):
         if scaling is None:
             x, status, counts = self._solve(state, b, x0)
             return x, status, counts
-        right, op = scaling.scaled(b), state.operator
+        right = scaling.scaled(b)
         found = self._solve(state, right, None if x0 is None else scaling.start(x0))
-        factored = op.backend.traced and op.n <= FACTORED  # then the matrix is solved with afterwards
-        if (op.matrix is not None and not factored) or op.sparse is not None:
-            found = refined(op, lambda r: self._solve(state, r, None), right, found)
+        if refinable(state):
+            found = refined(state.operator, lambda r: self._solve(state, r, None), right, found)
         return scaling.restored(found[0]), found[1], found[2]
 
     def tolerance(self, op: Operator, space: Any) -> float:

@@ -30,6 +30,7 @@ from implicitdiff.arrays import Array, any_true, divisor, times
 from implicitdiff.linalg.equilibration import Scaling
 from implicitdiff.linalg.preconditioner import Preconditioner
 from implicitdiff.outcome import Counts, Status
+from implicitdiff.solvers.refinement import refinable, refined
 from implicitdiff.solvers.sequences import SequenceState, fitted, pairs_of, predicted
 
 if TYPE_CHECKING:
@@ -229,8 +230,11 @@ class _Resumed:
             found.iterations, found.matvecs, found.residual, found.norm, None, found.tolerance,
             found.condition,
         )  # fmt: skip
-        x = found.x if self.scaling is None else self.scaling.restored(found.x)
-        return x, found.status, counts, after
+        ended = found.x, found.status, counts
+        if refinable(self.state):
+            ended = refined(self.op, lambda r: self.solver._solve(self.state, r, None), self.right, ended)
+        x = ended[0] if self.scaling is None else self.scaling.restored(ended[0])
+        return x, *ended[1:], after
 
     def _unscaled(self, rows: Array, which: int) -> Array:
         if self.scaling is None:

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, divisor
 from implicitdiff.linalg.operator import Operator, Product, matrix_product
 from implicitdiff.outcome import Counts, Status
+from implicitdiff.tolerances import FACTORED
 
-__all__ = ["refined"]
+__all__ = ["refinable", "refined"]
 
 ROUNDS = 5
 """Each makes the residual smaller by the tolerance of a solve: more would not be refinement."""
@@ -39,6 +40,13 @@ class _State(NamedTuple):
     matvecs: Any
     active: Array
     round: Array
+
+
+def refinable(state: Any) -> bool:
+    """Whether a solve goes on until every equation is solved in its own units: A is scaled, and its matrix at hand."""
+    op = state.operator
+    factored = op.backend.traced and op.n <= FACTORED  # then the matrix is solved with afterwards
+    return state.scaling is not None and ((op.matrix is not None and not factored) or op.sparse is not None)
 
 
 def refined(
