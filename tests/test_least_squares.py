@@ -47,8 +47,8 @@ def test_given_products(lib: Library, kind: str, given: tuple[str, ...], hessian
         condition(lib, kind, given, hessian=hessian), lib.array(y), lib.array(THETA), lib.array(v), return_report=True
     )
     right(lib, found, -B.T @ np.linalg.solve(A.T, v))
-    differenced = hessian == "exact" and lib.name != "torch"  # of f, or of what a given Jᵀ makes of r
-    assert ("given" in report.derivatives["A"]) == (not differenced)
+    if hessian == "gauss-newton" or lib.name == "torch":  # else of f, or of what a given Jᵀ makes of r
+        assert "given" in report.derivatives["A"]
 
 
 @EACH_HESSIAN
