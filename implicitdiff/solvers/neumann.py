@@ -31,7 +31,7 @@ __all__ = ["Neumann", "OneStep", "Phantom", "step_for"]
 
 def step_for(operator: Operator, step: Any) -> Any:
     """Return α: as given, or one over the eigenvalue of largest size."""
-    if step != "auto":
+    if step not in (None, "auto"):
         return float(step)
     xp = operator.backend.xp
     largest = dominant(operator)
@@ -150,7 +150,7 @@ class OneStep(Approximation):
     name: ClassVar[str] = "one_step"
 
     def prepare(self, operator: Operator) -> Any:
-        return 1.0 if operator.offset and self.step == "auto" else step_for(operator, self.step)
+        return 1.0 if operator.offset and self.step in (None, "auto") else step_for(operator, self.step)
 
     def apply(self, state: ApproximateState, space: Any, r: Array) -> Applied:
         alpha = number(space, state.operator, state.prepared)

@@ -26,7 +26,7 @@ def _count(value: Any) -> bool:
 
 
 def _bounds(value: Any) -> bool:
-    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_number, value))
+    pair = isinstance(value, tuple) and len(value) == 2 and all(map(_number, value))
     return pair and bool(value[0] * value[1] > 0 and value[0] < value[1])
 
 
@@ -44,11 +44,11 @@ OPTIONS: dict[str, Check] = {
     "terms": (_count, "a positive integer"),
     "steps": (_count, "a positive integer"),
     "step": (
-        lambda value: value == "auto" if isinstance(value, str) else _number(value) and value != 0,
+        lambda value: value is None or (value == "auto" if isinstance(value, str) else _number(value) and value != 0),
         "a finite number other than 0, or 'auto'",
     ),
     "tau": (lambda value: _number(value) and value > 0, "a positive number"),
-    "bounds": (lambda value: value is None or _bounds(value), "two numbers of one sign, the smaller one first"),
+    "bounds": (lambda value: value is None or _bounds(value), "a pair (a, b) of numbers of one sign, a < b"),
     "rank": (_count, "a positive integer"),
     "rho": (lambda value: value is None or (_number(value) and value > 0), "a positive number"),
     "seed": (_whole, "a whole number"),
