@@ -123,6 +123,7 @@ def test_each_solver_finds_the_same_penalties(wine: demo.Outcome) -> None:
     found = demo.run("wine", "minres", steps=4, quiet=True)
     np.testing.assert_allclose(found.tuned.theta, wine.tuned.theta, rtol=0, atol=0.4)  # gradients within 10 %
     np.testing.assert_allclose(found.history, wine.history, rtol=0.05)
+    np.testing.assert_allclose(found.history[:, 0], wine.history[:, 0], rtol=0.01)
 
 
 def test_the_loop_spares_work(wine: demo.Outcome) -> None:
