@@ -416,3 +416,23 @@ def test_under_jax_a_solver_on_the_host_and_steps_in_a_scan() -> None:
         exact = truth(theta)
         assert np.linalg.norm(gradient - exact) <= 0.1 * np.linalg.norm(exact)
     np.testing.assert_array_equal(np.asarray(end.theta), thetas[-1])
+
+
+@pytest.mark.parametrize("inner", ["newton-cg", "lbfgs"])
+@pytest.mark.parametrize("optimizer", ["adam", "L-BFGS-B"])
+def test_any_library_of_the_array_standard(inner: str, optimizer: str) -> None:
+    xp = pytest.importorskip("array_api_strict")
+    A, b, B, c = map(xp.asarray, (X, T, XV, TV))
+    condition = Stationary(
+        grad=lambda w, lam: A.T @ (A @ w - b) / 40 + xp.exp(lam) * w,
+        hvp=lambda w, lam, v: A.T @ (A @ v) / 40 + xp.exp(lam) * v, mixed_vjp=lambda w, lam, u: xp.exp(lam) * w * u,
+    )  # fmt: skip
+    loss = (lambda w, lam: xp.sum((B @ w - c) ** 2) / 60, lambda w, lam: (B.T @ (B @ w - c) / 30, None))
+    options: dict[str, Any] = {"inner": inner, "optimizer": optimizer, "bounds": (-4.0, 1.0), "steps": 3}
+    found = bilevel(condition, loss, xp.asarray(Y0), xp.asarray(THETA0), **options)
+    plain = Stationary(
+        grad=lambda w, lam: X.T @ (X @ w - T) / 40 + np.exp(lam) * w,
+        hvp=lambda w, lam, v: X.T @ (X @ v) / 40 + np.exp(lam) * v, mixed_vjp=lambda w, lam, u: np.exp(lam) * w * u,
+    )  # fmt: skip
+    same = bilevel(plain, OUTER, Y0, THETA0, **options)
+    np.testing.assert_allclose(np.asarray(found.theta), same.theta, rtol=1e-6)

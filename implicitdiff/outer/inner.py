@@ -71,7 +71,8 @@ def _descend(equations: Equations, s: Corrected, theta: Array, tolerance: Any, m
     def body(d: _Descent) -> _Descent:
         direction = -_times_inverse(xp, d, memory)
         first = d.count == 0
-        direction = xp.where(first, -d.F * (space.size(d.y) + (space.size(d.y) == 0)) / divisor(xp, d.size), direction)
+        unit = divisor(xp, space.size(d.y))  # the first step is as long as y
+        direction = xp.where(first, -d.F * unit / divisor(xp, d.size), direction)
         slope = xp.vecdot(d.F, direction)
 
         def there(t: Array) -> tuple[Array, Array, Array]:

@@ -149,10 +149,11 @@ class Steps:
 
     def _gradient(self, equations: Equations, y: Array, theta: Array, state: BilevelState) -> Corrected:
         """Return y, u and the gradient at θ, to the tolerance of the step."""
-        (y, u), past = self._start(equations, y, theta, state), (state.doubt, state.memory)
+        xp, past = equations.backend.xp, (state.doubt, state.memory)
+        y, u = self._start(equations, y, theta, state)
         if isinstance(self.tolerance, Sweep):
             s = begin(equations, (y, u), theta, past, gradient=True)
-            least = equations.count(1 + (state.step % self.tolerance.check == 0))
+            least = xp.where(state.step % self.tolerance.check == 0, equations.count(2), equations.count(1))
             inner = None if self.inner == "newton-cg" else self._inner
             return swept(equations, s, theta, self.tolerance, least, inner)
         rtol = self._rtol(equations, state)
