@@ -26,6 +26,7 @@ from implicitdiff import (
     implicit_function,
     implicit_grad,
     implicit_jacobian,
+    implicit_jvp,
     implicit_vjp,
     linear_solve,
     linearize,
@@ -302,3 +303,15 @@ def test_single_precision_by_default() -> None:
         assert gradient.dtype == jnp.float32
         assert np.allclose(gradient, 2 * theta, rtol=1e-5)
         assert report.converged
+
+
+def test_parameters_in_leaves() -> None:
+    """With products alone θ stays a tree, of which no vector is made."""
+    theta, y, ones = {"a": jnp.ones(3), "b": 2 * jnp.ones(2)}, jnp.full(40, 12.0), jnp.ones(40)
+    root = Root(lambda y, t: 2 * y - jnp.sum(t["a"]) * jnp.sum(t["b"] ** 2))
+    g = implicit_vjp(root, y, theta, ones, solver="bicgstab")
+    np.testing.assert_allclose(g["a"], 160.0, rtol=1e-6)
+    np.testing.assert_allclose(g["b"], 240.0, rtol=1e-6)
+    np.testing.assert_allclose(implicit_jvp(root, y, theta, theta, solver="bicgstab"), 36.0, rtol=1e-6)
+    total = implicit_grad(root, lambda y, t: jnp.sum(y) + jnp.sum(t["a"]), y, theta, solver="bicgstab")
+    np.testing.assert_allclose(total["a"], 161.0, rtol=1e-6)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from implicitdiff.arrays import Array, all_finite_items, item_norm, probe_vector
 from implicitdiff.tolerances import NEARBY
@@ -196,7 +196,7 @@ class TreeVector:
     """A vector that is a tuple of leaves, which are never concatenated.
 
     Concatenating leaves that are spread over devices would gather them on each. Sums, differences and multiples
-    are taken leaf by leaf.
+    are taken leaf by leaf; 0 may stand for a vector that there is not.
 
     Parameters
     ----------
@@ -220,11 +220,11 @@ class TreeVector:
         """Apply a function leaf by leaf."""
         return TreeVector([function(*leaves) for leaves in zip(self.leaves, *(o.leaves for o in others), strict=True)])
 
-    def __add__(self, other: TreeVector) -> TreeVector:
-        return self.map(lambda a, b: a + b, other)
+    def __add__(self, other: TreeVector | Literal[0]) -> TreeVector:
+        return self.map(lambda a, b: a + b, other) if isinstance(other, TreeVector) else self
 
-    def __sub__(self, other: TreeVector) -> TreeVector:
-        return self.map(lambda a, b: a - b, other)
+    def __sub__(self, other: TreeVector | Literal[0]) -> TreeVector:
+        return self.map(lambda a, b: a - b, other) if isinstance(other, TreeVector) else self
 
     def __neg__(self) -> TreeVector:
         return self.map(lambda a: -a)
