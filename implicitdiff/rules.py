@@ -314,7 +314,7 @@ class Rules:
         diagnostics = self._diagnostics(solution, b, True, inputs, zero_product)
         right = diagnostics.right if right is None else right
         self.product = Product(True, lambda at: (at.embedded(v), direct), b, solution, g, theta.unravel, direct)
-        g = g + direct
+        g = g + direct if self.follows else g
         return self._nan_where_failed(g, diagnostics._replace(right=right, image=self._per_item(theta.finite(g))))
 
     def _solve(self, b: Any, x0: Any, inputs: Array, *, transposed: bool) -> Solution:
