@@ -15,7 +15,7 @@ from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
 from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
 
-__all__ = ["approximated_twice", "no_numbers", "once_only", "polished", "uncertified"]
+__all__ = ["no_numbers", "once_only", "polished", "refused_twice", "uncertified"]
 
 
 def no_numbers() -> InputError:
@@ -32,16 +32,25 @@ def uncertified(what: str, options: str = "error, max_error or polish") -> Deriv
     )
 
 
-def once_only(problem: Any, solver: Any) -> Any:
-    """Return a problem for a solver that approximates: where values are traced, its point has no derivative."""
-    if problem.backend.mode is not Mode.INLINE:
+def once_only(problem: Any, solver: Any, condition: Any) -> Any:
+    """Return the problem; where values are traced and a second derivative is wrong, its point has no derivative."""
+    error = refused_twice(solver, condition)
+    if error is None or problem.backend.mode is not Mode.INLINE:
         return problem
-    y, theta = problem.backend.underivable((problem.y, problem.theta), lambda: approximated_twice(solver))
+    y, theta = problem.backend.underivable((problem.y, problem.theta), lambda: error)
     return replace(problem, y=y, theta=theta)
 
 
-def approximated_twice(solver: Any) -> DerivativeError:
-    """Build the error for a second derivative through an approximation."""
+def refused_twice(solver: Any, condition: Any) -> DerivativeError | None:
+    """Build the error for a second derivative through an approximation, or of −A⁺B; None where there is no reason."""
+    if condition.singular == "minimum-norm":
+        return DerivativeError(
+            "a second derivative is asked for, with singular='minimum-norm'.\n"
+            "Likely cause: −A⁺B is a choice, not the derivative of a solution, and has no derivative of that rule.\n"
+            "Next: first derivatives; or singular='gauge' for a loss that does not see the flat directions."
+        )
+    if not getattr(solver, "approximate", False):
+        return None
     return DerivativeError(
         f"a second derivative is asked for, through solver={getattr(solver, 'name', type(solver).__name__)!r}.\n"
         "Likely cause: the rule for it holds for solutions of the system, and nobody knows how far it is off here.\n"

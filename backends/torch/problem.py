@@ -20,7 +20,7 @@ from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import DerivativeError, InputError
 from implicitdiff.linearization import Linearization
-from implicitdiff.polishing import approximated_twice, uncertified
+from implicitdiff.polishing import refused_twice, uncertified
 from implicitdiff.problem import Problem
 from implicitdiff.pytree import flatten, map_leaves
 from implicitdiff.ravel import Raveler
@@ -267,10 +267,10 @@ class RecordedProblem:
         return x.clone()  # what is returned gets to know this problem, and the report holds x
 
     def refuse_approximation(self) -> None:
-        """Raise where a solution is differentiated that is an approximation."""
-        solver = get_solver(self.problem.settings.solver)
-        if getattr(solver, "approximate", False):
-            raise approximated_twice(solver)
+        """Raise where a solution is differentiated that is an approximation, or one of many."""
+        error = refused_twice(get_solver(self.problem.settings.solver), self.condition)
+        if error is not None:
+            raise error
 
     def captured(self, y: Array) -> list[Array]:
         """Return the recorded tensors that the condition uses beside its arguments, where it sees some.
