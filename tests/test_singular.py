@@ -206,7 +206,7 @@ def test_matrix_factors(name: str) -> None:
     with pytest.raises(NotInvariantError, match=r"sees its null space: 0\.93"):
         idf.implicit_grad(factors.condition, lambda y, t: xp.sum(y["u"] ** 3), y, theta)
     least = idf.implicit_function(Stationary(misfit, singular="minimum-norm"))(factors.solve)
-    with pytest.raises(idf.DerivativeError, match="second derivative|differentiated again"):
+    with pytest.raises(idf.DerivativeError, match=r"second derivative|differentiated again"):
         hessian(lambda t: xp.sum(least(t)["u"] ** 3))(theta)
     if name == "jax":  # nothing can be raised there
         inside = f.compiled(lambda t, y: idf.implicit_grad(factors.condition, lambda y, t: xp.sum(y["u"] ** 3), y, t))
