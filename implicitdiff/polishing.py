@@ -43,7 +43,7 @@ def once_only(problem: Any, solver: Any, condition: Any) -> Any:
 
 def refused_twice(solver: Any, condition: Any) -> DerivativeError | None:
     """Build the error for a second derivative through an approximation, or of −A⁺B; None where there is no reason."""
-    if condition.singular == "minimum-norm":
+    if condition.singular == "minimum-norm" and not condition.follows:
         return DerivativeError(
             "a second derivative is asked for, with singular='minimum-norm'.\n"
             "Likely cause: −A⁺B is a choice, not the derivative of a solution, and has no derivative of that rule.\n"

@@ -95,7 +95,8 @@ class Rules:
     ) -> None:
         engine, settings = problem.backend, problem.settings
         self.condition, self.solver = as_condition(problem.condition), get_solver(settings.solver)
-        problem = once_only(problem, self.solver, self.condition)
+        if getattr(self.solver, "approximate", False) or self.condition.singular == "minimum-norm":
+            problem = once_only(problem, self.solver, self.condition)
         keep = not flat and _may_stay_trees(problem, self.condition, self.solver)
         self.problem, self.nan_on_failure = problem, engine.mode is Mode.INLINE and settings.on_failure != "ignore"
 
