@@ -64,7 +64,11 @@ def test_signatures_spell_options_out(name: str) -> None:
 
 def test_literals_are_the_names_that_there_are() -> None:
     assert set(get_args(OnFailure)) == set(outcome.MODES)
-    built_in = [cls for cls in vars(implicitdiff).values() if inspect.isclass(cls) and "name" in vars(cls)]
+    built_in = [
+        cls
+        for cls in (getattr(implicitdiff, name) for name in implicitdiff.__all__)
+        if inspect.isclass(cls) and "name" in vars(cls)
+    ]
     assert set(get_args(SolverName)) == {cls.name for cls in built_in if issubclass(cls, implicitdiff.Solver)} - {
         implicitdiff.Solver.name
     }
