@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 
 from implicitdiff.arrays import Array, any_true, nan_where, needed
 from implicitdiff.certificate import certify, newton_step
-from implicitdiff.conditions import as_condition
+from implicitdiff.conditions import FixedPoint, as_condition
 from implicitdiff.conditions.base import Maps
 from implicitdiff.conditions.point import Point
 from implicitdiff.curvature import refuted, suspicion
@@ -97,11 +97,11 @@ class Rules:
         self.condition, self.solver = as_condition(problem.condition), get_solver(settings.solver)
         if getattr(self.solver, "approximate", False) or self.condition.singular == "minimum-norm":
             problem = once_only(problem, self.solver, self.condition)
-        keep = not flat and _may_stay_trees(problem, self.condition, self.solver)
+        keep = () if flat else _may_stay_trees(problem, self.condition, self.solver)
         self.problem, self.nan_on_failure = problem, engine.mode is Mode.INLINE and settings.on_failure != "ignore"
 
         def raveled(tree: Any, name: str) -> Raveler:
-            kind = LeafRaveler if keep and not engine.is_vector(tree) else Raveler
+            kind = LeafRaveler if name in keep and not engine.is_vector(tree) else Raveler
             return kind(engine, tree, name, problem.batched, problem.copy)
 
         y, theta = raveled(problem.y, "y"), raveled(problem.theta, "theta")
@@ -389,11 +389,12 @@ class Rules:
         return Diagnostics(solution, inputs, yes, yes, zero, step, self.maps.observations, suspect, uncertain)
 
 
-def _may_stay_trees(problem: Problem, condition: Any, solver: Any) -> bool:
-    """Whether the leaves of y and theta need not be concatenated: products alone, and a method that needs no more."""
+def _may_stay_trees(problem: Problem, condition: Any, solver: Any) -> tuple[str, ...]:
+    """Which of y and theta need not be concatenated: products alone, and a method that needs no more."""
     if problem.batched or condition.has_matrix or not problem.backend.trees(problem.y, problem.theta):
-        return False
+        return ()
     matrix_free, n = getattr(solver, "matrix_free", None), LeafRaveler.length(problem.y)
     if problem.backend.traced and n <= TINY:  # assembled for the units within leaves, which cannot be looked for there
-        return False
-    return bool(matrix_free and matrix_free(n))
+        return ()
+    inline = problem.backend.mode is Mode.INLINE and isinstance(condition, FixedPoint)
+    return ("y", "theta") if matrix_free and matrix_free(n) else ("theta",) if inline else ()

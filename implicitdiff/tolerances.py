@@ -169,6 +169,8 @@ SMALL = 256
 """Up to this order a matrix may be assembled: no more products than an iterative method may need."""
 TINY = 32
 """Up to this order it is, where values are not seen."""
+PATIENCE = 500
+"""Iterations of a method that is tried first, of an operator that is too large to be assembled at that price."""
 DENSE = 4096
 """Up to this order a matrix is factored after an iterative method failed, or looked at as a whole: 134 MB."""
 FACTORED = 128

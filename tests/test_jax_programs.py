@@ -315,3 +315,29 @@ def test_parameters_in_leaves() -> None:
     np.testing.assert_allclose(implicit_jvp(root, y, theta, theta, solver="bicgstab"), 36.0, rtol=1e-6)
     total = implicit_grad(root, lambda y, t: jnp.sum(y) + jnp.sum(t["a"]), y, theta, solver="bicgstab")
     np.testing.assert_allclose(total["a"], 161.0, rtol=1e-6)
+
+
+def test_equilibrium_layer_with_shared_weights() -> None:
+    """Inside vmap the weights stay leaves, and a few products do where factors would be made for every item."""
+    n, rng = 40, np.random.default_rng(0)
+    w = rng.normal(size=(n, n))
+    theta = {"w": jnp.asarray(0.7 * w / np.linalg.norm(w, 2)), "b": jnp.asarray(rng.normal(size=n))}
+    x = jnp.asarray(rng.normal(size=(3, n)))
+
+    def layer(z: Any, theta: Any, x: Any) -> Any:
+        return jnp.tanh(theta["w"] @ z + x + theta["b"])
+
+    def solved(theta: Any, x: Any) -> Any:
+        return jax.lax.fori_loop(0, 100, lambda _, z: layer(z, theta, x), 0 * x)
+
+    found = jax.jit(
+        lambda z, v: jax.tree.map(
+            lambda g: g.sum(0),
+            jax.vmap(lambda z, x, v: implicit_vjp(FixedPoint(layer), z, theta, v, args=(x,)))(z, x, v),
+        )
+    )
+    z, v = jax.vmap(lambda x: solved(theta, x))(x), jnp.asarray(rng.normal(size=(3, n)))
+    g, rows, slope = found(z, v), np.asarray(z), 1 - np.asarray(z) ** 2
+    u = [np.linalg.solve((np.eye(n) - s[:, None] * theta["w"]).T, c) * s for s, c in zip(slope, v, strict=True)]
+    np.testing.assert_allclose(g["b"], sum(u), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(g["w"], np.asarray(u).T @ rows, rtol=1e-6, atol=1e-7)

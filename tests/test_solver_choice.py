@@ -15,9 +15,11 @@ import implicitdiff.solvers as table
 from implicitdiff import (
     Auto,
     Counts,
+    FixedPoint,
     InputError,
     NotConvergedError,
     SingularError,
+    SolveError,
     Solver,
     Stationary,
     Status,
@@ -253,3 +255,51 @@ def test_minres_stops_on_the_residual_itself(call: Callable[..., Any]) -> None:
     assert report.converged
     assert np.linalg.norm(a @ x - b) <= 1e-8 * np.linalg.norm(b)
     close(x, np.linalg.solve(a, b), 1e-6)
+
+
+def contraction(n: int, scale: float = 0.8) -> np.ndarray:
+    """A matrix that is not symmetric, of 2-norm ``scale``."""
+    a = np.random.default_rng(3).normal(size=(n, n))
+    return scale * a / np.linalg.norm(a, 2)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_auto_tries_products_on_a_fixed_point(batch: int) -> None:
+    """I − ∂T of a contraction takes a few products; in a batch also where it is small."""
+    n = 60 if batch else LARGE
+    w, v = contraction(n), np.random.default_rng(4).normal(size=(batch, n) if batch else n)
+    fixed = FixedPoint(lambda y, t: y @ w.T + t, jvp=lambda y, t, v: v @ w.T, vjp=lambda y, t, u: u @ w)
+    y = np.linalg.solve(np.eye(n) - w, v.T).T
+    truth = np.linalg.solve((np.eye(n) - w).T, v.T).T
+    x, report = implicit_vjp(fixed, y, v, v, batched=bool(batch), return_report=True)
+    assert report.solver == "bicgstab"
+    assert "A = I − ∂T" in report.reason
+    assert np.all(np.asarray(report.matvecs) < n)
+    close(x, truth, 1e-8)
+
+
+def test_auto_factors_a_fixed_point_that_resists() -> None:
+    """A product with a shift of the unknowns has its eigenvalues on a circle around 1: no few products do."""
+    n = 64
+    w = 1.5 * np.roll(np.eye(n), 1, axis=0)
+    v = np.zeros((2, n))
+    v[:, 0], v[1, :] = 1.0, np.random.default_rng(5).normal(size=n)
+    fixed = FixedPoint(lambda y, t: y @ w.T + t, jvp=lambda y, t, v: v @ w.T, vjp=lambda y, t, u: u @ w)
+    y = np.linalg.solve(np.eye(n) - w, v.T).T
+    x, report = implicit_vjp(fixed, y, v, v, batched=True, return_report=True)
+    assert report.solver == "lu"
+    assert "bicgstab did not reach the tolerance" in report.reason
+    close(x, np.linalg.solve((np.eye(n) - w).T, v.T).T, 1e-10)
+
+
+def test_auto_does_not_take_a_singular_fixed_point_for_regular() -> None:
+    n = 60
+    w = contraction(n)
+    values, vectors = np.linalg.eig(w)
+    k = int(np.argmax(np.abs(values.imag) < 1e-12))
+    w = w + (1 - values[k].real) * np.outer(vectors[:, k].real, np.linalg.inv(vectors)[k].real)
+    fixed = FixedPoint(lambda y, t: y @ w.T + t, jvp=lambda y, t, v: v @ w.T, vjp=lambda y, t, u: u @ w)
+    assert abs(np.linalg.eigvals(w) - 1).min() < 1e-12
+    v = np.random.default_rng(4).normal(size=(3, n))
+    with pytest.raises(SolveError):
+        implicit_vjp(fixed, 0 * v, 0 * v, v, batched=True)

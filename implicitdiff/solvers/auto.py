@@ -5,6 +5,9 @@
   indefinite (a saddle system), else LU.
 - Larger, symmetric: CG; on zero or negative curvature, or where A is known to be indefinite, MINRES.
 - Larger, not symmetric: GMRES. JᵀJ of a Gauss-Newton system: LSMR, with J in place of A.
+- I − ∂T of a fixed point, by products: BiCGSTAB first, for as many products as assembling A takes. Where y was found by
+  iterating T the eigenvalues of ∂T are within the unit circle, and some ten to forty products do. This holds for a
+  small A, too, where there are many of them: in a batch, and where the values are not seen, as inside `vmap`.
 - Where an iterative method does not get there and n <= 4 096: assemble and factor after all.
 """
 
@@ -16,8 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from implicitdiff.arrays import Array, any_true
 from implicitdiff.linalg.operator import Operator
+from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver
+from implicitdiff.solvers.bicgstab import BiCGSTAB
 from implicitdiff.solvers.cg import CG
 from implicitdiff.solvers.cholesky import Cholesky
 from implicitdiff.solvers.gmres import GMRES
@@ -25,7 +30,7 @@ from implicitdiff.solvers.ldlt import LDLT
 from implicitdiff.solvers.lsmr import LSMR
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
-from implicitdiff.tolerances import DENSE, SMALL
+from implicitdiff.tolerances import DENSE, EXACT_ASSEMBLY, PATIENCE, SMALL, TINY
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -82,6 +87,8 @@ class Auto(Solver):
         """Factor where so many right-hand sides will need it: what is made inside of a traced solve cannot be kept."""
         op = state.operator
         first = _first_direct(op)
+        if self._contracting(op, rhs):
+            return
         if self.preconditioner is None and first.name not in state.prepared and _dense_reason(op, rhs) is not None:
             state.prepared[first.name] = first.init(op)
 
@@ -97,7 +104,12 @@ class Auto(Solver):
         return n > DENSE
 
     def factored(self, state: _State) -> bool:
+        if self._contracting(state.operator, 1):
+            return False
         return self.preconditioner is None and _dense_reason(state.operator, 1) is not None
+
+    def _contracting(self, op: Operator, rhs: int) -> bool:
+        return self.preconditioner is None and _contracting(op, rhs)
 
     def loosely(self, state: _State, b: Array) -> tuple[Array, Any, Counts]:
         if self.factored(state):
@@ -109,6 +121,8 @@ class Auto(Solver):
     def solve(self, state: _State, b: Array, x0: Array | None = None) -> tuple[Array, Any, Counts]:
         op = state.operator
         rhs = b.shape[0] if len(b.shape) > len(op.items) + 1 else 1
+        if self._contracting(op, rhs):
+            return self._as_fixed_point(state, b, x0)
         why = _dense_reason(op, rhs)
         if why is not None and self.preconditioner is None:
             return self._direct(state, b, why)
@@ -158,6 +172,20 @@ class Auto(Solver):
             result = self._retried(state, _fallible(xp, result[1]), solver, b, result, len(methods) - 1)
         return result
 
+    def _as_fixed_point(self, state: _State, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
+        """Try as many products as A has columns, before it is assembled."""
+        op = state.operator
+        xp, why = op.backend.xp, f"n = {op.n}; A = I − ∂T of a fixed point"
+        budget = min(op.n // 2, self.maxiter or PATIENCE)
+        state.methods = methods = [("bicgstab", why)]
+        result = self._run(state, BiCGSTAB(rtol=self.rtol, maxiter=budget), b, x0)
+        most = (
+            EXACT_ASSEMBLY if op.backend.traced else DENSE
+        )  # a program holds room for it, whether it is needed or not
+        second: Solver = _LU if op.n <= most else GMRES(rtol=self.rtol, maxiter=self.maxiter)
+        methods.append((second.name, f"{why}; bicgstab did not reach the tolerance"))
+        return self._retried(state, _fallible(xp, result[1]), second, b, result, 1)
+
     def _retried(
         self, state: _State, mask: Array, solver: Solver, b: Array, result: tuple[Any, ...], method: int
     ) -> tuple[Array, Any, Counts]:
@@ -165,7 +193,7 @@ class Auto(Solver):
         backend = state.operator.backend
 
         def again(old: tuple[Any, ...]) -> tuple[Any, ...]:
-            inner = state if not backend.traced else _State(replace(state.operator, _cache={}), {}, state.transposed)
+            inner = state if not backend.traced else _State(_within(state.operator, old[1]), {}, state.transposed)
             target = backend.space(b).select(mask, b, 0 * b) if isinstance(solver, MINRES) else b
             x, status, counts = self._run(inner, solver, target, None)
             return _merge(backend, mask, (x, status, counts._replace(method=method)), old)
@@ -179,6 +207,18 @@ class Auto(Solver):
             state.prepared[solver.name] = solver.init(state.operator)
         inner = state.prepared[solver.name]
         return solver.solve(solver.transpose(inner) if state.transposed else inner, b, x0)
+
+
+def _within(op: Operator, status: Array) -> Operator:
+    """The operator inside of a traced branch that is seldom taken, with products that depend on what goes into it.
+
+    What does not is loop-invariant to a compiler, which would assemble A before the branch, each time.
+    """
+    if len(status.shape) != len(op.items):
+        return replace(op, _cache={})
+    xp = op.backend.xp
+    one = xp.where(status < 0, 0, 1)[..., None]
+    return op.rewrapped(lambda product: lambda v: product(xp.asarray(v * one, dtype=v.dtype)))
 
 
 def _has_root(op: Operator) -> bool:
@@ -224,6 +264,15 @@ def _after_iterations(op: Operator) -> tuple[Solver, ...]:
     if _has_root(op):
         return (_CHOLESKY,)
     return (_LDLT,) if op.positive_definite is False else (_CHOLESKY, _LU)
+
+
+def _contracting(op: Operator, rhs: int) -> bool:
+    """Whether A is I − ∂T, known by products, and they are cheaper than factors."""
+    if not op.offset or op.symmetric or rhs > 1 or _has_root(op):
+        return False
+    if op.matrix is not None or op.sparse is not None or op.entries is not None:
+        return False
+    return op.n > SMALL or (op.n > TINY and (bool(op.items) or op.backend.mode is Mode.INLINE))
 
 
 def assembles(op: Operator) -> bool:

@@ -56,6 +56,8 @@ class _State(NamedTuple):
     matvecs: Any
     operator_norm: Array
     least: Array  # smallest ‖A v‖ / ‖v‖ that was met
+    size: Array  # ‖r‖
+    shadow_size: Array
 
 
 class _Half(NamedTuple):
@@ -94,18 +96,19 @@ class BiCGSTAB(Krylov):
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run BiCGSTAB from x with residual r until the recursive residual reaches the target."""
         backend, zero, count = state.operator.backend, space.scalar(0.0), space.counter()
+        size = space.norm(start.r)
         first = _State(
             start.x, start.r, space.copy(start.r), space.zeros(), space.zeros(), zero, zero, zero, count, start.active,
-            count, count, 0, zero, space.scalar(math.inf),
+            count, count, 0, zero, space.scalar(math.inf), size, size,
         )  # fmt: skip
-        most = GROWTH * space.norm(start.r)
+        most = GROWTH * size
 
         def step(s: _State) -> _State:
             half = _first_half(s, state, space)
             end = _second_half(s, half, state, space, start.target)
             size = space.norm(end.r)
             going = (size > start.target) & (size < most) & (end.iterations < start.budget) & (end.broken < BREAKDOWNS)
-            return end._replace(active=end.active & going)
+            return end._replace(active=end.active & going, size=size)
 
         end = backend.while_loop(lambda s: space.any(s.active), step, first, limit=self.most(space.length))
         known = space.isfinite(end.least) & (end.least > 0)
@@ -126,9 +129,9 @@ def _first_half(s: _State, state: KrylovState, space: Any) -> _Half:
     image = state.preconditioner(p)
     v = space.copy(state.operator.matvec(image))
     denominator, size = space.inner(s.shadow, v), space.norm(v)
-    level = ROUNDED * space.eps * space.norm(s.shadow)
+    level = ROUNDED * space.eps * s.shadow_size
     finite = space.isfinite(size) & space.isfinite(denominator)
-    broke = s.active & finite & ((abs(rho) <= level * space.norm(s.r)) | (abs(denominator) <= level * size))
+    broke = s.active & finite & ((abs(rho) <= level * s.size) | (abs(denominator) <= level * size))
     go = s.active & finite & ~broke
     alpha = space.where(go, rho / space.where(go, denominator, one), zero)
     seen = _ratio(space, size, space.norm(image))
@@ -149,19 +152,21 @@ def _second_half(s: _State, half: _Half, state: KrylovState, space: Any, target:
         omega, norm = _omega(space, t, half.s, square)
         omega, matvecs = space.where(moving, omega, zero), matvecs + 1
         finite = finite & (space.isfinite(norm) | ~moving)
-        seen = space.where(moving, _ratio(space, norm, space.norm(image)), seen)
+        length = space.sqrt(square) if state.preconditioner.identity else space.norm(image)
+        seen = space.where(moving, _ratio(space, norm, length), seen)
         x, r = space.axpy(omega, image, x), space.axpy(-omega, t, r)
     usable = omega != 0
     largest = space.where(s.active, space.maximum(half.seen, seen), zero)
     least = space.where(half.seen < seen, half.seen, seen)
     broken = space.where(half.broke, s.broken + 1, 0 * s.broken)
+    shadow, shadow_size = _shadow((s.shadow, s.shadow_size), r, half.broke, broken, space, backend)
     return _State(
-        x, r, _shadow(s.shadow, r, half.broke, broken, space, backend), half.p, half.v,
+        x, r, shadow, half.p, half.v,
         space.where(usable, half.rho, zero), space.where(usable, half.alpha / space.where(usable, omega, one), zero),
         omega, broken, (half.go | half.broke) & finite,
         space.where(s.active & ~finite, int(Status.NON_FINITE), s.status),
         space.where(s.active, s.iterations + 1, s.iterations), matvecs, space.maximum(s.operator_norm, largest),
-        space.where(s.active & (least < s.least), least, s.least),
+        space.where(s.active & (least < s.least), least, s.least), s.size, shadow_size,
     )  # fmt: skip
 
 
@@ -181,13 +186,20 @@ def _omega(space: Any, t: Array, s: Array, square: Array) -> tuple[Array, Array]
     return space.where(tt > 0, omega, space.scalar(0.0)), space.sqrt(tt)
 
 
-def _shadow(shadow: Array, r: Array, broke: Array, broken: Array, space: Any, backend: Backend) -> Array:
-    """Return another shadow residual where the recurrence broke down: r, and a vector without structure beside."""
+def _shadow(
+    shadow: tuple[Array, Array], r: Array, broke: Array, broken: Array, space: Any, backend: Backend
+) -> tuple[Array, Array]:
+    """Return another shadow residual where the recurrence broke down: r, and a vector without structure beside.
 
-    def another(old: Array) -> Array:
+    With its norm.
+    """
+
+    def another(old: tuple[Array, Array]) -> tuple[Array, Array]:
         z = space.probe()
         part = space.norm(r) / space.norm(z)
         part = space.where(broken > 1, -2 * part, part)
-        return space.select(broke, space.axpy(part, z, space.copy(r)), old)
+        new = space.select(broke, space.axpy(part, z, space.copy(r)), old[0])
+        return new, space.where(broke, space.norm(new), old[1])
 
-    return backend.if_any(broke, another, shadow)
+    found: tuple[Array, Array] = backend.if_any(broke, another, shadow)
+    return found
