@@ -6,7 +6,8 @@ Let ŷ be what was handed in for the solution, û the adjoint that was found, ĝ
 
 g⁺ is the gradient with both errors, of the solution and of the solve, squared, so that e = ĝ − g⁺ is the error of ĝ to
 first order. The same holds forward, with w of A w = −B θ̇ in place of û. Both systems are solved to one digit, or with
-the factors that are there. The parts of e are told apart by what the derivative is made anew from, starting with û:
+the factors that are there; and w to further ones where it changes y, and the derivative far less. The parts of e are
+told apart by what the derivative is made anew from, starting with û:
 
     inner solution        the maps at y⁺,
     linear solve          the maps at ŷ (the true residual of û),
@@ -32,7 +33,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from implicitdiff.arrays import Array, divisor, item_norm
+from implicitdiff.arrays import Array, any_true, divisor, item_norm
 from implicitdiff.errors import InputError
 from implicitdiff.estimates import Estimate, Product, nothing
 from implicitdiff.tolerances import (
@@ -40,6 +41,7 @@ from implicitdiff.tolerances import (
     CAUTIOUS,
     CERTIFIED,
     ESTIMATED,
+    MOST_RESOLVED,
     NOISE,
     PROBES,
     RESIDUAL,
@@ -191,11 +193,33 @@ class _Certificate:
         shape = self.product.solution.x.shape
         return int(shape[0]) if len(shape) > len(self.items) + 1 else 1
 
-    def _solved(self, left: Array) -> tuple[Array, Array]:
-        """A⁻¹ or A⁻ᵀ of a residual; whether it is that, per item."""
+    def _solved(self, at: Rules, left: Array) -> tuple[Array, Array]:
+        """A⁻¹ or A⁻ᵀ of a residual, as far as the derivative at a point sees it; whether it is that, per item.
+
+        Of a method of Krylov the residual is orthogonal to all that it has seen, and so are the first directions of the
+        correction. Where that is B, as with Lᵧ in its direction, the correction changes y and seems to change nothing.
+        """
+        w, usable = self._roughly(left)
+        if self.backend.traced or self.rules.prepared.factored:
+            return w, usable
+        unit = _over(self.xp, self._size(self.product.value), self._size(self.product.solution.x))
+        for power in range(1, MOST_RESOLVED + 1):
+            unresolved = self._size(self._change(at, w)) < self.rtol**power * unit * self._size(w)
+            if not any_true(self.xp, unresolved):
+                break
+            more, good = self._roughly(left - self._image(at, w))
+            w, usable = w + more, usable & good
+        return w, usable
+
+    def _roughly(self, left: Array) -> tuple[Array, Array]:
+        """The solution of one more system, to about a digit."""
         w, usable, spent = self.rules.prepared.roughly(left, transposed=self.product.transposed, rtol=self.rtol)
         self.spent += self._most(spent) * self._rhs()
         return w, self._all(usable)
+
+    def _change(self, at: Rules, w: Array) -> Array:
+        """What a correction of û takes from the derivative."""
+        return at.maps.B.rmatvec(w) if self.product.transposed else -at.restricted(w)
 
     def _derivative(self, at: Rules, x: Array, more: Any) -> Array:
         return more - at.maps.B.rmatvec(x) if self.product.transposed else at.restricted(x) + more
@@ -231,7 +255,7 @@ class _Certificate:
         self.spent += self._most(spent)
         there = at_another(rules, delta)
         left, more = self._left(there)
-        w, corrected = self._solved(left)
+        w, corrected = self._solved(there, left)
         e = product.total - self._derivative(there, product.solution.x + w, more)
         zero = xp.zeros_like(size)
         part, linear = self._linear(left)
@@ -277,10 +301,9 @@ class _Certificate:
 
         def solve(_: Any) -> tuple[Array, Any]:
             before, self.spent = self.spent, 0
-            w = self._solved(self._left(self.rules)[0])[0]
+            w = self._solved(self.rules, self._left(self.rules)[0])[0]
             spent, self.spent = self.spent, before
-            part = self.rules.maps.B.rmatvec(w) if product.transposed else -self.rules.restricted(w)
-            return part, xp.asarray(spent)
+            return self._change(self.rules, w), xp.asarray(spent)
 
         part, spent = self.backend.if_any(wanted, solve, (xp.zeros_like(product.value), xp.asarray(0)))
         self.spent = self.spent + spent
@@ -298,7 +321,7 @@ class _Certificate:
         """The change of the derivative with the steps of its differences."""
         product = self.product
         left, more = self._left(other)
-        w, _ = self._solved(left)
+        w, _ = self._solved(other, left)
         return product.total - self._derivative(other, product.solution.x + w, more) - linear
 
     def _scaled(self, x: Array, *, rows: bool) -> Array:

@@ -188,6 +188,9 @@ ESTIMATED = 0.03, 0.3
 of three; with these 100 %."""
 CAUTIOUS = 0.01
 """The same where κ is not known."""
+MOST_RESOLVED = 4
+"""Further digits of a correction that the derivative does not see at first. With κ(A) = 5, CG's residuals from 1e-2 to
+1e-5, and a loss along B, estimates were 0 without them, and are within a factor of two of errors from 2e-5 to 6e-11."""
 CERTIFIED = 0.25
 """‖F‖ after a Newton step over ‖F‖ before it, up to which an estimate is trusted: 98.5 of 100 were right then."""
 CONTRACTING, MOST_POLISH = 0.5, 20

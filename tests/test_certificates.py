@@ -13,7 +13,9 @@ from helpers_certificates import OFF, THETA, A, call, outer, root, solution, tru
 
 from implicitdiff import (
     CG,
+    GMRES,
     KKT,
+    MINRES,
     AccuracyWarning,
     ErrorEstimate,
     FixedPoint,
@@ -303,3 +305,19 @@ def test_nothing_to_estimate():
     assert found.shape == (0,)
     assert report.error.absolute == 0
     assert report.error.trusted
+
+
+@pytest.mark.parametrize("name", ["cg", "minres", "gmres"])
+def test_a_loss_along_B_is_estimated(name):
+    """The residual of a Krylov method is orthogonal to B there: a short correction seems to change nothing."""
+    d, b = np.linspace(1, 5, 20), np.linspace(1, 2, 20)
+    condition = Stationary(
+        grad=lambda y, t: d * y - t * b, hvp=lambda y, t, v: d * v, mixed_vjp=lambda y, t, u: -(u @ b)
+    )
+    solver = {"cg": CG, "minres": MINRES, "gmres": GMRES}[name]
+    for rtol in (1e-2, 1e-3, 1e-4, 1e-5):
+        options = {"solver": solver(rtol=rtol), "error": True, "return_report": True}
+        g, report = implicit_vjp(condition, b / d, np.array(1.0), b, **options)
+        true = abs(g - b @ (b / d))
+        assert 0.5 <= report.error.absolute / true <= 2
+        assert report.error.trusted

@@ -311,11 +311,21 @@ def test_a_matrix_that_is_not_symmetric_is_told() -> None:
         idf.implicit_vjp(condition, Y, theta_of(Y, True), V)
 
 
+class Unreadable:
+    """An array that NumPy cannot read, as the sparse ones of Torch are."""
+
+    shape = (2, 2)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("can't convert Sparse layout tensor to numpy")
+
+
 @pytest.mark.parametrize(
     ("sparsity", "error", "message"),
     [
         ("dense", idf.InputError, "sparsity = 'dense'"),
         (3, idf.InputError, "sparsity is int"),
+        (Unreadable(), idf.InputError, "sparsity is Unreadable"),
         (np.ones((2, 3)), idf.ShapeError, r"shape \(2, 3\)"),
         (([0, 1], [0]), idf.ShapeError, "2 rows and 1 columns"),
         (([0, -1], [0, 1]), idf.InputError, "negative"),

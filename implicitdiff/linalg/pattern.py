@@ -167,8 +167,8 @@ def as_pattern(given: Any) -> Pattern:
     elif _is_pair(given):
         return _of_indices(*map(np.asarray, given))
     else:
-        mask = np.asarray(given) if hasattr(given, "shape") or isinstance(given, list) else np.zeros(0)
-        if mask.ndim != 2:
+        mask = _dense(given) if hasattr(given, "shape") or isinstance(given, list) else np.zeros(0)
+        if mask.ndim != 2 or mask.dtype.kind not in "biufc":
             raise InputError(
                 f"sparsity is {type(given).__name__}: expected None, 'detect', a SciPy sparse matrix, a square array, "
                 "or (rows, columns), two arrays of int."
@@ -177,6 +177,14 @@ def as_pattern(given: Any) -> Pattern:
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ShapeError(f"sparsity has shape {tuple(shape)}; expected a square matrix.")
     return Pattern(shape[0], *places)
+
+
+def _dense(given: Any) -> np.ndarray:
+    """The array; none of a framework's own sparse arrays, which have no such conversion."""
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, RuntimeError):
+        return np.zeros(0)
 
 
 def _of_indices(rows: np.ndarray, columns: np.ndarray) -> Pattern:
