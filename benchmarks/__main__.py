@@ -20,8 +20,8 @@ from benchmarks.report import Result, Skipped, read_json, table, write_json
 MODULES = {"numpy": "benchmarks.cases", "torch": "benchmarks.with_torch", "jax": "benchmarks.with_jax"}
 BACKENDS = (*MODULES, "cupy")
 DEVICES = ("cpu", "cuda")
-NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "products", "syncs", "import", "memory", "certificates",
-         "sequences", "sparse")  # fmt: skip
+NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "equilibrium", "products", "syncs", "import", "memory",
+         "certificates", "sequences", "sparse")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 
 from benchmarks.frameworks import Framework, Peer, cases, time_batch
+from benchmarks.layers import equilibrium
 from benchmarks.measure import Function, Setting
 from benchmarks.problems import Penalties
 from benchmarks.report import Row, Skipped
@@ -185,4 +186,4 @@ def _jax(setting: Setting) -> Jax:
     return Jax(setting.device)
 
 
-CASES = cases(_jax)
+CASES = {**cases(_jax), "equilibrium": lambda setting: equilibrium(_jax(setting), setting)}

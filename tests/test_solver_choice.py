@@ -266,7 +266,7 @@ def contraction(n: int, scale: float = 0.8) -> np.ndarray:
 @pytest.mark.parametrize("batch", [0, 3])
 def test_auto_tries_products_on_a_fixed_point(batch: int) -> None:
     """I − ∂T of a contraction takes a few products; in a batch also where it is small."""
-    n = 60 if batch else LARGE
+    n = 150 if batch else LARGE
     w, v = contraction(n), np.random.default_rng(4).normal(size=(batch, n) if batch else n)
     fixed = FixedPoint(lambda y, t: y @ w.T + t, jvp=lambda y, t, v: v @ w.T, vjp=lambda y, t, u: u @ w)
     y = np.linalg.solve(np.eye(n) - w, v.T).T
@@ -280,7 +280,7 @@ def test_auto_tries_products_on_a_fixed_point(batch: int) -> None:
 
 def test_auto_factors_a_fixed_point_that_resists() -> None:
     """A product with a shift of the unknowns has its eigenvalues on a circle around 1: no few products do."""
-    n = 64
+    n = 160
     w = 1.5 * np.roll(np.eye(n), 1, axis=0)
     v = np.zeros((2, n))
     v[:, 0], v[1, :] = 1.0, np.random.default_rng(5).normal(size=n)
@@ -293,7 +293,7 @@ def test_auto_factors_a_fixed_point_that_resists() -> None:
 
 
 def test_auto_does_not_take_a_singular_fixed_point_for_regular() -> None:
-    n = 60
+    n = 150
     w = contraction(n)
     values, vectors = np.linalg.eig(w)
     k = int(np.argmax(np.abs(values.imag) < 1e-12))

@@ -30,7 +30,7 @@ from implicitdiff.solvers.ldlt import LDLT
 from implicitdiff.solvers.lsmr import LSMR
 from implicitdiff.solvers.lu import LU
 from implicitdiff.solvers.minres import MINRES
-from implicitdiff.tolerances import DENSE, EXACT_ASSEMBLY, PATIENCE, SMALL, TINY
+from implicitdiff.tolerances import DENSE, EXACT_ASSEMBLY, FACTORED, PATIENCE, SMALL, TINY
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -272,7 +272,9 @@ def _contracting(op: Operator, rhs: int) -> bool:
         return False
     if op.matrix is not None or op.sparse is not None or op.entries is not None:
         return False
-    return op.n > SMALL or (op.n > TINY and (bool(op.items) or op.backend.mode is Mode.INLINE))
+    compiled = op.backend.traced and op.backend.runner is not None  # a loop costs its products and no more
+    many = bool(op.items) or (compiled and op.backend.mode is Mode.INLINE)
+    return op.n > SMALL or (many and op.n > (TINY if compiled else FACTORED))
 
 
 def assembles(op: Operator) -> bool:
