@@ -29,24 +29,24 @@ class SequenceState(NamedTuple):
 
     Attributes
     ----------
-    solutions : array, shape (*items, 4, n)
+    solutions : array, shape (items…, 4, n)
         The last raveled solutions, the newest first.
-    count : array of int, shape (*items,)
+    count : array of int, shape (items…)
         How many of them there are.
-    directions, images : array, shape (*items, k, n)
+    directions, images : array, shape (items…, k, n)
         Pairs p/√(pᵀAp) and A p/√(pᵀAp) of earlier solves, the oldest first; rows of zeros where there is none. k is the
         solver's ``recycle``.
-    scale : array, shape (*items, n)
+    scale : array, shape (items…, n)
         The unit of each unknown in which the systems are solved, found once; zeros before.
-    pace : array, shape (*items,)
+    pace : array, shape (items…)
         Iterations per decimal of the latest solve without pairs.
-    condition : array, shape (*items,)
+    condition : array, shape (items…)
         Its lower estimate of the condition number.
-    used : array of int, shape (*items,)
+    used : array of int, shape (items…)
         Pairs that served the latest solve.
-    dropped : array of bool, shape (*items,)
+    dropped : array of bool, shape (items…)
         Whether those that there were had to be dropped in it.
-    drift : array, shape (*items,)
+    drift : array, shape (items…)
         ``|pᵀAp / pᵀM⁻¹p − 1|`` on the first direction of the latest solve: by how much A differed from the pairs.
     """
 
