@@ -45,7 +45,7 @@ class KKT(Constrained):
         ``∂²f/∂y²`` of f, not of 𝓛, as ``hessian(y, theta, *args)``: as for `Stationary`.
     eq_jacobian, ineq_jacobian : callable, optional
         ``∂h/∂y`` and ``∂g/∂y`` as ``eq_jacobian(y, theta, *args)``: a dense array or a SciPy sparse matrix, one row for
-        each constraint, one column for each coordinate of the raveled y; or one array ``(k, *shape)`` for each leaf of y.
+        each constraint, one column for each coordinate of the raveled y; or ``(k, *shape)`` for each leaf of y.
     eq_hessian, ineq_hessian : callable, optional
         ``Σ λ_i ∂²h_i/∂y²`` and ``Σ μ_i ∂²g_i/∂y²`` as ``eq_hessian(y, theta, lam, *args)``: SciPy's ``hess(x, v)`` with
         theta in between. ``lam`` holds one number for each constraint, raveled.
