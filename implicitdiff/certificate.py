@@ -268,14 +268,16 @@ class _Certificate:
             unseen = size <= NOISE * self._scaled(_residual(other) - F, rows=True)
             e = apart + xp.where(unseen[..., None], part, e)  # where F is all noise, so is the step, and what it does
             exact, inner = exact | unseen, xp.where(unseen, xp.zeros_like(inner), inner)
+        again = self._again(there, left, w)
+        left_over = (again > CERTIFIED) & (self._size(left) > noise)
         absolute = self._size(e)
-        absolute = xp.where(xp.isfinite(absolute), absolute, xp.full_like(absolute, float("inf")))
+        told = xp.isfinite(absolute) & (corrected | ~left_over)  # else it may be 0, of a method that did not start
+        absolute = xp.where(told, absolute, xp.full_like(absolute, float("inf")))
         kappa = _over(xp, self._scaled(_residual(there), rows=True), size)
         changed = None if there.maps.changed is None else there.maps.changed()
         rounding = xp.where(exact, inner, zero) + xp.where(solved, linear, zero)
         good = stepped & corrected & there.inputs & xp.isfinite(absolute)
-        again = self._again(there, left, w)
-        trusted = good & ((kappa <= CERTIFIED) | exact) & ((again <= CERTIFIED) | (self._size(left) <= noise))
+        trusted = good & ((kappa <= CERTIFIED) | exact) & ~left_over
         trusted = trusted if changed is None else trusted & ~xp.any(changed, axis=-1)
         return Estimate(
             absolute, self._relative(absolute), xp.where(exact, zero, inner), xp.where(solved, zero, linear),

@@ -321,3 +321,16 @@ def test_a_loss_along_B_is_estimated(name):
         true = abs(g - b @ (b / d))
         assert 0.5 <= report.error.absolute / true <= 2
         assert report.error.trusted
+
+
+@pytest.mark.parametrize("solver", [CG(damping=1.0), CG(damping="auto")])
+def test_a_correction_that_cannot_be_made_is_no_estimate_of_zero(solver):
+    """The correction is made without damping, and CG makes no step where A is indefinite."""
+    d = np.array([3.0, 1.0, -0.5])
+    condition = Stationary(grad=lambda y, t: d * y - t, hvp=lambda y, t, v: d * v, mixed_vjp=lambda y, t, u: -u)
+    options = {"solver": solver, "return_report": True}
+    _, report = implicit_vjp(condition, 1 / d, np.ones(3), np.ones(3), error=True, **options)
+    assert np.isinf(report.error.absolute)
+    assert not report.error.trusted
+    with pytest.raises(InaccurateError):
+        implicit_vjp(condition, 1 / d, np.ones(3), np.ones(3), max_error=0.1, **options)

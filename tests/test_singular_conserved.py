@@ -180,5 +180,7 @@ def test_arguments() -> None:
         Root(exchange(np), conserve=[1.0, 1.0])
     with pytest.raises(InputError, match="conserve and sparsity"):
         Root(exchange(np), conserve=np.ones(2), sparsity="detect")
+    with pytest.raises(idf.NonFiniteError, match="conserve holds NaN"):
+        idf.implicit_vjp(Root(exchange(np), conserve=np.array([1.0, np.nan])), Y, K, np.ones(2))
     with pytest.raises(ShapeError, match=r"conserve has shape \(3,\); expected \(n, k\) with n = 2"):
         idf.implicit_vjp(Root(exchange(np), conserve=np.ones(3)), Y, K, np.ones(2))

@@ -21,10 +21,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from implicitdiff.arrays import Array, named_items, quotient, times
+from implicitdiff.arrays import Array, any_true, named_items, quotient, times
 from implicitdiff.conditions.base import Embedding, Maps, Observations
 from implicitdiff.conditions.point import Point
-from implicitdiff.errors import InputError, ShapeError, SolveError
+from implicitdiff.errors import InputError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.linalg.block_operator import padded
 from implicitdiff.linalg.operator import LinearMap, Operator, Product
 from implicitdiff.tolerances import MISTAKE_OF_PRODUCT
@@ -108,6 +108,8 @@ def _quantities(point: Point, conserve: Any) -> tuple[Any, Array, LinearMap | No
         W = W[:, None]
     if len(W.shape) != 2 or W.shape[0] != n:
         raise ShapeError(f"conserve has shape {tuple(conserve.shape)}; expected (n, k) with n = {n}, the length of y.")
+    if not backend.traced and any_true(xp, ~xp.isfinite(W)):
+        raise NonFiniteError("conserve holds NaN or Inf.")
     W = backend.astype(W, y.dtype)
     whole = xp.broadcast_to(W, (*items, *W.shape)) if items else W
     return lambda z, _: z @ W, whole, None
