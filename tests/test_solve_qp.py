@@ -434,3 +434,13 @@ def test_derivatives_without_constraints(name: str) -> None:
     v, Q = lib.array(V), lib.array(data["Q"])
     gradient = fw.gradient(lambda q: (v * solve_qp(Q, q)).sum())(lib.array(data["q"]))
     np.testing.assert_allclose(lib.numpy(gradient), -np.linalg.solve(data["Q"], V), rtol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_vertex_at_the_origin_is_exact(rows: int) -> None:
+    """A solution of 1e-24 has no size of its own to be judged by, and was called none."""
+    G, h = np.ones((rows, 1)) * [[1.0, 0.0]], np.zeros(rows)
+    y = solve_qp(np.eye(2), np.array([-1.0, 0.0]), G=G, h=h)
+    np.testing.assert_array_equal(y, 0.0)
+    y = solve_qp(np.eye(2), np.array([-1.0, -1e-3]), G=G, h=h)
+    np.testing.assert_allclose(y, [0.0, 1e-3], rtol=1e-12)

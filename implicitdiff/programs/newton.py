@@ -59,7 +59,14 @@ def by_newton(program: Program) -> tuple[Numbers, Numbers, Numbers]:
         z = z + step
         y = y - times(inverse, slope) - times(image, step)
     z = np.where(held, z, 0.0)
+    y = _without_rounding(y, np.abs(free) + times(np.abs(image), np.abs(z)), np.any(held & (r != 0.0), axis=-1))
     return y, z, is_solution(program, y, z, POLISHED)
+
+
+def _without_rounding(y: Numbers, terms: Numbers, away: Numbers) -> Numbers:
+    """Return y, with 0 for less than the rounding of its terms, where the rows that are held go through the origin."""
+    nothing: Numbers = np.where((np.abs(y) <= np.finfo(y.dtype).eps * terms) & ~away[..., None], 0.0, y)
+    return nothing
 
 
 def _on_rows(S: Numbers, held: Numbers, right: Numbers) -> Numbers:
