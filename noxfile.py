@@ -146,7 +146,11 @@ def minimums(session: nox.Session) -> None:
     install(session, "-c", str(pins), "-e", ".[test]")
     session.run("python", "-m", "pip", "freeze", "--exclude-editable")
     # an old release may use what a newer one of something else calls deprecated
-    pages = ("--deselect=README.md::README.md", "--ignore=docs/frameworks.md")  # these show Torch and JAX
+    pages = (
+        "--deselect=README.md::README.md",
+        "--ignore=docs/frameworks.md",
+        "--ignore=docs/networks.md",
+    )  # of Torch, JAX
     run_tests(session, "--cover", "1", *pages, "-W", "ignore::DeprecationWarning")
 
 
