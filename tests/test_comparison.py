@@ -183,6 +183,7 @@ def test_a_batch_is_summed_up():
     assert all(row.converged and row.error <= 1e-8 for row in found)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_on_the_frameworks(name):
     fw = framework(name)

@@ -378,6 +378,7 @@ def test_random_quadratic_programs_are_right_and_quiet(seed: int, route: str, er
     np.testing.assert_allclose(got["h"], np.append(u[n + p :], np.zeros(free)), atol=1e-6)
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @LIBS
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("seed", range(5))

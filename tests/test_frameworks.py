@@ -119,6 +119,7 @@ def test_linearize(name: str, problem: str, solver: str) -> None:
     assert lin.report.converged
 
 
+@pytest.mark.slow(on=("torch",))
 @EACH
 @pytest.mark.parametrize(("problem", "solver"), PAIRS)
 def test_compiled(name: str, problem: str, solver: str) -> None:

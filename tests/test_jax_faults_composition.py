@@ -166,6 +166,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any]], Any]] = {
 LONG = {"third order", "jit hessian", "reverse twice", "checkpoint", "jit grad of vmap", "vmap of grad"}  # to compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LONG)) for name in TRANSFORMS]
 )

@@ -205,6 +205,7 @@ def test_batch(lib: Library) -> None:
     assert is_one_of(found[0][:, 0], sides(2 * np.eye(2), -2 * theta[0, 1:], np.zeros(2), ROWS, RATES))
 
 
+@pytest.mark.slow
 def test_within_a_compiled_program() -> None:
     fw, lib = framework("jax"), JAX[0]
     condition = program(lib, H, Q, np.zeros(2), ROWS, RATES)
@@ -227,6 +228,7 @@ def test_native_gradient(name: str) -> None:
     assert is_one_of(got, [side @ [1.0, 2.0] for side in sides(H, Q, np.zeros(2), ROWS, RATES)])
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_second_derivative_of_a_piece(name: str) -> None:
     """y = 1 + s + s² with s = t − 1 for the two bounds that are held: of ‖y‖² it is 6."""

@@ -89,6 +89,7 @@ def test_the_other_things_that_are_meant() -> None:
     assert np.abs(np.array([-0.5, 1.0]) @ J).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_derivatives_by_the_frameworks() -> None:
     torch = pytest.importorskip("torch")
     lib = next(lib for lib in PLAIN if lib.name == "torch")

@@ -44,6 +44,7 @@ from implicitdiff.backends.numpy import NumpyBackend
 
 
 # -- against the re-solved problem -------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @EVERY
 @CASE
 @pytest.mark.parametrize("restrict", [None, False])

@@ -254,6 +254,7 @@ def test_a_solve_that_failed_leaves_nothing() -> None:
     assert not state.directions.any()
 
 
+@pytest.mark.slow
 def test_inside_a_scan_it_is_what_it_is_outside() -> None:
     jax = framework("jax").jax
     jnp = jax.numpy

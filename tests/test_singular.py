@@ -174,6 +174,7 @@ def test_the_name_is_checked() -> None:
 
 
 # -- frameworks with autodiff ----------------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_matrix_factors(name: str) -> None:
     """Factors u vᵀ of rank one, free by a number: gradients, compiled ones and Hessians of what does not see it."""

@@ -206,6 +206,7 @@ def test_derivatives_by_the_framework(name: str) -> None:
     same(lib, dict(zip(names, by_all(*on(lib, data).values()), strict=True)), expected)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_transforms_and_the_second_order(name: str) -> None:
     fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]
@@ -254,6 +255,7 @@ def test_what_is_told_of_a_derivative() -> None:
         y.sum().backward()
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_one_piece_at_a_kink(name: str) -> None:
     """Where a constraint is there twice, and another holds with a multiplier of zero: the derivative of one side."""

@@ -238,6 +238,7 @@ def test_sparse_derivatives_of_constraints_are_like_dense(hessian: str) -> None:
     np.testing.assert_allclose(g["c"], want["c"], rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hessian", ["products", "given", "lagrangian"])
 def test_constraints_that_dense_matrices_have_no_room_for(hessian: str) -> None:
     n = 20_000

@@ -179,6 +179,7 @@ JAX_PROGRAMS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", JAX_PROGRAMS, ids=lambda p: "-".join(p[:4]))
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
 def test_same_result_in_any_units_on_jax(lib: Library, program: tuple[Any, ...]) -> None:
