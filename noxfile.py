@@ -65,7 +65,7 @@ def run_tests(session: nox.Session, *options: str) -> None:
 
 def tests(session: nox.Session) -> None:
     """Run the test suite: ``tests`` with the Python that runs nox, ``tests-3.12`` with that one."""
-    install(session, "-e", ".[test,torch,jax]")
+    install(session, "-e", ".[test,torch,jax]", "optax>=0.2")  # whose optimizers `bilevel` takes
     run_tests(session)
 
 
@@ -189,7 +189,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks on tiny sizes; what follows ``--`` replaces that: ``-- run`` measures."""
-    install(session, "-e", ".[autograd,torch,jax]")
+    install(session, "-e", ".[autograd,torch,jax,demo,qp]")
     everything = ["run", "--short", "--backends", "numpy,torch,jax", "--problems", "all"]
     session.run("python", "-m", "benchmarks", *(session.posargs or everything))
 

@@ -72,6 +72,20 @@ def test_the_command_fails_on_a_wrong_result_and_writes_it_down(monkeypatch, tmp
     assert command.main(["run", "--backends", "numpy,no such"]) == 2
 
 
+def test_a_case_that_needs_what_is_not_installed_is_told(monkeypatch):
+    def needs(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(cases, "CASES", {"loops": lambda _: needs("sklearn.datasets"), "batch": lambda _: [make_row()]})
+    result = Result({})
+    command._cases(result, "numpy", (), Setting(short=True))
+    assert [(row.case, row.reason) for row in result.skipped] == [("loops", "sklearn.datasets is not installed")]
+    assert len(result.rows) == 1
+    monkeypatch.setattr(cases, "CASES", {"loops": lambda _: needs("implicitdiff.loops")})
+    with pytest.raises(ModuleNotFoundError):
+        command._cases(result, "numpy", (), Setting(short=True))
+
+
 def test_what_is_not_measured_is_told_with_the_reason(monkeypatch, capsys):
     keep_environment(monkeypatch)
     monkeypatch.setattr(cases, "CASES", {"batch": lambda _: [Skipped("a", "n = 1", "nobody has it")]})
