@@ -50,6 +50,7 @@ LAYERS = (
         "linalg.rows",
         "linalg.segments",
         "linalg.coloring",
+        "linalg.interned",
         "linalg.pattern",
         "linalg.entries",
         "linalg.detection",

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from implicitdiff.closures import Memory
 from implicitdiff.errors import InputError, ShapeError
 from implicitdiff.linalg.coloring import Coloring, colored
+from implicitdiff.linalg.interned import Interned
 from implicitdiff.linalg.segments import Segments
 
 __all__ = ["Pattern", "as_pattern"]
 
-_lock = threading.Lock()
-_known: weakref.WeakValueDictionary[Any, Pattern] = weakref.WeakValueDictionary()
 
-
-class Pattern:
+class Pattern(Interned):
     """Places of entries, sorted by rows; equal patterns are one object, so that each is coloured once.
 
     Parameters
@@ -35,7 +28,6 @@ class Pattern:
     n: int
     rows: np.ndarray
     columns: np.ndarray
-    _made: Memory
 
     def __new__(cls, n: int, rows: Any, columns: Any) -> Pattern:
         rows, columns = (np.array(x, dtype=np.int64).ravel() for x in (rows, columns))
@@ -44,31 +36,13 @@ class Pattern:
         if not np.all(place[1:] > place[:-1]):
             place.sort()  # np.unique hashes, which takes several times as long
             rows, columns = np.divmod(place[np.diff(place, prepend=-1) > 0], max(width, 1))
-        key = hashlib.blake2b(np.concatenate([[n], rows, columns]).tobytes()).digest()
-        with _lock:
-            found = _known.get(key)
-            if found is None:
-                found = super().__new__(cls)
-                found.n, found.rows, found.columns, found._made = n, rows, columns, Memory()
-                _known[key] = found
-        return found
+        return cls._of(n=n, rows=rows, columns=columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Pattern, (self.n, self.rows, self.columns)
 
-    def __copy__(self) -> Pattern:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Pattern:
-        return self
-
     def __repr__(self) -> str:
         return f"Pattern({self.size} entries)"
-
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
 
     @property
     def size(self) -> int:
@@ -89,14 +63,14 @@ class Pattern:
         if self.n == n and np.count_nonzero(self.rows == self.columns) == n:
             return self
         i = np.arange(n)
-        return self._once(
+        return self.once(
             ("order", n), lambda: Pattern(n, np.concatenate([self.rows, i]), np.concatenate([self.columns, i]))
         )
 
     @property
     def symmetric(self) -> Pattern:
         """The pattern and its transpose together."""
-        return self._once("symmetric", lambda: self if self._is_symmetric() else self.union(self.transposed))
+        return self.once("symmetric", lambda: self if self._is_symmetric() else self.union(self.transposed))
 
     def _is_symmetric(self) -> bool:
         turned = self.by_columns
@@ -105,7 +79,7 @@ class Pattern:
     @property
     def transposed(self) -> Pattern:
         """Of Aᵀ."""
-        return self._once("transposed", lambda: Pattern(self.n, self.columns, self.rows))
+        return self.once("transposed", lambda: Pattern(self.n, self.columns, self.rows))
 
     @property
     def by_columns(self) -> np.ndarray:
@@ -113,17 +87,17 @@ class Pattern:
 
         Of a symmetric pattern it is the number of entry (j, i) for each (i, j).
         """
-        return self._once("by columns", lambda: np.lexsort((self.rows, self.columns)))
+        return self.once("by columns", lambda: np.lexsort((self.rows, self.columns)))
 
     @property
     def ends(self) -> np.ndarray:
         """Where the entries of each row begin, and the last ones end: shape (n + 1,)."""
-        return self._once("ends", lambda: np.searchsorted(self.rows, np.arange(self.n + 1)))
+        return self.once("ends", lambda: np.searchsorted(self.rows, np.arange(self.n + 1)))
 
     @property
     def segments(self) -> Segments:
         """The rows, to be summed over."""
-        return self._once("segments", lambda: Segments(self.ends))
+        return self.once("segments", lambda: Segments(self.ends))
 
     def union(self, other: Pattern) -> Pattern:
         """All entries of both."""
@@ -133,7 +107,7 @@ class Pattern:
     def coloring(self, *, symmetric: bool, transposable: bool) -> Coloring:
         """Return its colouring, made once; of a symmetric pattern where ``symmetric``."""
         key = ("coloring", symmetric, transposable)
-        return self._once(key, lambda: colored(self, symmetric=symmetric, transposable=transposable))
+        return self.once(key, lambda: colored(self, symmetric=symmetric, transposable=transposable))
 
     def matrix(self, values: Any) -> Any:
         """Return the SciPy matrix (CSR) with these values."""

@@ -6,18 +6,14 @@ framework, so that all of it runs in batches and programs, too.
 
 from __future__ import annotations
 
-import hashlib
-import threading
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from implicitdiff.arrays import Array, divisor, item_norm, times
-from implicitdiff.closures import Memory
 from implicitdiff.linalg.entries import Entries
+from implicitdiff.linalg.interned import Interned
 from implicitdiff.linalg.pattern import Pattern
 from implicitdiff.linalg.segments import Segments
 
@@ -41,11 +37,8 @@ __all__ = [
     "turned_times",
 ]
 
-_lock = threading.Lock()
-_known: weakref.WeakValueDictionary[Any, Places] = weakref.WeakValueDictionary()
 
-
-class Places:
+class Places(Interned):
     """Where a sparse matrix (k, n) has entries, row by row; equal ones are one object.
 
     Parameters
@@ -58,33 +51,13 @@ class Places:
     shape: tuple[int, int]
     rows: np.ndarray
     columns: np.ndarray
-    made: Memory
 
     def __new__(cls, shape: tuple[int, int], rows: Any, columns: Any) -> Places:
         rows, columns = (np.asarray(x, dtype=np.int64) for x in (rows, columns))
-        key = shape, hashlib.blake2b(np.concatenate([rows, columns]).tobytes()).digest()
-        with _lock:
-            found = _known.get(key)
-            if found is None:
-                found = super().__new__(cls)
-                found.shape, found.rows, found.columns, found.made = shape, rows, columns, Memory()
-                _known[key] = found
-        return found
+        return cls._of(shape=shape, rows=rows, columns=columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Places, (self.shape, self.rows, self.columns)
-
-    def __copy__(self) -> Places:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Places:
-        return self
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what was made under a key, or make it."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
 
     @property
     def by_row(self) -> Segments:
