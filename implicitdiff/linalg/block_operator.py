@@ -6,7 +6,7 @@ D, so that every item of a batch, and every active set, has a system of one size
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
@@ -125,5 +125,4 @@ def padded(backend: Backend, x: Array, length: int) -> Array:
 
 def saddle(op: Operator, **blocks: Any) -> SaddleOperator:
     """Give an operator its blocks."""
-    given = {f.name: getattr(op, f.name) for f in fields(op) if f.name != "_cache"}
-    return replace(SaddleOperator(**given), **blocks)
+    return op.specialised(SaddleOperator, **blocks)

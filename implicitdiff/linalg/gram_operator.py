@@ -11,7 +11,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from implicitdiff.arrays import Array
@@ -51,8 +51,7 @@ class GramOperator(Operator):
 
 def gram(like: Operator, root: LinearMap) -> GramOperator:
     """Give an operator, that is JᵀJ, its J."""
-    given = {f.name: getattr(like, f.name) for f in fields(like) if f.name != "_cache"}
-    return GramOperator(**given, root=root)
+    return like.specialised(GramOperator, root=root)
 
 
 def _stacked(root: LinearMap, damping: float) -> LinearMap:

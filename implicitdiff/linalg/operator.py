@@ -8,7 +8,7 @@ same A. Matrices have shape ``(*items, rows, columns)``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -112,6 +112,10 @@ class LinearMap:
         if getattr(self, "entries", None) is not None:
             changes = {"entries": None, **changes}
         return replace(self, forward=forward, adjoint=adjoint, derive=derived, _cache={}, **changes)
+
+    def specialised(self, kind: type[Any], **more: Any) -> Any:
+        """Copy as an operator of a class derived from this one, with what that has beside."""
+        return kind(**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "_cache"} | more)
 
     def dense(self) -> Array:
         """Return the matrix, shape (*items, rows, columns), assembled once in one sweep over the unit vectors."""

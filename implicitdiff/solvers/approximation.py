@@ -15,7 +15,7 @@ from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.preconditioner import Preconditioner
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Solver
-from implicitdiff.solvers.unit import unit_of
+from implicitdiff.solvers.cycles import unit_of
 from implicitdiff.tolerances import POWER, POWER_CHANGE
 
 __all__ = ["Applied", "ApproximateState", "Approximation", "dominant", "number"]

@@ -21,9 +21,10 @@ from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Krylov, KrylovState
+from implicitdiff.solvers.cycles import unit_of
 from implicitdiff.solvers.gram import GramState, in_two_steps, two_steps
 from implicitdiff.solvers.pinv import Pinv, PinvState, without
-from implicitdiff.solvers.unit import one_step, unit_of
+from implicitdiff.solvers.unit import one_step
 from implicitdiff.tolerances import FACTORED, LEAST_SQUARES, LOOSE, RESIDUAL
 
 __all__ = ["LeastSquaresKrylov"]

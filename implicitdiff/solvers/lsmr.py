@@ -19,6 +19,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.outcome import Status
 from implicitdiff.solvers.base import Cycle, KrylovState, Start
 from implicitdiff.solvers.least_squares import LeastSquaresKrylov
+from implicitdiff.solvers.rotations import ratio, rotation
 
 __all__ = ["LSMR"]
 
@@ -115,18 +116,6 @@ def _unit(space: Any, x: Array) -> tuple[Array, Array]:
     return space.scale(space.where(norm > 0, one / space.where(norm > 0, norm, one), zero), x), norm
 
 
-def _rotation(space: Any, a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """c, s and r with c a + s b = r and s a − c b = 0."""
-    r = space.sqrt(a * a + b * b)
-    safe = space.where(r > 0, r, space.scalar(1.0))
-    return space.where(r > 0, a / safe, space.scalar(1.0)), b / safe, r
-
-
-def _over(space: Any, a: Array, b: Array) -> Array:
-    """a / b, and zero where b is."""
-    return space.where(b != 0, a / space.where(b != 0, b, space.scalar(1.0)), space.scalar(0.0))
-
-
 def _step(
     s: _State, space: Any, product: Any, transposed: Any, target: Array, level: float, budget: Array
 ) -> _State:  # fmt: skip
@@ -135,20 +124,20 @@ def _step(
     go = space.where(s.active, one, zero)
     u, beta = _unit(space, space.axpy(-s.alpha, s.u, space.copy(product(s.v))))
     v, alpha = _unit(space, space.axpy(-beta, s.v, space.copy(transposed(u))))
-    c, sn, rho = _rotation(space, s.alphabar, beta)
+    c, sn, rho = rotation(space, s.alphabar, beta)
     theta, alphabar, thetabar = sn * alpha, c * alpha, s.sbar * rho
-    cbar, sbar, rhobar = _rotation(space, s.cbar * rho, theta)
+    cbar, sbar, rhobar = rotation(space, s.cbar * rho, theta)
     zeta, zetabar = cbar * s.zetabar, -sbar * s.zetabar
-    hbar = space.axpy(one, s.h, space.scale(-_over(space, thetabar * rho, s.rho * s.rhobar), s.hbar))
-    x = space.axpy(go * _over(space, zeta, rho * rhobar), hbar, s.x)
-    h = space.axpy(one, v, space.scale(-_over(space, theta, rho), s.h))
+    hbar = space.axpy(one, s.h, space.scale(-ratio(space, thetabar * rho, s.rho * s.rhobar), s.hbar))
+    x = space.axpy(go * ratio(space, zeta, rho * rhobar), hbar, s.x)
+    h = space.axpy(one, v, space.scale(-ratio(space, theta, rho), s.h))
     # ‖r‖, from the factors
     betahat, betadd = c * s.betadd, -sn * s.betadd
-    ctilde, stilde, rhotilde = _rotation(space, s.rhod, thetabar)
+    ctilde, stilde, rhotilde = rotation(space, s.rhod, thetabar)
     thetatilde, rhod = stilde * rhobar, ctilde * rhobar
     betad = ctilde * betahat - stilde * s.betad
-    tautilde = _over(space, s.zeta - s.thetatilde * s.tautilde, rhotilde)
-    tau = _over(space, zeta - thetatilde * tautilde, rhod)
+    tautilde = ratio(space, s.zeta - s.thetatilde * s.tautilde, rhotilde)
+    tau = ratio(space, zeta - thetatilde * tautilde, rhod)
     residual = space.sqrt((betad - tau) * (betad - tau) + betadd * betadd)
     norm = space.maximum(s.operator_norm, space.sqrt(s.alpha * s.alpha + beta * beta))
     finite = space.isfinite(alpha) & space.isfinite(rho)
@@ -158,7 +147,7 @@ def _step(
     status = space.where(s.active & ~finite, int(Status.NON_FINITE), status)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = s.active & (status == 0) & (residual > target) & (iterations < budget)
-    gain = space.maximum(s.gain, space.where(s.active & (rho > 0), _over(space, one, rho), zero))
+    gain = space.maximum(s.gain, space.where(s.active & (rho > 0), ratio(space, one, rho), zero))
     return _State(
         x, u, v, h, hbar, alpha, alphabar, rho, rhobar, cbar, sbar, zetabar, zeta, betadd, betad, rhod, thetatilde,
         tautilde, active, status, iterations, s.matvecs + 2, space.where(s.active, norm, s.operator_norm), gain,

@@ -20,6 +20,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.outcome import Status
 from implicitdiff.solvers.base import Cycle, KrylovState, Start, Structure, without_preconditioner
 from implicitdiff.solvers.least_squares import LeastSquaresKrylov
+from implicitdiff.solvers.rotations import ratio, rotation
 from implicitdiff.tolerances import NULL_VECTOR
 
 __all__ = ["MINRESQLP"]
@@ -139,19 +140,6 @@ class MINRESQLP(LeastSquaresKrylov):
         return Cycle(x, end.iterations, end.matvecs, end.status, norm, gain=end.gain)
 
 
-def _reflection(space: Any, a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """c, s and r with c a + s b = r >= 0 and s a - c b = 0."""
-    r = space.sqrt(a * a + b * b)
-    some = r > 0
-    safe = space.where(some, r, space.scalar(1.0))
-    return space.where(some, a / safe, space.scalar(1.0)), b / safe, r
-
-
-def _over(space: Any, a: Array, b: Array) -> Array:
-    """a / b, and zero where b is."""
-    return space.where(b != 0, a / space.where(b != 0, b, space.scalar(1.0)), space.scalar(0.0))
-
-
 def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array) -> _State:
     zero = space.scalar(0.0)
     lanczos, v, alpha, square, usable = _lanczos(s, space, product, precondition)
@@ -165,7 +153,7 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     # last step sets the coordinate along the null vector to zero.
     root = space.sqrt(gbar * gbar + dbar * dbar)
     least = usable & (root <= NULL_VECTOR.of(space.eps) * running)
-    cs, sn, gamma = _reflection(space, gbar, beta)
+    cs, sn, gamma = rotation(space, gbar, beta)
     tau, phi = cs * q.phi, sn * q.phi
     finite = space.isfinite(gamma)
     go = usable & finite
@@ -175,7 +163,7 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     status = space.where(s.active & ~finite, int(Status.NON_FINITE), status)
     iterations = space.where(s.active, s.iterations + 1, s.iterations)
     active = go & (status == 0) & (phi > target) & (iterations < budget)
-    gain = space.maximum(s.gain, space.where(go & ~least, _over(space, space.scalar(1.0), diagonal), zero))
+    gain = space.maximum(s.gain, space.where(go & ~least, ratio(space, space.scalar(1.0), diagonal), zero))
     left = _Left(cs, sn, dbar, epsilon, phi)
     return _State(lanczos, left, right, found, active, status, iterations, s.matvecs + 1, running, gain)
 
@@ -188,7 +176,7 @@ def _lanczos(s: _State, space: Any, product: Any, precondition: Any) -> tuple[_L
     v = space.scale(inverse, k.y)
     y = space.copy(product(v))
     later = usable & (k.beta_old > 0)
-    y = space.axpy(-space.where(later, _over(space, k.beta, k.beta_old), zero), k.r1, y)
+    y = space.axpy(-space.where(later, ratio(space, k.beta, k.beta_old), zero), k.r1, y)
     alpha = space.inner(v, y)
     y = space.axpy(-alpha * inverse, k.r2, y)
     z = y if precondition.identity else precondition(y)
@@ -207,17 +195,17 @@ def _right(
     cs2, sn2 = space.where(third, p.cs, -one), space.where(third, p.sn, zero)
     theta_1, delta = cs2 * p.theta + sn2 * delta, sn2 * p.theta - cs2 * delta
     eta, gamma = sn2 * gamma, -cs2 * gamma
-    cs1, sn1, gamma_1 = _reflection(space, p.gamma, delta)
+    cs1, sn1, gamma_1 = rotation(space, p.gamma, delta)
     later = s.iterations > 0
     cs1, sn1 = space.where(later, cs1, -one), space.where(later, sn1, zero)
     gamma_1 = space.where(later, gamma_1, zero)
     theta, gamma = sn1 * gamma, -cs1 * gamma
-    u2 = _over(space, f.tau_1 - p.eta_1 * f.u3 - p.theta_1 * f.u2, p.gamma_1)
+    u2 = ratio(space, f.tau_1 - p.eta_1 * f.u3 - p.theta_1 * f.u2, p.gamma_1)
     u2 = space.where(third, u2, zero)
-    u1 = space.where(later, _over(space, f.tau - p.eta * f.u2 - theta_1 * u2, gamma_1), zero)
-    u = space.where(least, zero, _over(space, tau - eta * u2 - theta * u1, gamma))
+    u1 = space.where(later, ratio(space, f.tau - p.eta * f.u2 - theta_1 * u2, gamma_1), zero)
+    u = space.where(least, zero, ratio(space, tau - eta * u2 - theta * u1, gamma))
     w1, w, x2 = _vectors(space, go, (cs1, sn1, cs2, sn2), u2, v, f)
-    cs, sn, ahead = _reflection(space, gamma_1, epsilon)
+    cs, sn, ahead = rotation(space, gamma_1, epsilon)
     u, u1, u2, u3 = (space.where(go, new, old) for new, old in ((u, f.u), (u1, f.u1), (u2, f.u2), (f.u2, f.u3)))
     found = _Found(x2, w1, w, u, u1, u2, u3, tau, f.tau)
     return _Right(cs, sn, gamma, ahead, theta, theta_1, eta, p.eta), found, abs(gamma)

@@ -8,7 +8,7 @@ from implicitdiff.arrays import Array
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.cycles import unit_of
 
-__all__ = ["one_step", "unit_of"]
+__all__ = ["one_step"]
 
 
 def one_step(state: Any, b: Array) -> tuple[Array, Any, Counts]:
