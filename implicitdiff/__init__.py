@@ -205,138 +205,22 @@ __all__ = [
     "split_multipliers",
 ]
 
-_HOMES = {
-    "api": (
-        "implicit_grad",
-        "implicit_jacobian",
-        "implicit_jvp",
-        "implicit_vjp",
-        "linearize",
-        "sequence_state",
-    ),
-    "conditions": (
-        "KKT",
-        "QP",
-        "Condition",
-        "FixedPoint",
-        "LeastSquares",
-        "LogBarrier",
-        "ProjectedGradient",
-        "ProximalGradient",
-        "Root",
-        "Stationary",
-    ),
-    "conditions.multipliers": (
-        "multipliers_from_scipy",
-        "split_multipliers",
-    ),
-    "decorator": ("implicit_function",),
-    "error_estimate": ("ErrorEstimate",),
-    "errors": (
-        "AccuracyWarning",
-        "BackendError",
-        "CallbackError",
-        "DegeneracyWarning",
-        "DerivativeError",
-        "DTypeError",
-        "ImplicitDiffError",
-        "ImplicitDiffWarning",
-        "InaccurateError",
-        "InconsistentDerivativesError",
-        "InfeasibleError",
-        "InputError",
-        "NoiseError",
-        "NonFiniteError",
-        "NonFiniteProductError",
-        "NotASolutionWarning",
-        "NotConvergedError",
-        "NotInvariantError",
-        "NotPositiveDefiniteError",
-        "NotSymmetricError",
-        "PatternError",
-        "PreconditionerError",
-        "QualificationError",
-        "RecompilationWarning",
-        "RegularityWarning",
-        "ShapeError",
-        "SingularError",
-        "SolveError",
-        "SolveWarning",
-        "UnboundedError",
-        "UnknownNameError",
-    ),
-    "linalg.system": ("linear_solve",),
-    "linearization": ("Linearization",),
-    "outcome": (
-        "Counts",
-        "Report",
-        "Status",
-    ),
-    "outer.driver": (
-        "Bilevel",
-        "BilevelResult",
-        "bilevel",
-    ),
-    "outer.schedules": (
-        "Fixed",
-        "Geometric",
-        "Summable",
-        "Sweep",
-    ),
-    "outer.state": ("BilevelState",),
-    "quadratic": ("solve_qp",),
-    "registry": ("register_backend",),
-    "solvers": (
-        "CG",
-        "GMRES",
-        "LDLT",
-        "LSMR",
-        "LU",
-        "MINRES",
-        "MINRESQLP",
-        "Auto",
-        "BiCGSTAB",
-        "Chebyshev",
-        "Cholesky",
-        "Diagonal",
-        "Neumann",
-        "Nystrom",
-        "OneStep",
-        "Phantom",
-        "Pinv",
-        "Solver",
-        "Truncated",
-        "register_solver",
-        "solver_names",
-    ),
-    "solvers.sequences": ("SequenceState",),
-    "tools.comparison": (
-        "Comparison",
-        "SolverRow",
-        "compare_solvers",
-    ),
-    "tools.derivative_check": (
-        "CheckRow",
-        "DerivativeCheck",
-        "check_derivatives",
-    ),
-    "tools.regularity": (
-        "Regularity",
-        "check_regularity",
-    ),
-}
-"""Modules, and the public names that each brings when one is first used: to import all takes a tenth of a second."""
-
-_HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+_MODULES = (
+    "errors", "error_estimate", "outcome", "registry", "solvers", "solvers.sequences", "conditions", "linalg.system",
+    "linearization", "decorator", "api", "conditions.multipliers", "quadratic", "outer.schedules", "outer.state",
+    "outer.driver", "tools.comparison", "tools.derivative_check", "tools.regularity",
+)  # fmt: skip
+"""Where the public names are, from the leaves up: one is looked for when it is first used, and loads what is below."""
 
 
 if not TYPE_CHECKING:  # a type checker would take every name for known
 
     def __getattr__(name: str) -> Any:
-        if name in _HOME:
-            value = getattr(importlib.import_module(_HOME[name]), name)
-            globals()[name] = value
-            return value
+        for module in _MODULES if name in __all__ else ():
+            found = importlib.import_module(f"{__name__}.{module}")
+            if name in found.__all__:
+                globals()[name] = value = getattr(found, name)
+                return value
         if not name.startswith("_"):
             try:
                 return importlib.import_module(f"{__name__}.{name}")

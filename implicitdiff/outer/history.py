@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from implicitdiff.errors import InputError
+from implicitdiff.plotting import axes_of, check_matplotlib
 from implicitdiff.records import html_table
 
 __all__ = ["History", "HistoryRow"]
@@ -111,12 +110,8 @@ class History(Sequence[HistoryRow]):
         InputError
             Where matplotlib is not installed.
         """
-        if find_spec("matplotlib") is None:
-            raise InputError('plot needs matplotlib: python -m pip install "implicitdiff[plot]".')
-        if axes is None:
-            from matplotlib.figure import Figure
-
-            axes = Figure(figsize=(9.0, 3.6), layout="constrained").subplots(1, 2)
+        check_matplotlib()
+        axes = axes_of(axes, (9.0, 3.6), columns=2)
         value, error = axes
         spent, total = [], 0
         for row in self:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from implicitdiff.errors import InputError
+from implicitdiff.plotting import axes_of, check_matplotlib
 
 __all__ = ["draw"]
 
@@ -30,8 +30,7 @@ def draw(rows: Sequence[Any], axes: Any = None) -> Any:
     InputError
         Where matplotlib is not installed, or no row has an error.
     """
-    if find_spec("matplotlib") is None:
-        raise InputError('plot needs matplotlib: python -m pip install "implicitdiff[plot]".')
+    check_matplotlib()
     lines: dict[str, list[tuple[int, float, bool]]] = {}
     for row in rows:
         error = row.error if not math.isnan(row.error) else row.estimate
@@ -40,10 +39,7 @@ def draw(rows: Sequence[Any], axes: Any = None) -> Any:
             lines.setdefault(row.used, []).append((max(row.products, 1), error, row.converged))
     if not lines:
         raise InputError("no row has an error to draw.\nNext: add a solver that converges, or error=True.")
-    if axes is None:
-        from matplotlib.figure import Figure
-
-        axes = Figure(figsize=(7.6, 4.4), layout="constrained").subplots()
+    axes = axes_of(axes, (7.6, 4.4))
     loose = [error for points in lines.values() for _, error, converged in points if not converged]
     floor = max(min(loose, default=LEAST) / 5, LEAST)
     for i, (name, points) in enumerate(lines.items()):
