@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 from typing import Any
@@ -353,6 +354,14 @@ def test_wrong_schedules() -> None:
                  lambda: Summable(-1), lambda: Fixed(True)):  # fmt: skip
         with pytest.raises(InputError, match="expected a number between"):
             make()
+    with pytest.raises(InputError, match=r"power = 0\.5: expected a number between 1 and inf"):
+        Summable(0.1, 0.5)  # its sum is infinite
+
+
+@pytest.mark.parametrize("schedule", [Sweep(0.1), Sweep(), Fixed(1e-3), Geometric(), Summable(0.1, 2.0)], ids=repr)
+def test_a_schedule_shows_all_of_its_numbers(schedule: Any) -> None:
+    assert eval(repr(schedule)) == schedule
+    assert all(f"{f.name}=" in repr(schedule) for f in dataclasses.fields(schedule))
 
 
 # -- frameworks ----------------------------------------------------------------------------------------

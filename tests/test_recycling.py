@@ -319,6 +319,19 @@ def test_minres(k: int) -> None:
     assert reports[-1].iterations < (0.8 if k == 10 else 0.2) * reports[0].iterations
 
 
+@LIBS
+@pytest.mark.parametrize("solver", [CG(rtol=1e-8, recycle=8), MINRES(rtol=1e-8, recycle=8)], ids=repr)
+def test_what_few_pairs_cannot_hold_the_diagonal_does(lib: Library, solver: Any) -> None:
+    path = Path(lib.xp, lib.array, H=0.03 * hessian() / 10)
+    path.thetas = path.thetas + np.linspace(0, 8, N)[::-1]  # penalties from 0.02 to 50
+    errors, reports, state = path.run(solver)
+    assert max(errors) <= 1e-6
+    assert max(r.iterations for r in reports[-4:]) < 0.4 * reports[0].iterations
+    A = path.H + np.diag(np.exp(path.thetas[-1]))
+    known = np.log(np.array(np.from_dlpack(state.diagonal)) / np.diag(A))
+    assert np.ptp(known) < 0.3 * np.ptp(np.log(np.diag(A)))
+
+
 def test_an_indefinite_matrix_shares_starts_only() -> None:
     H = hessian()
     path = Path(H=H - 0.5 * np.eye(N))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from implicitdiff.errors import InputError
@@ -26,6 +26,10 @@ class Schedule(Record):
     def at(self, step: Any) -> Any:
         """Return the relative tolerance of that step (0, 1, …); ``step`` may be a 0-d array of floats."""
         raise NotImplementedError
+
+    def _shown(self) -> dict[str, Any]:
+        """All of its numbers: in a table of runs they are what is compared."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +60,7 @@ class Sweep(Schedule):
     --------
     >>> from implicitdiff import Sweep
     >>> Sweep(0.1, target=0.01)
-    Sweep(target=0.01)
+    Sweep(eta=0.1, target=0.01, most=20, check=8)
     """
 
     eta: float = 0.1
@@ -145,19 +149,19 @@ class Geometric(Schedule):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Summable(Schedule):
-    """Tolerances start / (k + 1)^power; with a power above 1 their sum is finite, and HOAG converges.
+    """Tolerances start / (k + 1)^power, whose sum is finite, so that HOAG converges.
 
     Parameters
     ----------
     start : float, default 0.1
         Of the first step.
     power : float, default 2
-        How fast they fall.
+        How fast they fall; above 1.
 
     Raises
     ------
     InputError
-        Where ``start`` is not between 0 and 1, or ``power`` not positive.
+        Where ``start`` is not between 0 and 1, or ``power`` not above 1: the sum would be infinite.
 
     References
     ----------
@@ -175,7 +179,7 @@ class Summable(Schedule):
 
     def __post_init__(self) -> None:
         _check("start", self.start, 0, 1)
-        _check("power", self.power)
+        _check("power", self.power, 1)
 
     def at(self, step: Any) -> Any:
         return self.start * (step + 1) ** -self.power

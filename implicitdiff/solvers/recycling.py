@@ -2,7 +2,8 @@
 
 CG (and MINRES, by one more recurrence) makes products A p along conjugate directions, and throws them away. Kept, with
 s = p/√(pᵀAp) and y = A s, k of them make the limited-memory BFGS matrix M ≈ A⁻¹ of the next system. With S, Y their
-rows, oldest first, R the upper triangle of S Yᵀ (its diagonal is one), and M₀ the preconditioner that there is, or γ I,
+rows, oldest first, R the upper triangle of S Yᵀ (its diagonal is one), and M₀ the preconditioner that there is, or
+γ D⁻¹,
 
     a = R⁻¹ S r,   z = M₀ (r − Yᵀ a),   M r = z + Sᵀ R⁻ᵀ (a − Y z),
 
@@ -12,6 +13,12 @@ known, so that pᵀA p / rᵀM r shows, without a product, how far A has moved f
 between 0.03 and 6, and where A was another it was mostly above 10. Then the pairs are dropped, and the solve goes on
 without them from where it is; so does one that takes more than twice the iterations of the latest without pairs.
 
+Every pair that there ever was has also moved the diagonal D, by the diagonal of the BFGS formula for A,
+
+    D ← D + y² − (D s)² / sᵀD s,
+
+so that the scales of the unknowns stay known when the pairs themselves have made room for later ones.
+
 A row of zeros stands for a pair that is not there.
 
 References
@@ -20,6 +27,8 @@ J. L. Morales, J. Nocedal, "Automatic preconditioning by limited memory quasi-Ne
 (2000) 1079-1096. DOI 10.1137/S1052623497327854
 R. H. Byrd, J. Nocedal, R. B. Schnabel, "Representations of quasi-Newton matrices and their use in limited memory
 methods", Math. Program. 63 (1994) 129-156. DOI 10.1007/BF01582063
+J. C. Gilbert, C. Lemaréchal, "Some numerical experiments with variable-storage quasi-Newton algorithms", Math. Program.
+45 (1989) 407-435. DOI 10.1007/BF01589113
 """
 
 from __future__ import annotations
@@ -32,6 +41,7 @@ from implicitdiff.linalg.preconditioner import Preconditioner
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.refinement import refinable, refined
 from implicitdiff.solvers.sequences import SequenceState, fitted, pairs_of, predicted
+from implicitdiff.tolerances import ROUNDED
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -52,6 +62,10 @@ class Memory(NamedTuple):
 
     directions: Array
     images: Array
+    diagonal: Array
+    """D."""
+    young: Any
+    """Whether that is I, whose unit the first pair tells."""
     written: Any
     ratio: Any
     """pᵀAp over what the preconditioner makes of it, on the first direction; 0 before."""
@@ -77,7 +91,22 @@ class Memory(NamedTuple):
         seen = space.where(go, curvature / space.where(go, model, one), space.scalar(0.0))
         ratio, size = space.where(self.ratio == 0, seen, self.ratio), space.norm(p)
         norm = space.maximum(self.norm, space.norm(ap) / space.where(size > 0, size, one))
-        return self._replace(directions=rows[0], images=rows[1], written=self.written + 1, ratio=ratio, norm=norm)
+        return self._replace(
+            directions=rows[0], images=rows[1], diagonal=self._diagonal(space, p, ap, curvature, go),
+            written=self.written + 1, ratio=ratio, norm=norm,
+        )  # fmt: skip
+
+    def _diagonal(self, space: Any, p: Array, ap: Array, curvature: Array, go: Array) -> Array:
+        """D with a pair more: the diagonal of the BFGS update of a diagonal matrix, where it goes on."""
+        one = space.scalar(1.0)
+        inverse = one / space.where(go, curvature, one)
+        unit = space.where(self.ratio == 0, space.where(self.young, inverse * space.inner(ap, ap), one), one)
+        D = space.scale(unit, space.copy(self.diagonal))
+        Dp = D * p
+        model = space.inner(p, Dp)
+        wider = space.scale(one + ROUNDED * space.eps, D)  # so that rounding does not make it negative
+        found = space.axpy(-one / space.where(model > 0, model, one), Dp * Dp, space.axpy(inverse, ap * ap, wider))
+        return space.select(go, found, self.diagonal)
 
     @property
     def strange(self) -> Array:
@@ -107,17 +136,20 @@ class Memory(NamedTuple):
         return self._replace(pivot=space.where(mask, -space.scalar(1.0), self.pivot))
 
 
-def limited_memory(backend: Backend, directions: Array, images: Array, base: Preconditioner) -> Preconditioner:
-    """Return M of pairs (*items, k, n) with sᵀy = 1, the oldest first, over a preconditioner or a multiple of I."""
+def limited_memory(
+    backend: Backend, directions: Array, images: Array, diagonal: Array, base: Preconditioner
+) -> Preconditioner:
+    """Return M of pairs (*items, k, n) with sᵀy = 1, the oldest first, over a preconditioner or a multiple of D⁻¹."""
     xp, S, Y = backend.xp, directions, images
     ST, YT = map(xp.matrix_transpose, (S, Y))
     unit = xp.eye(S.shape[-2], dtype=S.dtype, device=backend.device(S))
     inverse = backend.triangular_inverse(xp.triu(S @ YT, k=1) + unit)
     adjoint = xp.matrix_transpose(inverse)
     present = xp.astype(_present(xp, S, Y), S.dtype)
-    square = xp.sum(Y * Y, axis=(-2, -1))
+    weight = xp.where(diagonal > 0, 1 / divisor(xp, diagonal), xp.ones_like(diagonal))
+    square = xp.sum(xp.sum(Y * Y, axis=-2) * weight, axis=-1)
     count = xp.sum(present, axis=-1)
-    gamma = xp.where(square > 0, count / divisor(xp, square), xp.ones_like(square))[..., None]
+    gamma = xp.where(square > 0, count / divisor(xp, square), xp.ones_like(square))[..., None] * weight
 
     def product(r: Array) -> Array:
         a = times(inverse, times(S, r))
@@ -146,6 +178,7 @@ class _Found(NamedTuple):
     condition: Array
     directions: Array
     images: Array
+    diagonal: Array
     ratio: Array
     pace: Array
 
@@ -170,11 +203,13 @@ class _Resumed:
         self.xp, self.scaling = self.backend.xp, state.scaling
         self.right = b if self.scaling is None else self.scaling.scaled(b)
         self.space = self.backend.space(self.right)
-        self.S, self.Y = past.directions, past.images
+        self.S, self.Y, self.D = past.directions, past.images, past.diagonal
         self.start = predicted(self.backend, past) if extrapolated else None
         if self.scaling is not None:
             rows, columns = (part[..., None, :] for part in self.scaling)
             self.S, self.Y = self.S / columns, self.Y * rows
+            self._squares = self.scaling.rows * self.scaling.columns
+            self.D = self.D * self._squares
             self.start = None if self.start is None else self.scaling.start(self.start)
 
     def _number(self, value: Any, kind: Any = None) -> Array:
@@ -184,23 +219,29 @@ class _Resumed:
         return xp.broadcast_to(found, like.shape[:-1])
 
     def _run(
-        self, state: KrylovState, target: Array, start: Array | None, S: Array, Y: Array, most: Any = None,
-        fitting: tuple[float, float] = ANY,
+        self, state: KrylovState, target: Array, start: Array | None, pairs: tuple[Array, Array, Array],
+        most: Any = None, fitting: tuple[float, float] = ANY,
     ) -> _Found:  # fmt: skip
         xp, number, integer = self.xp, self._number, self.xp.int32
         zero, one = self.space.scalar(0.0), self.space.scalar(1.0)
-        memory = Memory(xp.asarray(S, copy=True), xp.asarray(Y, copy=True), 0, zero, one, *fitting, zero, zero)
+        S, Y, D = pairs
+        S, Y = (xp.asarray(part, copy=True) for part in (S, Y))
+        unknown = xp.all(D == 0, axis=-1)
+        young, D = self.space.largest(D) == 0, xp.where(unknown[..., None], xp.ones_like(D), D)
+        memory = Memory(S, Y, D, young, 0, zero, one, *fitting, zero, zero)
         x, status, counts, memory = self.solver._solve(state, target, start, memory, most)
         iterations, residual = number(counts.iterations, integer), number(counts.residual)
         gained = xp.log10(number(memory.first) / divisor(xp, residual))
         pace = xp.astype(iterations, residual.dtype) / xp.where(gained > 1, gained, xp.ones_like(gained))
         S, Y = (xp.roll(part, -(memory.written % S.shape[-2]), axis=-2) for part in memory[:2])
-        none = (number(memory.pivot) < 0)[..., None, None]
-        S, Y = (xp.where(none, xp.zeros_like(part), part) for part in (S, Y))
+        none = number(memory.pivot) < 0
+        S, Y = (xp.where(none[..., None, None], xp.zeros_like(part), part) for part in (S, Y))
+        none = none | (unknown & (number(memory.ratio) == 0))
+        D = xp.where(none[..., None], xp.zeros_like(D), memory.diagonal)
         condition = number(0.0 if counts.condition is None else counts.condition)
         return _Found(
             x, number(status, integer), iterations, number(counts.matvecs, integer), residual,
-            number(counts.operator_norm), number(counts.tolerance), condition, S, Y, number(memory.ratio), pace,
+            number(counts.operator_norm), number(counts.tolerance), condition, S, Y, D, number(memory.ratio), pace,
         )  # fmt: skip
 
     def solved(self) -> tuple[Array, Any, Counts, SequenceState]:
@@ -221,7 +262,8 @@ class _Resumed:
         one = xp.ones_like(past.scale)
         after = past._replace(
             scale=one if self.scaling is None else one * self.scaling.columns,
-            directions=self._unscaled(found.directions, 1), images=self._unscaled(found.images, 0), pace=found.pace,
+            directions=self._unscaled(found.directions, 1), images=self._unscaled(found.images, 0),
+            diagonal=found.diagonal if self.scaling is None else found.diagonal / self._squares, pace=found.pace,
             condition=found.condition, dropped=failed,
             used=xp.where(known & ~failed, count, xp.zeros_like(count)),
             drift=xp.where(known & (found.ratio != 0), xp.abs(found.ratio - 1), zero),
@@ -249,13 +291,14 @@ class _Resumed:
     def _assisted(self, known: Array) -> _Found:
         """Solve with the pairs, where there are some."""
         state, xp, past = self.state, self.xp, self.past
-        helper = limited_memory(self.backend, self.S, self.Y, state.preconditioner)
+        helper = limited_memory(self.backend, self.S, self.Y, self.D, state.preconditioner)
         decimals = -xp.log10(self._number(self.solver.tolerance(self.op, self.space)))
         most = xp.astype(GRACE + PATIENCE * decimals * past.pace, xp.int32)
         budget = most if self.right.shape[:-1] or self.backend.traced else int(most)
         found = self._run(
-            state._replace(preconditioner=helper), self._masked(known), self.start, self.S, self.Y, budget, FITTING
-        )
+            state._replace(preconditioner=helper), self._masked(known), self.start, (self.S, self.Y, self.D), budget,
+            FITTING,
+        )  # fmt: skip
         return found._replace(pace=past.pace, condition=past.condition)
 
     def _plain(self, wanted: Array, old: _Found | None) -> _Found:
@@ -267,7 +310,8 @@ class _Resumed:
         begin = start if self.backend.traced or old is not None or any_true(xp, self.past.count > 0) else None
         gone = wanted[..., None, None]
         S, Y = (xp.where(gone, xp.zeros_like(part), part) for part in (self.S, self.Y))
-        new = self._run(self.state, self._masked(wanted), begin, S, Y)
+        D = xp.where(wanted[..., None], xp.zeros_like(self.D), self.D)
+        new = self._run(self.state, self._masked(wanted), begin, (S, Y, D))
         if old is None:
             return new
         kept = [self._merged(wanted, a, b) for a, b in zip(new, old, strict=True)]

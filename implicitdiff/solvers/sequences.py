@@ -36,6 +36,8 @@ class SequenceState(NamedTuple):
     directions, images : array, shape (items…, k, n)
         Pairs p/√(pᵀAp) and A p/√(pᵀAp) of earlier solves, the oldest first; rows of zeros where there is none. k is the
         solver's ``recycle``.
+    diagonal : array, shape (items…, n)
+        What all pairs so far make of the diagonal of A, up to a factor; zeros before.
     scale : array, shape (items…, n)
         The unit of each unknown in which the systems are solved, found once; zeros before.
     pace : array, shape (items…)
@@ -54,6 +56,7 @@ class SequenceState(NamedTuple):
     count: Any = None
     directions: Any = None
     images: Any = None
+    diagonal: Any = None
     scale: Any = None
     pace: Any = None
     condition: Any = None
@@ -81,8 +84,8 @@ def fresh(xp: Any, shape: tuple[int, ...], dtype: Any, device: Any, pairs: int) 
 
     integer = xp.int32
     return SequenceState(
-        zeros(KEPT, n), zeros(kind=integer), zeros(pairs, n), zeros(pairs, n), zeros(n), zeros(), zeros(),
-        zeros(kind=integer), zeros(kind=xp.bool), zeros(),
+        zeros(KEPT, n), zeros(kind=integer), zeros(pairs, n), zeros(pairs, n), zeros(n), zeros(n), zeros(),
+        zeros(), zeros(kind=integer), zeros(kind=xp.bool), zeros(),
     )  # fmt: skip
 
 
@@ -130,6 +133,7 @@ def followed(state: SequenceState, xp: Any, x: Array, good: Array) -> SequenceSt
     return state._replace(
         solutions=xp.where(mask, solutions, xp.zeros_like(solutions)), count=count,
         directions=xp.where(mask, state.directions, nothing), images=xp.where(mask, state.images, nothing),
+        diagonal=xp.where(good[..., None], state.diagonal, xp.zeros_like(state.diagonal)),
         scale=xp.where(good[..., None], state.scale, xp.zeros_like(state.scale)),
     )  # fmt: skip
 
