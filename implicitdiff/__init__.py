@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from implicitdiff.outcome import Counts, Report, Status
     from implicitdiff.outer.driver import Bilevel, BilevelResult, bilevel
     from implicitdiff.outer.schedules import Fixed, Geometric, Summable, Sweep
+    from implicitdiff.outer.single_loop import SABA, SOBA
     from implicitdiff.outer.state import BilevelState
     from implicitdiff.quadratic import solve_qp
     from implicitdiff.registry import register_backend
@@ -114,6 +115,8 @@ __all__ = [
     "MINRES",
     "MINRESQLP",
     "QP",
+    "SABA",
+    "SOBA",
     "AccuracyWarning",
     "Auto",
     "BackendError",
@@ -207,8 +210,8 @@ __all__ = [
 
 _MODULES = (
     "errors", "error_estimate", "outcome", "registry", "solvers", "solvers.sequences", "conditions", "linalg.system",
-    "linearization", "decorator", "api", "conditions.multipliers", "quadratic", "outer.schedules", "outer.state",
-    "outer.driver", "tools.comparison", "tools.derivative_check", "tools.regularity",
+    "linearization", "decorator", "api", "conditions.multipliers", "quadratic", "outer.schedules", "outer.single_loop",
+    "outer.state", "outer.driver", "tools.comparison", "tools.derivative_check", "tools.regularity",
 )  # fmt: skip
 """Where the public names are, from the leaves up: one is looked for when it is first used, and loads what is below."""
 

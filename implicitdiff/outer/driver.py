@@ -16,6 +16,7 @@ from implicitdiff.outer.history import History, HistoryRow
 from implicitdiff.outer.loop import Steps
 from implicitdiff.outer.optimizers import SCIPY
 from implicitdiff.outer.schedules import Schedule, Sweep
+from implicitdiff.outer.single_loop import SOBA
 from implicitdiff.outer.state import BilevelState
 from implicitdiff.outer.whole import CAUSES, minimize_whole
 from implicitdiff.records import Record, brief
@@ -33,13 +34,14 @@ class BilevelResult(Record):
     Attributes
     ----------
     y : pytree
-        The inner solution at ``theta``, to the tolerance of the loop.
+        The inner solution at ``theta``, to the tolerance of the loop; of `SOBA` and `SABA`, where it has moved to.
     theta : pytree
         The parameters.
     status : Status
         ``CONVERGED`` where every gradient came to its tolerance, ``MAX_ITERATIONS`` where one did not; ``NON_FINITE``
-        where the loop stopped before one that is not finite. Of SciPy's optimizers: where they say so, where they do
-        not, and ``STAGNATED`` where the gradient at their end missed its tolerance.
+        where the loop stopped before one that is not finite; ``APPROXIMATE`` of `SOBA` and `SABA`, which have none. Of
+        SciPy's optimizers: where they say so, where they do not, and ``STAGNATED`` where the gradient at their end
+        missed its tolerance.
     history : History
         One row for each step; ``.table()``, ``.plot()``, ``.save(path)``.
     state : BilevelState
@@ -119,6 +121,8 @@ class Bilevel(Record):
             given = [name for name in names if getattr(self, name) is not None]
             if given:
                 raise InputError(f"{', '.join(given)}: optimizer={self.optimizer!r} runs the whole loop, and has none.")
+            if isinstance(self.tolerance, SOBA):
+                raise InputError(f"optimizer={self.optimizer!r} compares values; batches have others.\nNext: 'sgd'.")
         optimizer = "sgd" if self._whole else self.optimizer
         tolerance = self.tolerance
         if self._whole and isinstance(tolerance, Sweep):
@@ -200,7 +204,7 @@ class Bilevel(Record):
                 if self.callback is not None and self.callback(state) is True:
                     break
         y, _ = self._steps.finished(state) if rows else (state.y, None)
-        status = Status.NON_FINITE if stop else Status.MAX_ITERATIONS if missed else Status.CONVERGED
+        status = Status.NON_FINITE if stop else Status.MAX_ITERATIONS if missed else self.tolerance.ends
         if missed and not stop:
             stop = _missed(missed, len(rows))
             warn(stop, AccuracyWarning)
@@ -273,8 +277,10 @@ def bilevel(
         Of "adam" and "sgd", 0.1 by default; for a factory its ``lr``.
     steps : int
         Outer steps to take (with ``resume`` more of them); for SciPy's methods at most.
-    tolerance : Sweep, Fixed, Geometric or Summable
-        How accurate each gradient has to be. `Sweep` measures it; the others fix residuals in advance.
+    tolerance : Sweep, Fixed, Geometric, Summable, SOBA or SABA
+        How accurate each gradient has to be. `Sweep` measures it; the next three fix residuals in advance. `SOBA` and
+        `SABA` solve nothing: they move y, the adjoint and theta at once, on batches of samples, whose indices every
+        function takes as its last argument.
     solver : str or Solver
         For the linear systems. "auto": by products alone, loosely; a matrix that is given is factored. The tolerance of
         an instance is replaced by that of the step.

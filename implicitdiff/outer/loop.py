@@ -17,6 +17,7 @@ from implicitdiff.outer.history import HistoryRow
 from implicitdiff.outer.inner import Inner, inner_of
 from implicitdiff.outer.optimizers import optimizer_of
 from implicitdiff.outer.schedules import Schedule, Sweep
+from implicitdiff.outer.single_loop import SOBA
 from implicitdiff.outer.state import BilevelState, Past
 from implicitdiff.outer.sweeps import Corrected, adjoint_solved, begin, swept
 from implicitdiff.problem import Problem, problem_of
@@ -51,8 +52,11 @@ class Steps:
     def __post_init__(self) -> None:
         if not isinstance(self.tolerance, Schedule):
             raise InputError(
-                f"tolerance = {self.tolerance!r}: expected Sweep(), Fixed(rtol), Geometric() or Summable()."
+                f"tolerance = {self.tolerance!r}: expected Sweep(), Fixed(rtol), Geometric(), Summable(), "
+                "SOBA(samples) or SABA(samples)."
             )
+        if isinstance(self.tolerance, SOBA):
+            self.tolerance.check(as_condition(self.condition), self.inner, self.solver)
         parts = self.outer if isinstance(self.outer, tuple) else (self.outer,)
         if not all(map(callable, parts)) or len(parts) > 2:
             raise InputError("outer: expected a callable L(y, theta), or a pair (L, gradient) of callables.")
@@ -91,35 +95,71 @@ class Steps:
         problem = self.problem(y0, theta0)
         if not problem.backend.traced:
             with problem.backend.computing():
-                rules = Rules(problem, flat=True)  # raises for what is wrong with y0 and theta0
-                verify(problem, lambda: rules, "gradient")
+                args = self._on_batch(self.equations(problem), 0).problem.args
+                looked_at = replace(problem, args=args)
+                rules = Rules(looked_at, flat=True)  # raises for what is wrong with y0 and theta0
+                verify(looked_at, lambda: rules, "gradient")
         return self._compiled("_first", problem)(problem.args, y0, theta0)
+
+    def _on_batch(self, equations: Equations, step: Any) -> Equations:
+        """Return the equations on the batches of a step, where there are any."""
+        return self.tolerance.sampled(equations, step)[0] if isinstance(self.tolerance, SOBA) else equations
 
     def _first(self, backend: Any, args: tuple[Any, ...], y0: Any, theta0: Any) -> BilevelState:
         equations = self.equations(replace(self.problem(y0, theta0), backend=backend, args=args))
+        equations = self._on_batch(equations, 0)
         y, theta, xp = equations.y.vector, equations.theta.vector, backend.xp
         y, theta = xp.asarray(y, copy=True), xp.asarray(theta, copy=True)
-        theta = within(theta, equations.theta, bounds_of(self.bounds, equations.theta), self.project)
+        theta = within(theta, equations.theta, *self._limits(equations))
         spot, none = equations.at(y, theta), equations.count(0)
         u, nan = xp.zeros_like(spot.rules.embedded(y)), equations.number(float("nan"))
-        scale, gradients, products = nan, none, none
-        if not self.tolerance.measured:
+        scale, gradients, products, memory = nan, none, none, None
+        if isinstance(self.tolerance, SOBA):
+            scale, spent, memory = self.tolerance.first(spot)
+            products = none + equations.count(spent)
+        elif not self.tolerance.measured:
             sizes = [backend.space(x).size(x) for x in (spot.residual(), spot.product(spot.rules.embedded(y)))]
             scale, gradients, products = xp.maximum(*sizes), none + 1, none + 1
+        memory = memory if isinstance(self.tolerance, SOBA) else spot.memory()
         state = optimizer_of(self.optimizer, equations.theta, self.learning_rate).init(theta)
         past = Past(theta, xp.zeros_like(theta), xp.zeros_like(y), xp.zeros_like(u))
         gradient = equations.theta.unravel(xp.zeros_like(theta))
         infinite = equations.number(float("inf"))
         return BilevelState(
             equations.y.unravel(y), equations.theta.unravel(theta), gradient, gradients, products, none, nan, nan,
-            nan, nan, none == 0, u, state, past, infinite, scale, spot.memory(),
+            nan, nan, none == 0, u, state, past, infinite, scale, memory,
         )  # fmt: skip
 
     # -- a step --------------------------------------------------------------------------------------
     def step(self, state: BilevelState) -> BilevelState:
         """Make one step: the gradient at θ to the tolerance, and a step of the optimizer."""
         problem = self.problem(state.y, state.theta)
-        return self._compiled("_next", problem)(problem.args, state)
+        name = "_next_at_once" if isinstance(self.tolerance, SOBA) else "_next"
+        return self._compiled(name, problem)(problem.args, state)
+
+    def _next_at_once(self, backend: Any, args: tuple[Any, ...], state: BilevelState) -> BilevelState:
+        """Move y, the adjoint and θ by a step each, on the batches of the step."""
+        equations = self.equations(replace(self.problem(state.y, state.theta), backend=backend, args=args))
+        equations, blocks = self.tolerance.sampled(equations, state.step)  # type: ignore[attr-defined]
+        y, theta, xp = equations.y.vector, equations.theta.vector, backend.xp
+        spot, number = equations.at(y, theta), equations.number
+        d, F = self.tolerance.directions(spot, state.adjoint, blocks, state.memory)  # type: ignore[attr-defined]
+        shrink = self.tolerance.at(xp.astype(xp.asarray(state.step), y.dtype))
+        rho = state.scale * shrink
+        t = optimizer_of(self.optimizer, equations.theta, self.learning_rate)
+        moved, optimizer = t.update(theta, d.by_theta, state.optimizer)
+        moved = within(theta + shrink * (moved - theta), equations.theta, *self._limits(equations))
+        y, u = backend.detached(y - rho * d.by_y), backend.detached(state.adjoint - rho * d.by_u)
+        return state._replace(
+            y=equations.y.unravel(y), theta=equations.theta.unravel(moved),
+            gradient=equations.theta.unravel(d.by_theta), inner_gradients=state.inner_gradients + 1,
+            products=state.products + 1, step=state.step + 1, value=spot.value(),
+            gradient_norm=backend.space(theta).size(d.by_theta), error=number(float("nan")),
+            residual=backend.space(F).size(F), adjoint=u, optimizer=optimizer, memory=d.memory,
+        )  # fmt: skip
+
+    def _limits(self, equations: Equations) -> tuple[Any, Any]:
+        return bounds_of(self.bounds, equations.theta), self.project
 
     def _next(self, backend: Any, args: tuple[Any, ...], state: BilevelState) -> BilevelState:
         equations = self.equations(replace(self.problem(state.y, state.theta), backend=backend, args=args))
@@ -127,7 +167,7 @@ class Steps:
         s = self._gradient(equations, y, theta, state)
         t = optimizer_of(self.optimizer, equations.theta, self.learning_rate)
         moved, optimizer = t.update(theta, s.gradient, state.optimizer)
-        moved = within(moved, equations.theta, bounds_of(self.bounds, equations.theta), self.project)
+        moved = within(moved, equations.theta, *self._limits(equations))
         first = xp.asarray(state.step == 0)
         by = [xp.where(first, 0 * (new - old), new - old) for new, old in
               ((theta, state.past.theta), (s.y, y), (s.u, state.adjoint))]  # fmt: skip
@@ -179,6 +219,8 @@ class Steps:
     # -- the end -------------------------------------------------------------------------------------
     def finished(self, state: BilevelState) -> tuple[Any, Any]:
         """Return y at the θ that the latest update came to, and ‖F‖ there."""
+        if isinstance(self.tolerance, SOBA):
+            return state.y, state.residual
         problem = self.problem(state.y, state.theta)
         return self._compiled("_last", problem)(problem.args, state)
 

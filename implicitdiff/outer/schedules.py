@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from implicitdiff.errors import InputError
+from implicitdiff.outcome import Status
 from implicitdiff.records import Record
 
 __all__ = ["Fixed", "Geometric", "Schedule", "Summable", "Sweep"]
@@ -22,6 +23,8 @@ class Schedule(Record):
 
     measured = False
     """Whether the error of the gradient decides, and not a tolerance."""
+    ends = Status.CONVERGED
+    """What a loop is whose gradients all came to their tolerance."""
 
     def at(self, step: Any) -> Any:
         """Return the relative tolerance of that step (0, 1, …); ``step`` may be a 0-d array of floats."""

@@ -55,7 +55,7 @@ class BilevelState(NamedTuple):
         State of the optimizer.
     past, doubt, scale, memory : Past, float, float, SequenceState or None
         What the next step starts from, what estimates were wrong by, the size of F at the start of the loop, and what
-        solves leave to the next ones.
+        solves leave to the next ones. Of `SOBA` and `SABA`, ``scale`` is the step of y, and ``memory`` the table.
     """
 
     y: Any
