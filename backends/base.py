@@ -151,7 +151,7 @@ class Backend(ABC):
     stretch: float = 1.0
     """Factor of the steps of differences."""
 
-    def varied(self, stretch: float = 0.7) -> Any:
+    def varied(self, stretch: float) -> Any:
         """Return a copy whose differences are taken at steps that are longer by a factor."""
         other = copy.copy(self)
         other.stretch = stretch

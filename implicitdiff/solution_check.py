@@ -9,7 +9,9 @@ for some i. The first term is a relative error of the coordinate itself; the sec
 vector, so that entries that happen to be tiny raise no alarm. u is the unit of a coordinate as the scales of A show it,
 and j runs over the coordinates that A links with i, since it shows no more of units: hence nothing depends on them.
 Where that would be an alarm, the level is raised by what nobody can know: F at a y that is rounded (evaluated again,
-one rounding away), and y against the size of A⁻¹ B θ, where y itself is near 0.
+one rounding away), and y against the size of A⁻¹ B θ, where y itself is near 0. Where all of y is 0, and θ says
+nothing, there is no size at all, and F may be the rounding of its own terms: then it does not change as it has to along
+a part of the step.
 
 What F costs is looked at first: where ‖F‖ is so small against the scale of A that no step can be an alarm, there is
 none.
@@ -29,9 +31,12 @@ from implicitdiff.arrays import Array, any_true, divisor, quotient
 from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
-from implicitdiff.tolerances import FAR, SAFETY, SLACK, STEP_OF_COORDINATE, STEP_OF_VECTOR
+from implicitdiff.tolerances import ALIKE_ALONG, FAR, SAFETY, SLACK, STEP_OF_COORDINATE, STEP_OF_VECTOR
 
 __all__ = ["SolutionCheck", "Step", "levels"]
+
+PARTS = (2.0**-2, 2.0**-6, 2.0**-10, 2.0**-14)
+"""Of a step: of one that is far too long, too, F sees the last as its derivative does."""
 
 
 def levels(xp: Any, dtype: Any) -> tuple[float, float]:
@@ -199,14 +204,46 @@ class SolutionCheck:
             rows = self.xp.stack([F, *(b for _, b in others)])
             delta, usable, rcond = self.prepared.correction(rows)
             solved = [(f, delta[i + 1, ...], usable[i + 1, ...]) for i, (f, _) in enumerate(others)]
-            return self._judged(seen, self._of_y(delta[0, ...]), usable[0, ...] & doubt, rcond, solved)
-        delta, usable, rcond = self.prepared.correction(F)
-        delta = self._of_y(delta)
+            found = self._judged(seen, self._of_y(delta[0, ...]), usable[0, ...] & doubt, rcond, solved)
+            return self._confirmed(found, F, delta[0, ...])
+        F = self.backend.space(F).copy(F)  # which may be a buffer
+        step, usable, rcond = self.prepared.correction(F)
+        delta = self._of_y(step)
         found = self._judged(seen, delta, usable & doubt, rcond)
         if not self.backend.traced and not any_true(self.xp, found.unsolved):
             return found
         solved = [(f, *self.prepared.correction(b)[:2]) for f, b in self._others()]
-        return self._judged(seen, delta, usable & doubt, rcond, solved)
+        return self._confirmed(self._judged(seen, delta, usable & doubt, rcond, solved), F, step)
+
+    def _confirmed(self, found: Step, F: Any, step: Any) -> Step:
+        """Take back what is said of items in which all of y is 0, and F does not see the step: it is rounding."""
+        if self.maps.at is None or self.backend.mode is Mode.INLINE:
+            return found
+        blank = found.unsolved & (self._largest(self.point.y.vector) == 0)
+        real = self.backend.if_any(blank, lambda x: x & (~blank | self._sees(F, step)), found.unsolved)
+        return found._replace(unsolved=real, far=found.far & real)
+
+    def _sees(self, F: Any, step: Any) -> Array:
+        """Whether F(y − t A⁻¹F) is F − t F, multipliers held, for a t at which F may be linear."""
+        y, theta, n, scaling = self.point.y.vector, self.point.theta.vector, self.point.y.n, self.prepared.scaling
+        op, own, at = self.prepared.operator, self._of_y(step), self.maps.at
+        rows, W = None if scaling is None else scaling.rows, self.maps.scale
+        if op.n > n:
+            step = self.xp.where(self.xp.arange(op.n, device=op.device) < n, step, self.xp.zeros_like(step))
+        moved = _multiplied(op.matvec(step), rows)
+
+        def value(t: float) -> Any:
+            there = at(_each(lambda a, d: a - t * d, y, own), theta)  # type: ignore[misc]
+            return _multiplied(self.backend.space(F).copy(there) if W is None else W * there, rows)
+
+        here, size = value(0.0), self._norm(moved)
+        seen = self._norm(_each(lambda a, b: a - b, here, _multiplied(F, rows))) > SAFETY * self._norm(
+            _multiplied(F, rows)
+        )  # another function than F
+        for t in PARTS:
+            gap = self._norm(_each(lambda a, b, m, t=t: (a - b) + t * m, value(t), here, moved))
+            seen = seen | (gap <= ALIKE_ALONG * t * size)
+        return seen
 
     def _judged(self, seen: Step, delta: Any, usable: Array, rcond: Any, others: list[Any] | None = None) -> Step:
         """Compare a step with y, and with what is not known of y, from the solutions for `_others`, once they exist."""

@@ -5,10 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse
-from conftest import JAX, NUMPY, STRICT, TORCH, Library, relative_error, with_condition
+from conftest import JAX, NUMPY, STRICT, TORCH, Library, assert_told, outcome, relative_error, with_condition
 from generated import Posed, make
 
-from implicitdiff import Root, SingularError, Stationary, implicit_jacobian, implicit_vjp, linear_solve
+from implicitdiff import (
+    CG,
+    GMRES,
+    MINRES,
+    BiCGSTAB,
+    NotSymmetricError,
+    PreconditionerError,
+    Root,
+    SingularError,
+    Stationary,
+    implicit_jacobian,
+    implicit_vjp,
+    linear_solve,
+)
 from implicitdiff.linalg.equilibration import of_matrix, of_sparse
 from implicitdiff.registry import get_backend
 
@@ -191,3 +204,45 @@ def test_small_trees_in_mixed_units_are_assembled() -> None:
     p = Posed(it, it.units(np.array([1e3, 1e-3, 1e2, 1e-2])), JAX[0], "autodiff", "float32", tree=True)
     found = p.base("vjp", p.call(p.condition(), "vjp", solver="gmres")())
     assert relative_error(NUMPY, found, it.truth("vjp")) < 1e-4
+
+
+@libraries
+@pytest.mark.parametrize("solver", [CG, MINRES, GMRES, BiCGSTAB], ids=lambda s: s.name)
+@pytest.mark.parametrize("fits", [True, False], ids=["in-the-units", "identity"])
+def test_a_preconditioner_hides_no_units(lib: Library, solver: type, fits: bool) -> None:
+    """With a preconditioner in the units of A or in none, each entry is right in its own, or it is told."""
+    M, b, x = scaled_system("definite", 5, n=8)
+    P = lib.array(np.diag(1 / np.diag(M)) if fits else np.eye(8))
+    found = outcome(lambda: linear_solve(lib.array(M), lib.array(b), solver=solver(preconditioner=P, maxiter=200)))
+    assert found.quiet or not fits
+    if found.error is None:
+        assert np.max(np.abs(lib.numpy(found.value) - x) / np.abs(x)) <= 1e-6
+
+
+@pytest.mark.parametrize("solver", [CG, MINRES], ids=lambda s: s.name)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_preconditioner_that_is_not_symmetric_in_any_units(solver: type, seed: int) -> None:
+    """It is found wherever the solve ends without the solution, and is what is blamed."""
+    M, b, _ = scaled_system("definite", seed, n=8)
+    P = np.eye(8) + 5 * np.eye(8, k=1)
+    found = outcome(lambda: linear_solve(M, b, solver=solver(preconditioner=P, maxiter=200)))
+    assert_told(found, PreconditionerError, "not symmetric positive definite")
+
+
+@libraries
+@pytest.mark.parametrize("solver", ["gmres", "cg", "minres"])
+@pytest.mark.parametrize("seed", range(4))
+def test_asymmetry_is_seen_in_any_units(lib: Library, solver: str, seed: int) -> None:
+    """One column that counts half as much again, in any of the units."""
+    n = 20
+    A, _ = with_condition(n, 30.0, seed)
+    D = units(n, seed + 1)
+    A[:, seed] *= 1.5
+    M, cotangent = A / D / D[:, None], np.random.default_rng(seed).standard_normal(n) / D
+    product, y = lib.array(M), lib.array(np.linspace(0.5, 1.5, n) * D)
+    condition = Stationary(
+        grad=lambda y, t: product @ y - t, hvp=lambda y, t, v: product @ v, mixed_vjp=lambda y, t, u: -u,
+        mixed_jvp=lambda y, t, d: -d, verify=False,
+    )  # fmt: skip
+    found = outcome(lambda: implicit_vjp(condition, y, product @ y, lib.array(cotangent), solver=solver))
+    assert isinstance(found.error, NotSymmetricError), found.text

@@ -92,10 +92,15 @@ ONCE = {
         1002530: "what cancels in I - T where the solution is small", 1023754: "not symmetric, seen by some columns",
         1202177: "noise of products above a limit", 1208613: "singular to what cancels in I - T",
         1305660: "rounding of a row is no kink of an entry",
+        1505365: "entries of a symmetric A are rounded in pairs", 1501569: "a preconditioner hid units",
+        1307848: "and with it what it is", 1204474: "asymmetry in mixed units",
+        1207075: "two opinions that agreed by accident", 2006489: "noise that counted twice in I - T",
+        5006727: "single precision, told too late",
     },
     "torch": {
         500094: "singular in single precision", 501514: "the same", 504001: "off, in a unit of its own",
         706231: "blamed on a Hessian", 800509: "a fixed point under gmres",
+        2006152: "bicgstab in single precision",
     },
     "jax": {600641: "minres with a matrix, ill-conditioned", 1002331: "mixed units, compiled"},
 }  # fmt: skip

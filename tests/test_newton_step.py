@@ -265,3 +265,62 @@ def test_the_message_is_five_lines_and_no_more():
     (found,) = caught
     assert len(str(found.message).splitlines()) <= 5
     assert "first order in that step" in str(found.message)
+
+
+# -- y is 0, and nothing says in what unit ---------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("seed", range(8))
+@three
+def test_20_all_of_y_is_zero_and_F_is_the_rounding_of_its_terms(lib, seed, dtype, solver):
+    """Xᵀ s is 0 but for rounding, s and X are data, and B is 0 where y is: no size to hold F against but its terms'."""
+    rng = np.random.default_rng(seed)
+    X = np.linalg.qr(rng.standard_normal((9, 4)))[0] * 3
+    s = rng.standard_normal(9)
+    s -= X @ (X.T @ s) / 9
+    X, Xt, s, zero, v, one = (
+        lib.array(x.astype(dtype)) for x in (X, X.T.copy(), s, np.zeros(4), rng.standard_normal(4), np.full(1, 0.01))
+    )
+    condition = Stationary(
+        grad=lambda y, t, s: Xt @ (X @ y - s) + t[0] * y, hvp=lambda y, t, v, s: Xt @ (X @ v) + t[0] * v,
+        mixed_vjp=lambda y, t, u, s: lib.xp.sum(u * y)[None], mixed_jvp=lambda y, t, d, s: d[0] * y,
+    )  # fmt: skip
+    F = lib.numpy(Xt @ s)
+    assert 0 < np.linalg.norm(F) < 100 * np.finfo(dtype).eps
+    found = outcome(lambda: vjp(condition, zero, one, v, args=(s,), solver=solver))
+    assert not any(isinstance(w, NotASolutionWarning) for w in found.warnings), found.text
+    # and where it is more than rounding it is told, in whatever unit
+    moved = s + X @ lib.array(np.full(4, 1e-2, dtype=dtype))
+    found = outcome(lambda: vjp(condition, zero, one, v, args=(moved,), solver=solver))
+    assert_told(found, NotASolutionWarning, "y is not a solution")
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1.0, 1e6])
+@pytest.mark.parametrize("curved", [False, True])
+def test_59_zero_is_no_solution_in_any_unit(unit, curved, solver):
+    """y = 0 is a guess: F is of the size of its terms, linear or not, and its step may be far too long."""
+    goal = unit * np.array([1.0, 2.0, -1.5])
+    bend = (lambda z: np.exp(3 * z) - 1) if curved else (lambda z: z)
+    slope = (lambda z: 3 * np.exp(3 * z)) if curved else np.ones_like
+    condition = Root(
+        lambda y, t, goal: bend(y / unit) - bend(goal / unit) + t[0] * y / unit,
+        jvp=lambda y, t, v, goal: (slope(y / unit) + t[0]) * v / unit,
+        vjp=lambda y, t, v, goal: (slope(y / unit) + t[0]) * v / unit,
+        mixed_vjp=lambda y, t, u, goal: np.sum(u * y)[None] / unit, mixed_jvp=lambda y, t, d, goal: d[0] * y / unit,
+    )  # fmt: skip
+    found = outcome(lambda: vjp(condition, np.zeros(3), np.full(1, 1e-3), np.ones(3) / unit, args=(goal,),
+                                solver=solver))  # fmt: skip
+    assert_told(found, NotASolutionWarning, "y is not a solution")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_20_a_constrained_solution_at_zero(seed):
+    """The cone G y <= 0, left by none: q is a combination of its rows, and θ weighs what is 0 where y is."""
+    rng = np.random.default_rng(seed)
+    n, k = 5, 3
+    M, G, lam = rng.standard_normal((n, n)), rng.standard_normal((k, n)), rng.uniform(0.1, 1.0, k)
+    Q, q = M @ M.T + np.eye(n), -G.T @ lam
+    condition = KKT(
+        lambda y, t: t[0] * (y @ Q @ y) / 2 + q @ y, ineq=lambda y, t: G @ y, grad=lambda y, t: t[0] * (Q @ y) + q,
+        hessian=lambda y, t: t[0] * Q, ineq_jacobian=lambda y, t: G, degenerate="select",
+    )  # fmt: skip
+    assert outcome(lambda: vjp(condition, np.zeros(n), np.ones(1), rng.standard_normal(n))).quiet

@@ -203,9 +203,11 @@ class Operator(LinearMap):
         """Relative error of A by rounding.
 
         It is not the worst that rounding may do, but what it usually does: a product may be exact (of a matrix, say),
-        but for the rounding of its entries. What cancels in I − ∂T is known to the rounding of 1.
+        but for the rounding of its entries. It averages over as many of them as a row has; of a symmetric A, whose
+        entries are rounded in pairs, over (n + 1) / 2. What cancels in I − ∂T is known to the rounding of 1.
         """
-        part = max(ROUNDING / max(self.n, 1) ** 0.5, ROUNDING_LEAST)
+        apart = (self.n + 1) / 2 if self.symmetric else max(self.n, 1)
+        part = max(ROUNDING / apart**0.5, ROUNDING_LEAST)
         return (0.5 if self.offset else part) * float(self.backend.xp.finfo(self.dtype).eps)
 
     @property

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array
 from implicitdiff.errors import InputError, ShapeError
 from implicitdiff.linalg.operator import LinearMap, Operator, checked_product, matrix_map
+
+if TYPE_CHECKING:
+    from implicitdiff.linalg.equilibration import Scaling
 
 __all__ = ["Preconditioner", "as_preconditioner", "is_valid"]
 
@@ -21,10 +24,29 @@ class Preconditioner:
     ----------
     matvec, rmatvec : callable or None
         None for ``matvec`` is the identity; ``rmatvec`` None says that only M is known.
+    unscaled : Preconditioner, optional
+        What it was before it was scaled as the system is.
     """
 
     matvec: Callable[[Array], Array] | None = None
     rmatvec: Callable[[Array], Array] | None = None
+    unscaled: Preconditioner | None = None
+
+    @property
+    def given(self) -> Preconditioner:
+        """M in the units in which it was given."""
+        return self.unscaled or self
+
+    def scaled(self, scaling: Scaling | None) -> Preconditioner:
+        """Return C⁻¹ M R⁻¹, which preconditions R A C as M does A: the iterates are the same, the norm is not."""
+        if scaling is None or self.identity:
+            return self
+
+        def between(product: Callable[[Array], Array] | None, scaling: Scaling) -> Callable[[Array], Array] | None:
+            return None if product is None else lambda x: scaling.start(product(scaling.residual(x)))
+
+        forward, adjoint = between(self.matvec, scaling), between(self.rmatvec, scaling.transpose())
+        return Preconditioner(forward, adjoint, self)
 
     @property
     def identity(self) -> bool:
@@ -42,7 +64,8 @@ class Preconditioner:
                 "preconditioner: the transposed system needs Mᵀ, and only M is known.\n"
                 "Give a matrix, a LinearOperator with rmatvec, or the pair (M, Mᵀ) of callables."
             )
-        return Preconditioner(self.rmatvec, self.matvec)
+        before = None if self.unscaled is None else self.unscaled.transpose()
+        return Preconditioner(self.rmatvec, self.matvec, before)
 
 
 def is_valid(preconditioner: Preconditioner, space: Any, b: Array, *, definite: bool) -> Array:

@@ -157,7 +157,7 @@ class Prepared:
             x, status, counts = self.solver.solve(state, b, x0)
         status = xp.asarray(status, device=op.device)
         looked = carried is not None and looked_at(carried, op.backend, status)
-        status, counts, probes = _verify(used, b, x, status, counts, self.solver, looked=looked)
+        status, counts, probes = _verify(used, b, x, status, counts, self, looked=looked)
         consistent = getattr(self.solver, "consistent", False)
         x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
         if not self.least_squares:
@@ -274,10 +274,10 @@ def _empty(op: Operator, b: Array) -> Solution:
 
 
 def _verify(
-    op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any, *, looked: bool = False
+    op: Operator, b: Array, x: Array, status: Array, counts: Counts, prepared: Prepared, *, looked: bool = False
 ) -> tuple[Array, Counts, int]:
     """Recompute what the solver did not tell, and check a symmetry that was only declared."""
-    xp = op.backend.xp
+    xp, solver = op.backend.xp, prepared.solver
     if not getattr(solver, "verified", False):
         size, residual = item_norm(xp, b), item_norm(xp, b - op.matvec(x))
         safe = divisor(xp, size)
@@ -289,22 +289,24 @@ def _verify(
         wrong = (claimed == 0) & ~(counts.residual <= rtol)
         status = xp.where(wrong, xp.full_like(claimed, int(Status.STAGNATED)), claimed)
     if counts.rcond is None and not op.trusted and not looked:
-        status, probes = _check_symmetry(op, b, x, status, counts, solver)
+        status, probes = _check_symmetry(op, b, x, status, counts, prepared)
         return status, counts, probes
     return status, counts, 0
 
 
-def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Counts, solver: Any) -> tuple[Array, int]:
+def _check_symmetry(
+    op: Operator, b: Array, x: Array, status: Array, counts: Counts, prepared: Prepared
+) -> tuple[Array, int]:
     # Where A is only said to be symmetric, the solve of Aᵀ u = v was replaced by one of A u = v. For a vector z
     # without structure, <A z, u> - <z, v> is the residual of the *transposed* system along z: one product
     # tells whether u solves that one, too. After a failure it tells whether asymmetry is the cause.
-    backend = op.backend
+    backend, solver = op.backend, prepared.solver
     failing = status > int(Status.APPROXIMATE)
     failed = needed(backend, failing)
     only, inexact = getattr(solver, "symmetric_only", False), getattr(solver, "approximate", False)
     if not (op.symmetric or ((failed or inexact) and only)):
         return status, 0
-    image = b  # after a success A x = b up to the residual
+    scaling, image = prepared.scaling, b  # after a success A x = b up to the residual
     if failed:  # x may be zero, or NaN: A b in place of A x
         space = backend.space(x)
         x = space.select(backend.xp.broadcast_to(failing, space.items), b, x)
@@ -314,7 +316,7 @@ def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Cou
         image = backend.if_any(failing, lambda _: op.matvec(x), b)
 
     def compare(status: Array) -> Array:
-        return _compare(op, b, x, image, status, counts, failing)
+        return _compare(op, scaling, b, x, image, status, counts, failing)
 
     # where nothing was said of A, and the method is one for symmetric matrices: worth it after a failure only
     status = compare(status) if op.symmetric or inexact else backend.if_any(failing, compare, status)
@@ -323,14 +325,18 @@ def _check_symmetry(op: Operator, b: Array, x: Array, status: Array, counts: Cou
 
 
 def _compare(
-    op: Operator, b: Array, x: Array, image: Array, status: Array, counts: Counts, failing: Array
+    op: Operator, scaling: Any, b: Array, x: Array, image: Array, status: Array, counts: Counts, failing: Array
 ) -> Array:  # fmt: skip
-    """NOT_SYMMETRIC where <A z, x> differs from <z, A x>."""
+    """NOT_SYMMETRIC where <A z, x> differs from <z, A x>, each coordinate of z and x in its unit."""
     xp = op.backend.xp
     space = op.backend.space(x)
     one = op.backend.space(_first(op, x))
     z = one.probe()
-    az = op.matvec(z)
+    if scaling is None:
+        az = op.matvec(z)
+    else:  # C A C and C⁻¹ x
+        az = scaling.scaled(op.matvec(scaling.restored(z)))
+        x, image = scaling.start(x), scaling.scaled(image)
     # scalars of a vector space may be the host's own numbers
     gap = xp.abs(xp.asarray(_inner(space, az, x) - _inner(space, z, image), device=op.device))
     residual = xp.asarray(counts.residual, device=op.device)

@@ -160,10 +160,10 @@ class Krylov(Solver):
 
     def init(self, operator: Operator) -> KrylovState:
         operator = operator.settled()
-        if self.preconditioner is not None:  # it makes the norm in which the system is seen
-            return KrylovState(operator, as_preconditioner(self.preconditioner, operator))
         scaling = of_operator(operator, symmetric=self.symmetric_only)
-        return KrylovState(equilibrated(operator, scaling), Preconditioner(), scaling)
+        given = self.preconditioner
+        M = Preconditioner() if given is None else as_preconditioner(given, operator).scaled(scaling)
+        return KrylovState(equilibrated(operator, scaling), M, scaling)
 
     def transpose(self, state: KrylovState) -> KrylovState:
         operator = state.operator.transpose()
@@ -241,7 +241,7 @@ class Krylov(Solver):
         condition = end.condition if state.preconditioner.identity else None
         if condition is not None and op.offset and state.scaling is not None and not is_tree_vector(b):
             norm = backend.xp.asarray(known, device=op.device) * op.n**0.5
-            more = space.xp.asarray(cancelled(backend.xp, op, state.scaling, norm, end.x) / op.rounding)
+            more = space.xp.asarray(cancelled(backend.xp, op, state.scaling, norm, end.x) / op.resolution)
             condition = condition * space.maximum(space.scalar(1.0), more)
         counts = Counts(end.iterations, end.matvecs, residual, known, None, end.tolerance, condition)
         found = space.scale(scale, end.x), status, counts
@@ -316,7 +316,10 @@ class Krylov(Solver):
             return status
 
         def ask(old: Array) -> Array:
-            valid = is_valid(state.preconditioner, space, unit(), definite=self.symmetric_only)
+            M, scaling, definite = state.preconditioner, state.scaling, self.symmetric_only
+            valid = is_valid(M, space, unit(), definite=definite)
+            if scaling is not None:  # in the units in which it was given, too: either may hide what is wrong
+                valid = valid & is_valid(M.given, space, scaling.residual(unit()), definite=definite)
             return space.where(failed & ~valid, int(Status.BAD_PRECONDITIONER), old)
 
         return backend.if_any(failed, ask, status)

@@ -101,7 +101,7 @@ class BiCGSTAB(Krylov):
             start.x, start.r, space.copy(start.r), space.zeros(), space.zeros(), zero, zero, zero, count, start.active,
             count, count, 0, zero, space.scalar(math.inf), size, size,
         )  # fmt: skip
-        most = GROWTH * size
+        most = GROWTH.of(space.eps) * size
 
         def step(s: _State) -> _State:
             half = _first_half(s, state, space)

@@ -102,7 +102,7 @@ class Chebyshev(Approximation):
             rho = space.where(s.active, one / (2 * sigma - s.rho), s.rho)
             d = space.axpy(go * 2 * rho / half, r, space.scale(space.where(s.active, rho * s.rho, one), s.d))
             norm = space.where(s.active, space.norm(r), s.size)
-            grown = s.active & (norm > GROWTH * size)
+            grown = s.active & (norm > GROWTH.of(space.eps) * size)
             status = space.where(grown, int(Status.DIVERGED), s.status)
             terms = space.where(s.active, s.terms + 1, s.terms)
             return _State(x, r, d, rho, norm, s.active & ~grown & space.isfinite(norm), status, terms, s.turn + 1)

@@ -34,17 +34,17 @@ def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Arr
 
 def cancelled(xp: Any, operator: Any, scaling: Any, norm: Array, x: Array) -> Array:
     """Relative error of an equilibrated I − ∂T on x: what is left of the diagonal is known to the rounding of 1."""
-    error = operator.offset * max(operator.accuracy, 0.5 * float(xp.finfo(operator.dtype).eps))
+    error = operator.offset * operator.resolution
     length = item_norm(xp, x)
     moved = length if scaling is None else item_norm(xp, scaling.rows * scaling.columns * x)
     return error * moved / divisor(xp, norm / math.sqrt(operator.n) * length)
 
 
 def amplification(xp: Any, operator: Any, scaling: Any, norm: Array, rcond: Array, x: Array) -> Array | None:
-    """What rounding of A is multiplied by, where that is more than 1/rcond: A is what is left of I − ∂T; else None."""
+    """What an error of A is multiplied by, where that is more than 1/rcond: A is what is left of I − ∂T; else None."""
     if not operator.offset:
         return None
-    error, usable = cancelled(xp, operator, scaling, norm, x) / operator.rounding, rcond > 0
+    error, usable = cancelled(xp, operator, scaling, norm, x) / operator.resolution, rcond > 0
     error = xp.where(error > 1, error, xp.ones_like(error))
     return quotient(xp, error, rcond, usable)
 

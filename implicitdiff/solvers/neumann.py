@@ -64,7 +64,7 @@ def _series(state: ApproximateState, space: Any, r: Array, terms: int) -> Applie
         t = space.axpy(-a, op.matvec(s.t), s.t)
         x = space.axpy(a, t, s.x)
         norm = space.where(s.active, space.norm(t), s.size)
-        grown = s.active & (norm > GROWTH * size)
+        grown = s.active & (norm > GROWTH.of(space.eps) * size)
         status = space.where(grown, int(Status.DIVERGED), s.status)
         done = space.where(s.active, s.terms + 1, s.terms)
         return _Sum(x, t, norm, s.active & ~grown & space.isfinite(norm), status, done, s.turn + 1)
