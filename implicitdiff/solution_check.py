@@ -233,7 +233,7 @@ class SolutionCheck:
         moved = _multiplied(op.matvec(step), rows)
 
         def value(t: float) -> Any:
-            there = at(_each(lambda a, d: a - t * d, y, own), theta)  # type: ignore[misc]
+            there = at(_each(lambda a, d: a - t * d, y, own), theta)
             return _multiplied(self.backend.space(F).copy(there) if W is None else W * there, rows)
 
         here, size = value(0.0), self._norm(moved)

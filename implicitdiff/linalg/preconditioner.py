@@ -105,7 +105,8 @@ def as_preconditioner(given: Any, operator: Operator) -> Preconditioner:
     if isinstance(given, tuple):
         if len(given) != 2 or not all(callable(part) for part in given):
             raise InputError("preconditioner: a tuple is the pair of callables (M, Mᵀ).")
-        return Preconditioner(*(checked_product(operator, part, "preconditioner") for part in given))
+        forward, adjoint = (checked_product(operator, part, "preconditioner") for part in given)
+        return Preconditioner(forward, adjoint)
     if hasattr(given, "shape"):
         return _from_matrix(given, operator)
     if callable(given):
