@@ -250,6 +250,8 @@ class SolutionCheck:
         y, units, xp = self.point.y.vector, self._units(), self.xp
         space, step = self.backend.space(y), _each(xp.abs, delta)
         reach, slack = self._scales(_each(lambda d, y: d > self.tolerance * xp.abs(y), step, y), rcond, others)
+        # what is solved together is known to the rounding of the largest, also where A links it with nothing
+        slack = xp.maximum(slack, SAFETY * self.eps * self._beside(self._largest(self._parts(delta))))
         least, away = xp.maximum(self.floor * reach, slack), xp.maximum(FAR * reach, slack)
 
         def over(d: Array, y: Array, unit: Array) -> Array:

@@ -11,7 +11,16 @@ import pytest
 import scipy.sparse
 from conftest import JAX, NUMPY, PLAIN, Library, assert_told, outcome, with_condition
 
-from implicitdiff import KKT, NotASolutionWarning, Root, Stationary, implicit_function, implicit_grad, implicit_jvp
+from implicitdiff import (
+    KKT,
+    NotASolutionWarning,
+    Root,
+    SingularError,
+    Stationary,
+    implicit_function,
+    implicit_grad,
+    implicit_jvp,
+)
 from implicitdiff import implicit_vjp as vjp
 
 three = pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
@@ -324,3 +333,31 @@ def test_20_a_constrained_solution_at_zero(seed):
         hessian=lambda y, t: t[0] * Q, ineq_jacobian=lambda y, t: G, degenerate="select",
     )  # fmt: skip
     assert outcome(lambda: vjp(condition, np.zeros(n), np.ones(1), rng.standard_normal(n))).quiet
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", ["auto", "cg", "minres", "gmres", "lu", "lsmr", "pinv"])
+@pytest.mark.parametrize("singular", ["raise", "gauge", "minimum-norm"])
+def test_20_a_unit_that_never_fires(singular, name, dtype):
+    """A row and a column of zeros, F exactly 0 there, and y, too: a flat direction, and no word of a solution."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        alive = np.array([0, 1, 3, 4, 6, 7])
+        M, A, y, v, noise = rng.standard_normal((6, 6)), np.zeros((8, 8)), np.zeros(8), np.zeros(8), np.zeros(8)
+        A[np.ix_(alive, alive)] = M @ M.T + np.eye(6)
+        y[alive], noise[alive], v[alive] = rng.standard_normal((3, 6))
+        v[2] = singular == "raise"  # the cotangent sees it
+        A, y, v, noise = (x.astype(dtype) for x in (A, y, v, noise))
+        theta = ((A @ y) * (1 + 1e-7 * noise)).astype(dtype)
+        condition = Stationary(
+            grad=lambda y, t, A: A @ y - t, hvp=lambda y, t, v, A: A @ v, mixed_vjp=lambda y, t, u, A: -u,
+            mixed_jvp=lambda y, t, d, A: -d, singular=singular,
+        )  # fmt: skip
+        found = outcome(lambda: vjp(condition, y, theta, v, args=(A,), solver=name))
+        assert not any(isinstance(w, NotASolutionWarning) for w in found.warnings), found.text
+        if singular == "raise":
+            assert isinstance(found.error, SingularError), found.text
+        y[0] *= 1.1  # off elsewhere, that is told, with its coordinate
+        found = outcome(lambda: vjp(condition, y, theta, v, args=(A,), solver=name))
+        if singular == "gauge":
+            assert_told(found, NotASolutionWarning, r"Newton's step from y\[0\]")

@@ -12,7 +12,7 @@ from conftest import LIBRARIES, TORCH, Library, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicitdiff import LSMR, MINRESQLP, Pinv, SingularError, Stationary, Status, implicit_vjp, linear_solve
+from implicitdiff import GMRES, LSMR, MINRESQLP, Pinv, SingularError, Stationary, Status, implicit_vjp, linear_solve
 from implicitdiff.solvers import get_solver, suitable
 
 LIBS = pytest.mark.parametrize("lib", [*LIBRARIES[:2], *TORCH], ids=lambda lib: lib.name)
@@ -194,3 +194,54 @@ def test_torch_differentiates_least_squares(solver: str) -> None:
     check = torch.autograd.gradcheck
     assert check(solve, (tall.requires_grad_(), b), atol=1e-6, check_forward_ad=True)
     assert check(through_factors, (tall, wide.requires_grad_(), b), atol=1e-6, check_forward_ad=True)
+
+
+def path_graph(n: int) -> Any:
+    """The Laplacian of a path: singular, and its least other eigenvalue is about (π / n)²."""
+    return scipy.sparse.diags_array(
+        [np.r_[1.0, 2 * np.ones(n - 2), 1.0], -np.ones(n - 1), -np.ones(n - 1)], offsets=[0, 1, -1]
+    ).tocsr()
+
+
+@pytest.mark.parametrize("symmetric", [None, True])
+@pytest.mark.parametrize("solver", ["gmres", "auto", "cg", "minres"])
+def test_a_long_chain_without_a_solution_is_singular(solver: str, symmetric: bool | None) -> None:
+    """GMRES forgets at each restart, and would take 10 n iterations to nothing."""
+    n = 5000
+    L, b = path_graph(n), np.random.default_rng(0).standard_normal(n)
+    if solver == "auto" and symmetric is None:
+        n = 4500  # above what is factored
+        L, b = path_graph(n), b[:n]
+    options: dict[str, Any] = {"symmetric": symmetric, "return_report": True, "on_failure": "ignore"}
+    _, report = linear_solve(lambda v: L @ v, b, solver=GMRES(restart=30) if solver == "gmres" else solver, **options)
+    assert report.status == Status.SINGULAR
+    assert report.iterations <= 2 * n
+
+
+@pytest.mark.parametrize("restart", [10, None])
+def test_gmres_that_stands_still_on_a_symmetric_matrix_gets_there(restart: int | None) -> None:
+    """The path with one end held is regular, at a condition number of 4e5; what is not symmetric stays with GMRES."""
+    n = 1500
+    L = (path_graph(n) + scipy.sparse.coo_array(([1.0], ([0], [0])), shape=(n, n))).tocsr()
+    x = np.random.default_rng(1).standard_normal(n)
+    found, report = linear_solve(lambda v: L @ v, L @ x, solver=GMRES(restart=restart), return_report=True)
+    assert (report.solver, bool(report.converged)) == ("minres", True)
+    assert np.linalg.norm(found - x) <= 1e-4 * np.linalg.norm(x)
+    turned = scipy.sparse.csr_array(L + scipy.sparse.diags_array([0.5 * np.ones(n - 1)], offsets=[1]))
+    options: dict[str, Any] = {"return_report": True, "on_failure": "ignore", "solver": GMRES(restart=10, maxiter=2000)}
+    assert linear_solve(lambda v: turned @ v, turned @ x, **options)[1].solver == "gmres"
+
+
+@LIBS
+def test_items_of_a_batch_are_handed_on_one_by_one(lib: Library) -> None:
+    """What GMRES solves stays as it is, beside a chain that it does not."""
+    n, x = 200, np.random.default_rng(2).standard_normal((2, 200))
+    held = path_graph(n).toarray()
+    held[0, 0] += 1
+    A = np.stack([np.eye(n) + 0.1 * held, held])
+    b, solver = (A @ x[..., None])[..., 0], GMRES(restart=5)
+    found, report = linear_solve(lib.array(A), lib.array(b), solver=solver, batched=True, return_report=True)
+    assert lib.numpy(report.converged).all()
+    assert np.linalg.norm(lib.numpy(found) - x) <= 1e-4 * np.linalg.norm(x)
+    alone = linear_solve(lib.array(A[:1]), lib.array(b[:1]), solver=solver, batched=True)
+    np.testing.assert_allclose(lib.numpy(found)[0], lib.numpy(alone)[0], rtol=1e-12)

@@ -160,6 +160,8 @@ class Auto(Solver):
         if op.symmetric and op.positive_definite is False:
             first, why = MINRES(**options), f"{why} and indefinite"
         state.methods = methods = [(first.name, why)]
+        if first.name == "gmres":
+            methods.append(("minres", f"{why}; gmres stood still, and A is symmetric"))
         result = self._run(state, first, b, x0)
         if first.name == "cg":
             negative = xp.asarray(result[1] == int(Status.NOT_POSITIVE_DEFINITE))

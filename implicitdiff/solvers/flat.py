@@ -128,7 +128,7 @@ class OnRange(Solver):
     def describe(self, state: _State) -> list[tuple[str, str]]:
         method, made = state.first
         why = f"singular={self.singular!r}"
-        names = [(name, f"{reason}; {why}") for name, reason in methods_of(method, made)]
+        names = [(name, f"{reason}; {why}") for name, reason in methods_of(method, made)[:1]]
         if method is not self.inner:
             names = [(method.name, f"for {self.name}; {why}")]
         if state.second is not None:

@@ -4,6 +4,9 @@ Arnoldi's process builds an orthonormal basis V of the Krylov space of A M (righ
 (left), with A V_j = V_{j+1} H_j; x minimises the residual over the basis. H is kept as its QR factorisation
 by one Givens rotation a step, whose product Q gives the norm of the residual for free: β |Q_{j+1,0}|.
 
+What was seen before a restart is lost. Where some restarts have not been enough and A turns out to be symmetric, MINRES
+goes on: with three vectors it minimises over all of the Krylov space, and tells a singular A from a slow one.
+
 References
 ----------
 Y. Saad, M. H. Schultz, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear
@@ -19,12 +22,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from implicitdiff.arrays import Array, divisor, item_norm, probe_vector
-from implicitdiff.outcome import Status
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, probe_vector
+from implicitdiff.linalg.operator import Operator
+from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers.base import Cycle, Krylov, KrylovState, Start, accuracy, without_preconditioner
+from implicitdiff.solvers.minres import MINRES
+from implicitdiff.tolerances import SKEW_SEEN
 
 __all__ = ["GMRES"]
 
+RESTARTS, LEAST = 4, 1000
+"""Restarts, and iterations, after which A is asked whether it is symmetric."""
 PROBES = 2
 """Vectors on which the inverse of the triangular factor is seen."""
 
@@ -76,6 +84,31 @@ class GMRES(Krylov):
         """Return the number of vectors before a restart, the same for an item alone and in a batch."""
         return min(self.restart or min(max(2**24 // max(n, 1), 30), 300), n)
 
+    def describe(self, state: KrylovState) -> list[tuple[str, str]]:
+        (first,) = super().describe(state)
+        return [first, (MINRES.name, f"{first[1]}; gmres stood still, and A is symmetric")]
+
+    def _solve(
+        self, state: KrylovState, b: Array, x0: Array | None, memory: Any = None, most: Any = None
+    ) -> tuple[Any, ...]:
+        op, backend = state.operator, state.operator.backend
+        n, most = backend.space(b).length, self.most(op.n) if most is None else most
+        first = max(RESTARTS * self.kept(n), LEAST)
+        if backend.traced or memory is not None or not state.preconditioner.identity or most <= first:
+            return super()._solve(state, b, x0, memory, most)
+        found = super()._solve(state, b, x0, None, first)
+        xp, space = backend.xp, backend.space(b)
+        slow = found[1] == int(Status.MAX_ITERATIONS)
+        open_ = slow | (found[1] == int(Status.STAGNATED))
+        symmetric = any_true(xp, xp.asarray(open_)) and _is_symmetric(op, b)
+        mask = xp.asarray(open_ if symmetric else slow)
+        if not any_true(xp, mask):
+            return found
+        goes_on: Any = MINRES(rtol=self.rtol, maxiter=self.maxiter) if symmetric else super()
+        right, start = (space.select(mask, x, 0 * x) for x in (b, found[0]))
+        more = goes_on._solve(state, right, start, None, most - first)
+        return _joined(space, mask, found, more, int(symmetric))
+
     def cycle(self, state: KrylovState, space: Any, start: Start) -> Cycle:
         """Run one restart cycle from x with residual r."""
         product, precondition = state.operator.matvec, state.preconditioner
@@ -111,6 +144,32 @@ class GMRES(Krylov):
             norm = without_preconditioner(space, norm, *sizes)
         x = space.axpy(space.scalar(1.0), step, start.x)
         return Cycle(x, end.iterations, end.j, end.status, norm, flat, gain)
+
+
+def _is_symmetric(op: Operator, b: Array) -> bool:
+    """Whether A is symmetric on two vectors, as far as rounding lets see."""
+    if op.symmetric is not None:
+        return op.symmetric
+    space = op.backend.space(b)
+    z = space.probe()
+    az, ab = space.copy(op.matvec(z)), op.matvec(b)
+    gap = abs(space.inner(az, b) - space.inner(z, ab))
+    size = space.norm(az) * space.norm(b) + space.norm(z) * space.norm(ab)
+    return not any_true(op.backend.xp, op.backend.xp.asarray(gap > SKEW_SEEN.of(space.eps) * size))
+
+
+def _joined(space: Any, mask: Array, first: tuple[Any, ...], more: tuple[Any, ...], method: int) -> tuple[Any, ...]:
+    """The later result in the items of the mask; work adds up."""
+    (x, status, old), (y, ended, new) = first, more
+
+    def pick(a: Any, b: Any) -> Any:
+        return b if a is None else space.where(mask, a, b)
+
+    counts = Counts(
+        old.iterations + space.where(mask, new.iterations, 0), old.matvecs + new.matvecs + 2,
+        *(pick(a, b) for a, b in zip(new[2:-1], old[2:-1], strict=True)),
+    )._replace(method=space.where(mask, method, 0))  # fmt: skip
+    return space.select(mask, y, x), space.where(mask, ended, status), counts
 
 
 def _first(space: Any, r: Array, beta: Array, active: Array, m: int) -> _State:
