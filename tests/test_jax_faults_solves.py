@@ -329,3 +329,15 @@ def test_13_a_condition_that_single_precision_bears() -> None:
     g = implicit_vjp(lambda y, t: y @ M @ y / 2 - t @ y, y, M @ y, jnp.asarray(b, dtype=jnp.float32))
     exact = np.linalg.solve(A, b)
     assert np.linalg.norm(np.asarray(g) - exact) <= 1e-3 * np.linalg.norm(exact)
+
+
+def test_large_indefinite_hessian_under_jit() -> None:
+    """What CG cannot solve goes to MINRES, also where y is a matrix that is never raveled: n > 4 096."""
+    d = np.where(np.arange(4200) % 2, 1.0, -2.0).reshape(60, 70)
+
+    def objective(y: Any, theta: Any) -> Any:
+        return jnp.sum(theta * d * y * y) / 2 - jnp.sum(y)
+
+    theta = 1.5
+    got = jax.jit(lambda y, t: implicit_vjp(objective, y, t, jnp.ones_like(y)))(jnp.asarray(1 / (theta * d)), theta)
+    assert got == pytest.approx(-np.sum(1 / d) / theta**2, rel=1e-8)

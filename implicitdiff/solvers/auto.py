@@ -219,8 +219,8 @@ def _within(op: Operator, status: Array) -> Operator:
     if len(status.shape) != len(op.items):
         return replace(op, _cache={})
     xp = op.backend.xp
-    one = xp.where(status < 0, 0, 1)[..., None]
-    return op.rewrapped(lambda product: lambda v: product(xp.asarray(v * one, dtype=v.dtype)))
+    one = xp.where(status < 0, xp.zeros(status.shape, dtype=op.dtype), 1)
+    return op.rewrapped(lambda product: lambda v: product(op.backend.space(v).scale(one, v)))
 
 
 def _has_root(op: Operator) -> bool:
