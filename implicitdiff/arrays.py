@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ numpy_namespace: Any = np if hasattr(np, "unstack") else importlib.import_module
 
 Array = Any
 """An array of whatever framework is at work."""
+
+KEPT = 2**14
+"""Entries up to which a sequence of probes is kept: 128 KiB."""
 
 _SAFE = {"f": (1e-25, 1e35), "d": (1e-250, 1e300)}
 _NRM2 = {"f": blas.snrm2, "d": blas.dnrm2}
@@ -85,7 +89,7 @@ def any_true(xp: Any, mask: Array) -> bool:
     """Whether any entry is true, as a Python bool (a synchronisation on an accelerator)."""
     if isinstance(mask, np.ndarray):
         return bool(mask.any())
-    return bool(mask if isinstance(mask, (bool, np.bool_)) else xp.any(mask))
+    return bool(xp.any(mask) if getattr(mask, "shape", ()) else mask)  # of one number there is nothing to reduce
 
 
 def nowhere(mask: Array) -> bool:
@@ -129,8 +133,22 @@ def probe_vector(xp: Any, n: int, dtype: Any, device: Any, start: int = 0) -> Ar
     """Return n entries of a fixed sequence without structure, from number ``start`` on, of order one.
 
     A quasi-random sequence needs no generator, hence no seed and no state to touch, and is made on
-    the device itself.
+    the device itself; a short one on the host is kept. To a compiler that is a constant: cosines of a counter it would
+    work into every loop that reads them, and so compute them again for each entry of a matrix.
     """
+    if n <= KEPT and device in (None, "cpu") and isinstance(dtype, np.dtype):
+        return xp.asarray(_kept_probe(n, dtype, start), copy=True)
+    return _made_probe(xp, n, dtype, device, start)
+
+
+@lru_cache(maxsize=256)
+def _kept_probe(n: int, dtype: np.dtype[Any], start: int) -> Array:
+    z = _made_probe(numpy_namespace, n, dtype, None, start)
+    z.flags.writeable = False
+    return z
+
+
+def _made_probe(xp: Any, n: int, dtype: Any, device: Any, start: int) -> Array:
     index = xp.arange(start + 1, start + n + 1, dtype=dtype, device=device)
     z = index * index
     z *= math.sqrt(3.0)  # in place, where the library can: this must not need more memory than the solve

@@ -241,8 +241,8 @@ class JaxBackend(ArrayAPIBackend):
         if transposed:
             b = lax.linalg.triangular_solve(lu, b, left_side=True, lower=False, transpose_a=True)
             b = lax.linalg.triangular_solve(lu, b, left_side=True, lower=True, transpose_a=True, unit_diagonal=True)
-            return jnp.take_along_axis(b, jnp.argsort(permutation, axis=-1)[..., None], axis=-2)
-        b = jnp.take_along_axis(b, permutation[..., None], axis=-2)
+            return _permuted(b, jnp.argsort(permutation, axis=-1))
+        b = _permuted(b, permutation)
         b = lax.linalg.triangular_solve(lu, b, left_side=True, lower=True, unit_diagonal=True)
         return lax.linalg.triangular_solve(lu, b, left_side=True, lower=False)
 
@@ -332,6 +332,14 @@ INLINE = _Inline()
 def _like(old: Any, new: Any) -> Any:
     """Give what a turn of a loop returned the dtypes that it was given, and let it vary as that does."""
     return varying(jax.tree.map(lambda a, b: jnp.asarray(b, dtype=a.dtype), old, new), old)
+
+
+def _permuted(b: Any, permutation: Any) -> Any:
+    """Rows of b, shape (*items, n, k), in another order: whole rows are moved, and no index is checked."""
+    take = lambda rows, order: rows.at[order].get(mode="promise_in_bounds")  # noqa: E731
+    for _ in range(permutation.ndim - 1):
+        take = jax.vmap(take)
+    return take(b, permutation)
 
 
 def _is_whole(function: Any) -> bool:

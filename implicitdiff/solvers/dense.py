@@ -96,7 +96,7 @@ class DenseSolver(Solver):
         if scaling is not None:
             matrix = scaling.rows[..., :, None] * matrix * scaling.columns[..., None, :]
         if symmetric:
-            matrix, failed = _symmetrised(operator, matrix, failed)
+            matrix, failed = _symmetrised(operator, matrix, failed, needed_by_factors=self.symmetric)
         factor = self.factors(operator, matrix, scaling)
         broken = self.broken(xp, factor)
         if broken is not None:
@@ -298,9 +298,15 @@ def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array, Array]:
     return matrix, size, failed
 
 
-def _symmetrised(operator: Operator, matrix: Array, failed: Array) -> tuple[Array, Array]:
-    """Check a declared symmetry, and take the symmetric part: products of a Hessian have it up to rounding only."""
+def _symmetrised(operator: Operator, matrix: Array, failed: Array, *, needed_by_factors: bool) -> tuple[Array, Array]:
+    """Check a declared symmetry, and take the symmetric part: products of a Hessian have it up to rounding only.
+
+    To a compiler a transpose is a pass over the matrix against its order in memory; LU needs none of a symmetry that
+    is known.
+    """
     xp = operator.backend.xp
+    if operator.backend.traced and operator.trusted and not needed_by_factors:
+        return matrix, failed
     transpose = xp.matrix_transpose(matrix)
     if not needed(operator.backend, matrix != transpose):
         return matrix, failed
