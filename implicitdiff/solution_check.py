@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor, quotient
-from implicitdiff.linalg.blocks import largest_linked
+from implicitdiff.linalg.blocks import largest_linked, least_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.tolerances import ALIKE_ALONG, FAR, SAFETY, SLACK, STEP_OF_COORDINATE, STEP_OF_VECTOR
@@ -249,7 +249,7 @@ class SolutionCheck:
         """Compare a step with y, and with what is not known of y, from the solutions for `_others`, once they exist."""
         y, units, xp = self.point.y.vector, self._units(), self.xp
         space, step = self.backend.space(y), _each(xp.abs, delta)
-        reach, slack = self._scales(_each(lambda d, y: d > self.tolerance * xp.abs(y), step, y), rcond, others)
+        reach, slack = self._scales(self._wanted(step), rcond, others)
         # what is solved together is known to the rounding of the largest, also where A links it with nothing
         slack = xp.maximum(slack, SAFETY * self.eps * self._beside(self._largest(self._parts(delta))))
         least, away = xp.maximum(self.floor * reach, slack), xp.maximum(FAR * reach, slack)
@@ -269,6 +269,18 @@ class SolutionCheck:
             unsolved=unsolved, far=unsolved & (self._largest(beyond) > 0), index=xp.astype(index, xp.int32),
             step=space.entry(delta, index), value=space.entry(y, index),
         )  # fmt: skip
+
+    def _wanted(self, step: Any) -> Any:
+        """Entries whose step is an alarm if what they are linked with is no larger than it is at least."""
+        y, units, xp = self.point.y.vector, self._units(), self.xp
+        wanted = _each(lambda d, y: d > self.tolerance * xp.abs(y), step, y)
+        if is_tree_vector(wanted) or not self.backend.traced or self.maps.embedding is not None:
+            return wanted
+        least = least_linked(self.prepared.state(False)[0], self.prepared.scaling, self._parts(y))
+        if least is None:
+            return wanted
+        level = self.floor * least * (1 if units is None else units)
+        return wanted & ~(step <= level)
 
     def _scales(self, wanted: Any, rcond: Any, others: list[Any] | None) -> tuple[Array, Array]:
         """Size of y where A links its entries, and what is not known of y, both in the units of `_units`."""
