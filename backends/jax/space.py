@@ -30,6 +30,9 @@ class JaxSpace(ArraySpace):
     def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
         return matrix.at[..., j, :].set(row)
 
+    def copy_row(self, matrix: Array, j: Any) -> Array:
+        return _taken_out(super().copy_row(matrix, j))
+
     def copy(self, x: Array) -> Array:
         return x  # nobody can change it
 
@@ -68,6 +71,9 @@ class JaxTreeSpace(TreeSpace):
     def put_row(self, matrix: Array, j: Any, row: Array) -> Array:
         return matrix.at[..., j, :].set(row)
 
+    def copy_row(self, matrix: Array, j: Any) -> Array:
+        return _taken_out(super().copy_row(matrix, j))
+
     def stages(self, k: int) -> tuple[int, ...]:
         return (*(size for size in STAGES if size < k), k)
 
@@ -84,6 +90,11 @@ class JaxTreeSpace(TreeSpace):
 
     def solve_triangular(self, upper: Array, b: Array) -> Array:
         return lax.linalg.triangular_solve(upper, b[..., None], left_side=True, lower=False)[..., 0]
+
+
+def _taken_out(row: Array) -> Array:
+    """Return a row as it is before its matrix is written to: else a compiler copies the whole matrix for it."""
+    return lax.optimization_barrier(row)
 
 
 def _by_stages(j: Any, stages: tuple[int, ...], part: Callable[[int, int], Any]) -> Any:
