@@ -20,7 +20,8 @@ from benchmarks.report import Result, Skipped, read_json, table, write_json
 MODULES = {"numpy": "benchmarks.cases", "torch": "benchmarks.with_torch", "jax": "benchmarks.with_jax"}
 BACKENDS = (*MODULES, "cupy")
 DEVICES = ("cpu", "cuda")
-NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "equilibrium", "products", "syncs", "import", "memory",
+NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "equilibrium", "first call", "small call",
+         "restarts", "products", "syncs", "import", "memory",
          "certificates", "sequences", "sparse")  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from benchmarks.frameworks import Framework, Peer, cases, time_batch
 from benchmarks.layers import equilibrium
 from benchmarks.measure import Function, Setting
 from benchmarks.problems import Penalties
+from benchmarks.programs_jax import compiling, restarts, small
 from benchmarks.report import Row, Skipped
 from implicitdiff import implicit_vjp
 
@@ -186,4 +187,10 @@ def _jax(setting: Setting) -> Jax:
     return Jax(setting.device)
 
 
-CASES = {**cases(_jax), "equilibrium": lambda setting: equilibrium(_jax(setting), setting)}
+def _of_jax(case: Callable[[Framework, Setting], Any]) -> Callable[[Setting], Any]:
+    return lambda setting: case(_jax(setting), setting)
+
+
+OWN = {"equilibrium": equilibrium, "first call": compiling, "small call": small, "restarts": restarts}
+
+CASES = {**cases(_jax), **{name: _of_jax(case) for name, case in OWN.items()}}

@@ -16,6 +16,7 @@ if find_spec("jax") is None:
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples_distributed" / "jax_sharded.py"
 MAPPED = Path(__file__).with_name("distributed_jax.py")
+SCALING = Path(__file__).with_name("scaling_jax.py")
 LINE = re.compile(r"(\w+): error (\S+), sharding kept: (\w+), gathers in the program: (\d+), sums: (\w+)")
 
 
@@ -55,3 +56,13 @@ def test_inside_shard_map(solvers: str) -> None:
     cases = dict(line.rsplit(": ", 1) for line in printed(MAPPED, 4, *solvers.split()).splitlines())
     assert len(cases) == 6  # three solvers, a wrapped one, a sum over devices in the objective, a dense Jacobian
     assert all(float(error) <= 1e-12 for error in cases.values()), cases
+
+
+@pytest.mark.slow
+def test_weak_scaling_in_counted_work() -> None:
+    """Eight devices with eight times the problem: each does what one alone does, and nothing is gathered."""
+    found = re.findall(r"(\w+): weak scaling (\S+), gathers (\d+)", printed(SCALING, 8))
+    assert [name for name, *_ in found] == ["examples", "outputs"]
+    for _, scaling, gathers in found:
+        assert float(scaling) >= 0.9
+        assert gathers == "0"
