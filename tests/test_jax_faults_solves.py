@@ -42,6 +42,7 @@ from implicitdiff import (
     SingularError,
     SolveError,
     implicit_vjp,
+    linear_solve,
 )
 
 pytestmark = pytest.mark.cover(together=False)  # they share their programs
@@ -341,3 +342,17 @@ def test_large_indefinite_hessian_under_jit() -> None:
     theta = 1.5
     got = jax.jit(lambda y, t: implicit_vjp(objective, y, t, jnp.ones_like(y)))(jnp.asarray(1 / (theta * d)), theta)
     assert got == pytest.approx(-np.sum(1 / d) / theta**2, rel=1e-8)
+
+
+def test_function_without_a_transpose_under_jit() -> None:
+    """The report of a solve whose transposed product nobody gave, and nobody asked for."""
+    A, b = np.eye(N) + np.triu(np.ones((N, N))) / N, right_hand_side()
+
+    @jax.jit
+    def solve(A: Any, b: Any) -> Any:
+        return linear_solve(lambda x: A @ x, b, solver=GMRES(), return_report=True)
+
+    x, report = solve(A, b)
+    assert np.allclose(x, np.linalg.solve(A, b), rtol=1e-9)
+    assert bool(report.converged)
+    assert report.residual <= 1e-9

@@ -169,6 +169,8 @@ class Krylov(Solver):
         operator = state.operator.transpose()
         if operator is state.operator:
             return state
+        if operator.backend.traced:
+            _ = operator.matvec  # derived here, not first inside a loop, where what is traced cannot be kept
         scaling = None if state.scaling is None else state.scaling.transpose()
         return KrylovState(operator, state.preconditioner.transpose(), scaling)
 
