@@ -18,10 +18,10 @@ from benchmarks.measure import THREAD_VARIABLES, Setting, machine
 from benchmarks.report import Result, Skipped, read_json, table, write_json
 
 MODULES = {"numpy": "benchmarks.cases", "torch": "benchmarks.with_torch", "jax": "benchmarks.with_jax"}
+OF_PROGRAMS = ("first call", "small", "restarts")  # of JAX
 BACKENDS = (*MODULES, "cupy")
 DEVICES = ("cpu", "cuda")
-NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "equilibrium", "first call", "small call",
-         "restarts", "products", "syncs", "import", "memory",
+NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "equilibrium", "products", "syncs", "import", "memory",
          "certificates", "sequences", "sparse")  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _unknown(options: argparse.Namespace) -> str | None:
     from implicitdiff import solver_names
 
     for what, known, asked in (
-        ("backend", BACKENDS, options.backends.split(",")), ("case", (*NAMES, "none"), options.only),
+        ("backend", BACKENDS, options.backends.split(",")), ("case", (*NAMES, *OF_PROGRAMS, "none"), options.only),
         ("device", DEVICES, _devices(options)), ("problem", (*problem_names(), "all"), _listed(options.problems)),
         ("solver", solver_names(), _listed(options.solvers)),
     ):  # fmt: skip

@@ -191,6 +191,6 @@ def _of_jax(case: Callable[[Framework, Setting], Any]) -> Callable[[Setting], An
     return lambda setting: case(_jax(setting), setting)
 
 
-OWN = {"equilibrium": equilibrium, "first call": compiling, "small call": small, "restarts": restarts}
+OWN = {"equilibrium": equilibrium, "first call": compiling, "small": small, "restarts": restarts}
 
 CASES = {**cases(_jax), **{name: _of_jax(case) for name, case in OWN.items()}}

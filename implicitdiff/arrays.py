@@ -89,7 +89,7 @@ def any_true(xp: Any, mask: Array) -> bool:
     """Whether any entry is true, as a Python bool (a synchronisation on an accelerator)."""
     if isinstance(mask, np.ndarray):
         return bool(mask.any())
-    return bool(xp.any(mask) if getattr(mask, "shape", ()) else mask)  # of one number there is nothing to reduce
+    return bool(mask if isinstance(mask, (bool, np.bool_)) else xp.any(mask))
 
 
 def nowhere(mask: Array) -> bool:

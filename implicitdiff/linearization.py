@@ -302,7 +302,9 @@ class Linearization(Generic[Y, T]):
                 return self.attempt(mode, direction, x0, control)
             if not self._verified and (error is None or type(error) in BLAMED_ON_A):
                 # a failed solve is blamed on A only if A is what it should be
-                found = None if error is not None or run.diagnostics.unsure(xp) else run.diagnostics.solution.x
+                clean = error is None and run.clean is not None and bool(run.clean)  # which says that, too
+                sure = clean or (error is None and not run.diagnostics.unsure(xp))
+                found = run.diagnostics.solution.x if sure else None
                 verify(problem, lambda: run.rules or self._rules, mode, found)
                 self._verified = True
             if error is None and run.rules is not None and "finite differences" in run.derivatives.values():
