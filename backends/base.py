@@ -150,11 +150,19 @@ class Backend(ABC):
     # -- derivatives ---------------------------------------------------------------------------------
     stretch: float = 1.0
     """Factor of the steps of differences."""
+    degree: int = 4
+    """Order of their formulas."""
 
     def varied(self, stretch: float) -> Any:
         """Return a copy whose differences are taken at steps that are longer by a factor."""
         other = copy.copy(self)
         other.stretch = stretch
+        return other
+
+    def finer(self) -> Any:
+        """Return a copy whose differences are of eighth order: far better ones, where a function is smooth."""
+        other = copy.copy(self)
+        other.degree = 8
         return other
 
     @abstractmethod

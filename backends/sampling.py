@@ -19,7 +19,7 @@ from implicitdiff.backends.noise import noise_along, noise_within
 from implicitdiff.backends.sizes import leaf_sizes, sizes_of
 from implicitdiff.backends.steps import FIRST, Block, Estimate, Plan, Stencil, search
 from implicitdiff.errors import ImplicitDiffError, NoiseError
-from implicitdiff.tolerances import AGREES, AIM, AIM_OF_WHOLE, NOISE_SHOWN, OFF, SHRUNK, VISIBLE, is_double
+from implicitdiff.tolerances import AGREES, AIM_OF_WHOLE, NOISE_SHOWN, OFF, SHRUNK, VISIBLE, is_double
 
 __all__ = ["Sampler", "leaf_sizes", "sizes_of"]
 
@@ -57,7 +57,7 @@ class Sampler:
         what: str = "the function",
     ) -> None:  # fmt: skip
         self.backend, self.xp, self.what = backend, backend.xp, what
-        self.stencil = replace(stencil, stretch=backend.stretch)
+        self.stencil = replace(stencil, stretch=backend.stretch, degree=backend.degree)
         self._function, self._scalar, self._rounding = function, scalar, rounding
         self._dtypes = y.dtype, theta.dtype
         self.n, self.m = int(y.shape[-1]), int(theta.shape[-1])
@@ -201,7 +201,7 @@ class Sampler:
             natural = xp.maximum(0.1 * whole / xp.where(largest > 0, largest, whole), 0.1 / share)
             natural = xp.minimum(natural, 0.1 * reach / share)
             start = self.stencil.start(self.eps) if start is None else start
-            plan = Plan(start + 0 * natural, natural, 0 * self.middle, AIM, 0.0)
+            plan = Plan(start + 0 * natural, natural, 0 * self.middle, self.stencil.aim, 0.0)
         else:
             floor = AIM_OF_WHOLE * xp.minimum(share, xp.ones_like(share))
             lent = xp.any(self.lent & (w != 0), axis=-1, keepdims=True)
@@ -255,12 +255,13 @@ class Sampler:
         faint = moves & ~visible & self._quiet
         error = xp.where(xp.isfinite(found.error), found.error, xp.zeros_like(found.error))
         rows, ratio = found.usual, self._relative_noise(found.usual)
+        ratio = xp.where(shown | ~visible, ratio, 0 * ratio)  # of a row that is all noise it says nothing
         grown = xp.where(here, self.leaf * reach, self.leaf)
         self.size = xp.where(here & (reach > 1), xp.minimum(self.size * reach, grown), self.size)
         self.leaf = grown
         usual = xp.maximum(xp.max(ratio, axis=-1, keepdims=True), xp.full_like(reach, self.eps))
         begin = xp.where(reach > 1, reach * 0 + first, self.stencil.start(usual))
-        tolerance = xp.maximum(3 * error / divisor(xp, rows), AIM + 0 * rows)
+        tolerance = xp.maximum(3 * error / divisor(xp, rows), self.stencil.aim + 0 * rows)
         hidden = any_true(xp, moves & ~visible & ~faint)
         return Block(
             rows * reach, error * reach, begin, xp.minimum(begin, self._short(ratio)), tolerance,

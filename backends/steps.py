@@ -7,6 +7,10 @@ The same values say how good it is. With ε the noise of a value,
     truncation   from q, by which the formulas of second order at a and at 2 a disagree, and by which the slopes to
                  both sides do beyond their curvature; extrapolation takes (nearly) q of q away where q is small.
 
+The formulas of eighth order, from x ± 3 a w and x ± 4 a w beside, do the same with those of fourth order in place of
+the second. Their steps are longer, and what noise is left of a smooth function is a tenth or less: so that the change
+from the ones to the others is the error of the ones.
+
 Where neither is small against the derivative, a is made larger or smaller, by what the balance of the two asks
 for. A smooth function has q ~ a²; where q stays as a shrinks, there is a kink or a jump at the point itself, and no
 derivative. A kink merely near by is out of reach of the shorter steps.
@@ -26,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor
-from implicitdiff.tolerances import KINK, REFINED, VISIBLE
+from implicitdiff.tolerances import AIM, AIM_OF_FINE, CAUTION, KINK, REFINED, VISIBLE
 
 __all__ = ["FIRST", "SECOND", "Block", "Estimate", "Plan", "Stencil", "search"]
 
@@ -49,51 +53,114 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Stencil:
-    """Formulas on the five values at −2a … 2a for the first or the second derivative.
+    """Formulas for the first or the second derivative, of fourth order on values at −2a … 2a, or of eighth at −4a … 4a.
 
     ``stretch`` is a factor of every step, for differences that share no rounding with those at a stretch of one.
     """
 
     order: int
     stretch: float = 1.0
+    degree: int = 4
+    """Order of the formulas."""
+
+    @property
+    def power(self) -> int:
+        """Power of the step by which truncation gains on noise."""
+        return self.degree + self.order
 
     @property
     def accuracy(self) -> float:
         """Power of the noise that the error comes to."""
-        return 4 / (4 + self.order)
+        return self.degree / self.power
+
+    @property
+    def aim(self) -> float:
+        """Relative error at which no other step is tried."""
+        return AIM if self.degree == 4 else AIM_OF_FINE
+
+    @property
+    def caution(self) -> float:
+        """Factor of truncation, of which the more is to be feared the higher its order."""
+        return 1.0 if self.degree == 4 else CAUTION
 
     def start(self, noise: Any) -> Any:
-        """Return the step that balances truncation a⁴ against a relative noise."""
-        return noise ** (1 / (4 + self.order))
+        """Return the step that balances truncation against a relative noise."""
+        return noise ** (1 / self.power)
 
     def sample(
         self, xp: Any, at: Callable[[Array], Array], middle: Array, noise: Array, a: Array, rounded: Any = 1.0
     ) -> Sample:
-        """Evaluate at ±a and ±2a; ``rounded`` is 0 where the argument is not rounded: at zero a step is exact."""
-        f1, g1, f2, g2 = at(a), at(-a), at(2 * a), at(-2 * a)
+        """Evaluate at the points; ``rounded`` is 0 where the argument is not rounded: at zero a step is exact."""
+        pairs = [(at(k * a), at(-k * a)) for k in range(1, self.degree // 2 + 1)]
         eps = float(xp.finfo(middle.dtype).eps)
-        largest = xp.maximum(xp.maximum(xp.abs(f1), xp.abs(g1)), xp.maximum(xp.abs(f2), xp.abs(g2)))
+        largest = xp.max(xp.stack([xp.abs(value) for pair in pairs for value in pair]), axis=0)
         noise = xp.maximum(noise, 0.5 * eps * largest)
-        odd1, odd2 = f1 - g1, f2 - g2
-        even1, even2 = (f1 - middle) + (g1 - middle), (f2 - middle) + (g2 - middle)
-        safe = divisor(xp, noise)
-        unit = noise / a**self.order
+        odd = [f - g for f, g in pairs]
+        even = [(f - middle) + (g - middle) for f, g in pairs]
+        safe, unit, formulas = divisor(xp, noise), noise / a**self.order, _FORMULAS[self.degree, self.order]
+        value = formulas.value(odd if self.order == 1 else even) / a**self.order
         if self.order == 1:
-            value = (8 * odd1 - odd2) / (12 * a)
             unit = xp.maximum(unit, 0.5 * eps * rounded * xp.abs(value) / a)  # x itself is rounded, too
-            error = 3 * unit
-            uneven, bent = xp.abs(2 * odd1 - odd2) / (4 * a), xp.abs(even2 - 4 * even1) / (2 * a)
-            spread = xp.maximum(_above(xp, uneven, 3.2 * unit), _above(xp, bent, 17 * unit))
-            moved = xp.maximum(xp.abs(f2 - middle), xp.abs(g2 - middle))
-        else:
-            value, error = (16 * even1 - even2) / (12 * a * a), 9 * unit
-            uneven, bent = xp.abs(4 * even1 - even2) / (4 * a * a), xp.abs(odd2 - 2 * odd1) / (a * a)
-            # a smooth function is as skew as that at a step only that is too long
-            spread = xp.maximum(
-                _above(xp, uneven, 9 * unit), _above(xp, bent, xp.maximum(0.1 * xp.abs(value), 13 * unit))
-            )
-            moved = xp.maximum(xp.abs(even1), xp.abs(even2))
-        return Sample(value, error, spread, moved / safe, moved / (2 * a) ** self.order)
+        uneven = xp.abs(formulas.uneven(odd if self.order == 1 else even)) / a**self.order
+        bent = xp.abs(formulas.bent(even if self.order == 1 else odd)) / a**self.order
+        level = formulas.bent_noise * unit
+        if self.order == 2:  # a smooth function is as skew as that at a step only that is too long
+            level = xp.maximum(0.1 * xp.abs(value), level)
+        spread = xp.maximum(_above(xp, uneven, formulas.uneven_noise * unit), _above(xp, bent, level))
+        f2, g2 = pairs[1]
+        sides = (f2 - middle, g2 - middle) if self.order == 1 else (even[0], even[1])
+        moved = xp.maximum(*map(xp.abs, sides))
+        return Sample(value, formulas.noise * unit, spread, moved / safe, moved / (2 * a) ** self.order)
+
+
+class _Formulas(NamedTuple):
+    """Sums of odd differences f(ka) − f(−ka), or of even ones, f(ka) + f(−ka) − 2 f(0), over a or a².
+
+    ``uneven`` is what two formulas of the order below disagree by, at a and at 2a; ``bent`` what is left of the
+    differences of the other parity, beside their leading terms: a kink. With each, what noise makes of it at most.
+    """
+
+    value: Callable[[list[Array]], Array]
+    noise: float
+    uneven: Callable[[list[Array]], Array]
+    uneven_noise: float
+    bent: Callable[[list[Array]], Array]
+    bent_noise: float
+
+
+def _combined(*weights: float) -> Callable[[list[Array]], Array]:
+    """A sum with weights; one of a few terms, as the rest may be zero."""
+
+    def total(terms: list[Array]) -> Array:
+        found = weights[0] * terms[0]
+        for weight, term in zip(weights[1:], terms[1:], strict=True):
+            found = found + weight * term if weight else found
+        return found
+
+    return total
+
+
+_FORMULAS = {
+    (4, 1): _Formulas(
+        _combined(2 / 3, -1 / 12), 3, _combined(1 / 2, -1 / 4), 3.2, _combined(-2, 1 / 2), 17,
+    ),
+    (4, 2): _Formulas(
+        _combined(4 / 3, -1 / 12), 9, _combined(1, -1 / 4), 9, _combined(-2, 1), 13,
+    ),
+    (8, 1): _Formulas(
+        _combined(4 / 5, -1 / 5, 4 / 105, -1 / 280), 4.2, _combined(2 / 3, -5 / 12, 0, 1 / 24), 4.8,
+        _combined(16 / 7, -5 / 7, 0, 1 / 28), 20,
+    ),
+    (8, 2): _Formulas(
+        _combined(8 / 5, -1 / 5, 8 / 315, -1 / 560), 12, _combined(4 / 3, -5 / 12, 0, 1 / 48), 13,
+        _combined(4, -5 / 2, 0, 1 / 4), 29,
+    ),
+}  # fmt: skip
+"""By the order of the formulas and of the derivative.
+
+B. Fornberg, "Generation of finite difference formulas on arbitrarily spaced grids", Math. Comp. 51 (1988) 699-706.
+DOI 10.1090/S0025-5718-1988-0935077-0 (their weights)
+"""
 
 
 def _visible_rate(xp: Any, sample: Sample) -> Array:
@@ -127,6 +194,8 @@ class Plan(NamedTuple):
     """Of `Stencil.sample`."""
     reach: Any = 1e6
     """How many natural lengths a step may come to at most."""
+    caution: float = 1.0
+    """Factor of what is said of truncation: a step somewhat too short costs little, and one too long much."""
 
 
 class Estimate(NamedTuple):
@@ -208,6 +277,7 @@ def search(xp: Any, stencil: Stencil, function: Function, middle: Array, noise: 
     def look(a: Array, wanted: Array) -> Sample:
         return stencil.sample(xp, lambda t: function(t, wanted), middle, noise, a * stencil.stretch, plan.rounded)
 
+    plan = plan._replace(caution=stencil.caution)
     yes = xp.ones_like(middle) > 0
     a = plan.start + xp.zeros_like(middle)
     first = look(a, yes)
@@ -244,16 +314,18 @@ def _weights(xp: Any, value: Array, plan: Plan) -> Array:
     size = xp.where(xp.isfinite(size), size, xp.zeros_like(size))
     if plan.separate:
         return size
-    rows = xp.where(plan.rows > 0, plan.rows, xp.ones_like(plan.rows))
-    share = xp.max(xp.where(plan.rows > 0, size / rows, xp.zeros_like(size)), axis=-1, keepdims=True)
+    known = (plan.rows > 0) & (plan.tolerance < 1)  # the size of a row that is all noise is none
+    rows = xp.where(known, plan.rows, xp.ones_like(plan.rows))
+    share = xp.max(xp.where(known, size / rows, xp.zeros_like(size)), axis=-1, keepdims=True)
     return xp.maximum(size, share * plan.rows)
 
 
 def _truncation(xp: Any, sample: Sample, plan: Plan) -> Array:
-    """What extrapolation leaves of the spread q: about q²."""
+    """What extrapolation leaves of the spread q: about q², and of longer steps some times that."""
     size = _weights(xp, sample.value, plan)
     small = sample.spread < 0.1 * size
-    return xp.where(small, sample.spread * (sample.spread / xp.where(small, size, xp.ones_like(size))), sample.spread)
+    left = plan.caution * sample.spread * (sample.spread / xp.where(small, size, xp.ones_like(size)))
+    return xp.where(small, xp.minimum(left, sample.spread), sample.spread)
 
 
 def _wishes(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> tuple[Array, Array]:
@@ -279,7 +351,7 @@ def _shorter(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> Array:
     """Factor by which truncation meets noise: between 1/30 and 1/4."""
     safe = xp.where(s.error_low > 0, s.error_low, xp.ones_like(s.error_low))
     ratio = xp.where(s.error_low > s.at_low.noise, s.at_low.noise / safe, xp.ones_like(safe))
-    factor = xp.where(xp.isfinite(ratio), ratio, 0 * safe) ** (1 / (4 + stencil.order))
+    factor = xp.where(xp.isfinite(ratio), ratio, 0 * safe) ** (1 / stencil.power)
     factor = xp.minimum(xp.maximum(factor, xp.full_like(factor, 1 / 30)), xp.full_like(factor, 0.25))
     return factor if plan.separate else xp.min(factor, axis=-1, keepdims=True) + 0 * factor
 
@@ -290,7 +362,7 @@ def _longer(xp: Any, s: _Search, stencil: Stencil, plan: Plan) -> Array:
     noise, error = s.at_high.noise, s.error_high
     enough = xp.where(size > 0, noise / xp.where(size > 0, plan.tolerance * size, xp.ones_like(size)), 1e30 + 0 * size)
     wanted = 1.5 * enough ** (1 / stencil.order)
-    meeting = (noise / divisor(xp, error)) ** (1 / (4 + stencil.order))
+    meeting = (noise / divisor(xp, error)) ** (1 / stencil.power)
     factor = xp.where(error > 0, xp.minimum(wanted, meeting), wanted)
     factor = xp.minimum(xp.maximum(factor, xp.full_like(factor, 3.0)), xp.full_like(factor, 1e3))
     if not plan.separate:

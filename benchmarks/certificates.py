@@ -23,6 +23,7 @@ from zoo.minima import MINIMA, logistic, multinomial
 from zoo.stopped import inexact, perturbed, stopped
 
 import implicitdiff
+from benchmarks.bounds import bound
 from benchmarks.measure import Setting, Spread
 from benchmarks.report import Row
 from implicitdiff import CG, GMRES
@@ -31,6 +32,8 @@ __all__ = ["certificates"]
 
 WITHIN = ((3, 0.97), (2, 0.95))
 """Factors, and the share of trusted estimates that has to be right within them."""
+BOUNDED = ("ridge", "logistic", "quartic", "poisson", "data weights", "multinomial")
+"""Strongly convex at y, so that the bound of Ehrhardt and Roberts holds."""
 SLOPES = ("logistic", "multinomial", "equilibrium layer")
 DECADES = tuple(3 * 10.0**-k for k in range(2, 6))
 
@@ -47,7 +50,8 @@ def certificates(setting: Setting) -> list[Row]:
             f"gradient by {solver.name}", _trusted(mine, ("gradient",), setting, solver=solver), f"{len(mine)} problems"
         )
     gains = [row for row in trusted if row.mode == "gradient" and row.counts and row.off <= 0.1]
-    return [*rows, *_costs(setting), _gain(gains, size), *_slopes(SLOPES[:1] if setting.short else SLOPES)]
+    rows += [*_costs(setting), _gain(gains, size), _against_bounds(BOUNDED[:1] if setting.short else BOUNDED)]
+    return [*rows, *_slopes(SLOPES[:1] if setting.short else SLOPES)]
 
 
 def _trusted(names: Sequence[str], modes: Sequence[str], setting: Setting, **options: Any) -> list[Measured]:
@@ -106,6 +110,22 @@ def _gain(rows: Sequence[Measured], size: str) -> Row:
     after, before = (float(np.median([getattr(row, name) for row in rows])) for name in ("polished", "error"))
     what = "certificate, corrected / plain error, y to 10 %"
     return Row(what, size, after, before, left, 1 / 20, 0.0, 0.0, "relative")
+
+
+def _against_bounds(names: Sequence[str]) -> Row:
+    """Estimates over true errors, and the bound of Ehrhardt and Roberts over them, where y is off by one percent."""
+    ours, theirs = [], []
+    for problem in map(zoo.problem, names):
+        for how, y in perturbed(problem):
+            if how in {"random 0.01", "descent 0.01"}:
+                row = measure(implicitdiff, problem, y, "gradient", how)
+                ours.append(row.effectivity)
+                theirs.append(bound(problem, y) / (row.error * float(np.linalg.norm(problem.gradient))))
+    middle, other = (float(np.median(found)) for found in (ours, theirs))
+    what = "certificate, estimate / Ehrhardt and Roberts' bound, of true errors"
+    facts = {"bounds": sorted(theirs), "estimates": sorted(ours)}
+    size, ratios = f"{len(names)} problems", [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Row(what, size, middle, other, _spread(ratios), 1.0, 0.0, 0.0, "x", facts)
 
 
 def _slopes(names: Sequence[str]) -> list[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitdiff.arrays import Array, any_true, listed, named_items, to_python
-from implicitdiff.error_estimate import APPROXIMATION, CAUSES, ErrorEstimate
+from implicitdiff.error_estimate import CAUSES, ErrorEstimate, approximation
 from implicitdiff.errors import InaccurateError
 from implicitdiff.estimates import Estimate
 from implicitdiff.pytree import map_leaves
@@ -18,28 +18,33 @@ _NEXT = {
     "inner solution": "solve the inner problem further, or polish=1 (a Newton step first)",
     "linear solve": "a tighter rtol of the solver, more iterations, or polish=1",
     "finite differences": "give the derivatives, or write the functions so that autodiff takes them",
-    APPROXIMATION: "hessian='exact'",
+    "Gauss-Newton": "hessian='exact'",
+    "damping": "less damping, or none; a Newton step leaves what it adds",
+    "Gauss-Newton and damping": "hessian='exact' without damping",
     "rounding": "double precision, or scale or regularise the problem",
 }
 
 
-def shown(backend: Any, estimate: Estimate, condition: Any, *, visible: bool) -> ErrorEstimate:
+def shown(xp: Any, estimate: Estimate, condition: Any, damping: float, *, visible: bool) -> ErrorEstimate:
     """Return the record of an estimate.
 
     Parameters
     ----------
-    backend : Backend
+    xp : module
+        Array namespace of the estimate.
     estimate : Estimate
     condition : Condition
         Names what changes sides.
+    damping : float
+        Of the solver; NaN where it is found.
     visible : bool
         Whether the numbers can be seen.
     """
-    xp, read = backend.xp, to_python if visible else (lambda x: x)
+    read = to_python if visible else (lambda x: x)
     parts = [estimate.inner, estimate.linear, estimate.differences, estimate.rounding]
     names: tuple[str, ...] = CAUSES
-    if condition.exact is not condition:
-        parts, names = [*parts, estimate.approximation], (*CAUSES, APPROXIMATION)
+    if another := approximation(condition, damping):
+        parts, names = [*parts, estimate.approximation], (*CAUSES, another)
     which = xp.argmax(xp.stack([*parts[::-1]]), axis=0)  # the last of equals: nothing at all is rounding
     which = len(parts) - 1 - which
     cause: Any = which

@@ -11,9 +11,9 @@ told apart by what the derivative is made anew from, starting with û:
 
     inner solution        the maps at y⁺,
     linear solve          the maps at ŷ (the true residual of û),
-    Gauss-Newton          the same with the whole A, where another matrix was solved with,
-    finite differences    the maps at ŷ with other steps: 2^(1/4) h for differences of fourth order, so that the change
-                          is the error of the ones at h,
+    damping, Gauss-Newton the same with the whole A, where another matrix was solved with,
+    finite differences    the maps at ŷ by differences of eighth order, so that the change is the error of those of the
+                          fourth; what is said of y⁺ above is taken by these, too,
     rounding              what of the first two is no larger than rounding in F and in A û explains.
 
 κ = ‖F(y⁺)‖ / ‖F(ŷ)‖ says whether Newton's method contracts at ŷ, and with it whether e is more than a number.
@@ -35,9 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array, any_true, divisor, item_norm
 from implicitdiff.errors import InputError
-from implicitdiff.estimates import Estimate, Product, nothing
+from implicitdiff.estimates import Estimate, Product, Resolving, nothing
 from implicitdiff.tolerances import (
-    ANOTHER_STEP,
     CAUTIOUS,
     CERTIFIED,
     ESTIMATED,
@@ -52,16 +51,20 @@ from implicitdiff.tolerances import (
 if TYPE_CHECKING:
     from implicitdiff.rules import Rules
 
-__all__ = ["certify", "certify_adjoint", "newton_step"]
+__all__ = ["certify", "certify_adjoint", "certify_tangent", "newton_step"]
 
 
 def newton_step(rules: Rules) -> Any:
-    """y − A⁻¹F(y, θ), as a tree; y itself in items where that could not be solved for."""
+    """y − A⁻¹F(y, θ), as a tree: damped where A is not solved with, and y itself in items where nothing is."""
     rules = _exact(rules)
-    p = rules.point
-    solution = rules.prepared.exact.solve(_residual(rules))
-    y = p.y.vector - rules.restricted(solution.x)
-    y = p.y.space.select(~solution.failed & p.y.space.finite(y), y, p.y.vector)
+    p, prepared, F = rules.point, rules.prepared.exact, _residual(rules)
+    found = prepared.undamped.solve(F)
+    step, failed = found.x, found.failed
+    if prepared.shifted and (p.backend.traced or any_true(p.backend.xp, failed)):
+        safe = prepared.solve(F)
+        step, failed = p.backend.space(F).select(~failed, step, safe.x), failed & safe.failed
+    y = p.y.vector - rules.restricted(step)
+    y = p.y.space.select(~failed & p.y.space.finite(y), y, p.y.vector)
     return p.y.unravel(p.backend.detached(y))
 
 
@@ -114,6 +117,13 @@ def certify_adjoint(rules: Rules, solution: Any, b: Array) -> Estimate:
     return _Certificate(rules, product).estimate()
 
 
+def certify_tangent(rules: Rules, solution: Any, b: Array, t: Array) -> Estimate:
+    """Estimate the error of a solution of A w = b, with b = −B θ̇ of the system, and θ̇ as a vector."""
+    value = rules.restricted(solution.x)
+    product = Product(False, lambda at: (-at.maps.B.matvec(t), 0), b, solution, value, lambda value: value)
+    return _Certificate(rules, product).estimate()
+
+
 def _over(xp: Any, a: Array, b: Array) -> Array:
     """a/b of sizes; infinity where b alone is zero, zero where both are."""
     nothing = xp.where(a > 0, xp.full_like(a, float("inf")), 0 * a)
@@ -132,7 +142,8 @@ class _Certificate:
 
     def __init__(self, rules: Rules, product: Product) -> None:
         self.rules, self.backend = _exact(rules), rules.point.backend
-        self.approximate = self.rules is not rules
+        self.approximate = self.rules is not rules or self.rules.prepared.shifted
+        self.finer = self._by_finer_differences()
         self.xp, self.items = self.backend.xp, rules.point.items
         self.whole = True
         self.product = self._of_probes(product)
@@ -199,17 +210,30 @@ class _Certificate:
         Of a method of Krylov the residual is orthogonal to all that it has seen, and so are the first directions of the
         correction. Where that is B, as with Lᵧ in its direction, the correction changes y and seems to change nothing.
         """
-        w, usable = self._roughly(left)
-        if self.backend.traced or self.rules.prepared.factored:
+        xp, (w, usable) = self.xp, self._roughly(left)
+        if self.rules.prepared.factored:
             return w, usable
-        unit = _over(self.xp, self._size(self.product.value), self._size(self.product.solution.x))
-        for power in range(1, MOST_RESOLVED + 1):
-            unresolved = self._size(self._change(at, w)) < self.rtol**power * unit * self._size(w)
-            if not any_true(self.xp, unresolved):
-                break
-            more, good = self._roughly(left - self._image(at, w))
-            w, usable = w + more, usable & good
-        return w, usable
+        unit = _over(xp, self._size(self.product.value), self._size(self.product.solution.x))
+
+        def unresolved(w: Array, level: Any) -> Array:
+            return self._size(self._change(at, w)) < level * unit * self._size(w)
+
+        def further(s: Resolving) -> Resolving:
+            before, self.spent = self.spent, 0
+            more, good = self._roughly(left - self._image(at, s.w))
+            w = s.w + xp.where(s.open[..., None], more, xp.zeros_like(more))
+            spent, self.spent = s.spent + self._counted(s.open), before
+            level = s.level * self.rtol
+            return Resolving(w, s.usable & (good | ~s.open), level, s.open & unresolved(w, level), spent, s.count + 1)
+
+        level = xp.asarray(self.rtol, dtype=w.dtype, device=self.rules.point.y.device)
+        open_ = unresolved(w, level)
+        first = Resolving(w, usable, level, open_, self._counted(open_) * 0, 0)
+        end = self.backend.while_loop(
+            lambda s: xp.any(s.open) & (s.count < MOST_RESOLVED), further, first, limit=MOST_RESOLVED
+        )
+        self.spent = self.spent + end.spent
+        return end.w, end.usable
 
     def _roughly(self, left: Array) -> tuple[Array, Array]:
         """The solution of one more system, to about a digit."""
@@ -249,11 +273,11 @@ class _Certificate:
     def estimate(self) -> Estimate:
         """Make the Newton step and the corrections."""
         xp, rules, product = self.xp, self.rules, self.product
-        F = _residual(rules)
+        F = _residual(self.finer)
         size = self._scaled(F, rows=True)
         delta, stepped, spent = rules.prepared.roughly(F, transposed=False, rtol=self.rtol)
         self.spent += self._most(spent)
-        there = at_another(rules, delta)
+        there = at_another(self.finer, delta)
         left, more = self._left(there)
         w, corrected = self._solved(there, left)
         e = product.total - self._derivative(there, product.solution.x + w, more)
@@ -261,13 +285,8 @@ class _Certificate:
         part, linear = self._linear(left)
         approximation, linear = (linear, zero) if self.approximate else (zero, linear)
         exact, solved, noise = self._rounded(size)
-        inner, differences, apart, unseen = self._size(e - part), zero, None, None
-        if (other := self._at_other_steps()) is not None:
-            apart = self._apart(other, part)
-            differences = self._size(apart)
-            unseen = size <= NOISE * self._scaled(_residual(other) - F, rows=True)
-            e = apart + xp.where(unseen[..., None], part, e)  # where F is all noise, so is the step, and what it does
-            exact, inner = exact | unseen, xp.where(unseen, xp.zeros_like(inner), inner)
+        apart, unseen = self._apart(part, F)
+        inner, differences = self._size(e - part - apart), self._size(apart)
         again = self._again(there, left, w)
         left_over = (again > CERTIFIED) & (self._size(left) > noise)
         absolute = self._size(e)
@@ -277,7 +296,7 @@ class _Certificate:
         changed = None if there.maps.changed is None else there.maps.changed()
         rounding = xp.where(exact, inner, zero) + xp.where(solved, linear, zero)
         good = stepped & corrected & there.inputs & xp.isfinite(absolute)
-        trusted = good & ((kappa <= CERTIFIED) | exact) & ~left_over
+        trusted = good & ((kappa <= CERTIFIED) | exact | unseen) & ~left_over
         trusted = trusted if changed is None else trusted & ~xp.any(changed, axis=-1)
         return Estimate(
             absolute, self._relative(absolute), xp.where(exact, zero, inner), xp.where(solved, zero, linear),
@@ -311,20 +330,25 @@ class _Certificate:
         self.spent = self.spent + spent
         return part, xp.where(wanted, self._size(part), xp.zeros_like(rho))
 
-    def _at_other_steps(self) -> Rules | None:
-        """The rules at ŷ with other steps of their differences; None where they are not made of any."""
+    def _by_finer_differences(self) -> Rules:
+        """The rules at ŷ with better differences; the same where they are not made of any."""
         rules = self.rules
         if self.backend.traced or not any("finite differences" in kind for kind in rules.derivatives.values()):
-            return None
-        problem = replace(rules.problem, backend=self.backend.varied(ANOTHER_STEP))
+            return rules
+        problem = replace(rules.problem, backend=self.backend.finer(), copy=False)
         return type(rules)(problem, flat=True, choices=rules.maps.choices, trial=True)
 
-    def _apart(self, other: Rules, linear: Array) -> Array:
-        """The change of the derivative with the steps of its differences."""
-        product = self.product
-        left, more = self._left(other)
-        w, _ = self._solved(other, left)
-        return product.total - self._derivative(other, product.solution.x + w, more) - linear
+    def _apart(self, linear: Array, F: Array) -> tuple[Array, Array]:
+        """What better differences change at ŷ; and whether F is no larger than what they change in it."""
+        xp, product = self.xp, self.product
+        size = self._scaled(F, rows=True)
+        if self.finer is self.rules:
+            return xp.zeros_like(product.value), size < 0
+        left, more = self._left(self.finer)
+        w, _ = self._solved(self.finer, left)
+        change = self._scaled(_residual(self.rules) - F, rows=True)
+        apart = product.total - self._derivative(self.finer, product.solution.x + w, more) - linear
+        return apart, size <= NOISE * change
 
     def _scaled(self, x: Array, *, rows: bool) -> Array:
         """Return the 2-norm of a residual of A, or of Aᵀ, in the units in which A is equilibrated."""

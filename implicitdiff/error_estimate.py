@@ -9,13 +9,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from implicitdiff.errors import InputError
 from implicitdiff.records import Record, html_table
 
-__all__ = ["APPROXIMATION", "CAUSES", "NOTHING", "ErrorControl", "ErrorEstimate", "Polish"]
+__all__ = ["CAUSES", "NOTHING", "ErrorControl", "ErrorEstimate", "Polish", "approximation"]
 
 CAUSES = ("inner solution", "linear solve", "finite differences", "rounding")
 """What an error is made of, in the order of the parts."""
-APPROXIMATION = "Gauss-Newton"
-"""And what another matrix than A adds to that."""
 Polish: TypeAlias = int | Literal["auto"]
+
+
+def approximation(condition: Any, damping: float) -> str:
+    """Name what another matrix than A adds to an error, that a condition or a solver has: "" where it is A."""
+    near = "Gauss-Newton" if condition.exact is not condition else ""
+    return " and ".join(filter(None, (near, "damping" if damping != 0 else "")))
 
 
 class ErrorControl(NamedTuple):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from implicitdiff.linalg.solve import Solution
     from implicitdiff.rules import Rules
 
-__all__ = ["Estimate", "Product", "nothing"]
+__all__ = ["Estimate", "Product", "Resolving", "nothing"]
 
 
 class Product(NamedTuple):
@@ -38,6 +38,19 @@ class Product(NamedTuple):
         return self.beside + self.value
 
 
+class Resolving(NamedTuple):
+    """A correction on its way to where the derivative sees it."""
+
+    w: Array
+    usable: Array
+    level: Array
+    """Part of it that a derivative should see."""
+    open: Array
+    """Items where it does not."""
+    spent: Array
+    count: Any
+
+
 class Estimate(NamedTuple):
     """What was found, per item: arrays only, so that it may leave a compiled program."""
 
@@ -48,7 +61,7 @@ class Estimate(NamedTuple):
     differences: Array
     rounding: Array
     approximation: Array
-    """What it costs that another matrix than A was solved with (Gauss-Newton)."""
+    """What it costs that another matrix than A was solved with (Gauss-Newton, damping)."""
     contraction: Array
     adjoint_contraction: Array
     trusted: Array

@@ -380,7 +380,7 @@ class Linearization(Generic[Y, T]):
         if run.estimate is None:
             return found
         visible, condition = run.mode is not Mode.INLINE, as_condition(problem.condition)
-        found = replace(found, error=shown(problem.backend, run.estimate, condition, visible=visible))
+        found = replace(found, error=shown(problem.backend.xp, run.estimate, condition, run.damping, visible=visible))
         return found if self._shared is None else self._shared.report(found)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from implicitdiff.arrays import any_true
-from implicitdiff.error_estimate import ErrorControl
+from implicitdiff.arrays import any_true, divisor
+from implicitdiff.conditions import as_condition
+from implicitdiff.error_estimate import ErrorControl, approximation
 from implicitdiff.errors import AccuracyWarning, DerivativeError, InaccurateError, InputError, SolveError
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import warn
-from implicitdiff.tolerances import CONTRACTING, MOST_POLISH
+from implicitdiff.solvers import get_solver
+from implicitdiff.tolerances import CONTRACTING, MOST_POLISH, TELLING
 
 __all__ = ["no_numbers", "once_only", "polished", "refused_twice", "uncertified"]
 
@@ -77,12 +79,35 @@ def polished(
     tuple
         The linearisation there, and what its product came to: the value, and the error if there is one.
     """
-    at_last = control._replace(polish=0)
+    at_last, another = control._replace(polish=0), _another_matrix(lin)
     if control.polish == "auto":
-        return _until_met(lin, mode, direction, x0, at_last)
-    for _ in range(int(control.polish)):
-        lin = lin.moved(lin.newton())
-    return lin, lin.attempt(mode, direction, x0, at_last)
+        lin, found = _until_met(lin, mode, direction, x0, at_last)
+    else:
+        for _ in range(int(control.polish)):
+            lin = lin.moved(lin.newton())
+        found = lin.attempt(mode, direction, x0, at_last._replace(error=at_last.error or bool(another)))
+    if another and lin.mode is not Mode.INLINE and found[1] is None:
+        _tell_what_stays(lin, another)
+    return lin, found
+
+
+def _another_matrix(lin: Any) -> str:
+    """Name the matrix other than A that a derivative is solved with, however good y is."""
+    p = lin._problem
+    return approximation(as_condition(p.condition), getattr(get_solver(p.settings.solver), "damping", 0.0))
+
+
+def _tell_what_stays(lin: Any, another: str) -> None:
+    """Warn where a derivative at a y that was polished is off for the matrix it is solved with."""
+    xp, estimate = lin._problem.backend.xp, lin.estimate
+    share = estimate.approximation / divisor(xp, estimate.absolute) * estimate.relative
+    if any_true(xp, share > TELLING):
+        warn(
+            f"polish made y better, and the derivative is off by about {float(xp.max(share)):.2g} of its size for "
+            f"{another}: no Newton step takes that away.\n"
+            "Next: solve with A itself; or subtract report.error.correction (error=True).",
+            AccuracyWarning,
+        )
 
 
 def _until_met(lin: Any, mode: str, direction: Any, x0: Any, control: ErrorControl) -> Any:

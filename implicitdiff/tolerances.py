@@ -144,6 +144,10 @@ NEARBY = 1e-2
 # -- differences -------------------------------------------------------------------------------------------
 AIM = 1e-9
 """Relative error of a difference at which no other step is tried: what five values give of a smooth function."""
+AIM_OF_FINE = 1e-13
+"""The same where nine values are there to show the error of five."""
+CAUTION = 30
+"""Factor of what truncation of those seems to be: a step shorter by 0.7 takes that away, and adds half of the noise."""
 AIM_OF_WHOLE = 1e-13
 """The same against the largest derivative, below which rounding of a sum leaves nothing."""
 REFINED = 1e-3
@@ -204,12 +208,10 @@ SPLIT = 0.03
 """Part of the residual from which on what is the linear solve's is solved for by itself."""
 ROUNDED = 30
 """How many times larger than one rounding a residual may be that counts as all rounding."""
-ANOTHER_STEP = 2**0.25
-"""Ratio of steps at which the change of a difference of fourth order is its error."""
 SHORTER = 0.7
 """Ratio of steps of a second opinion: noise is drawn anew, and truncation is a quarter."""
 NOISE = 3
-"""How many times larger F by differences may be than its change with their steps, and be all noise."""
+"""How many times larger F may be than the error of differences in it, and not be told from that."""
 
 # -- quadratic programs that are solved here -----------------------------------------------------------------
 SEMIDEFINITE = 1e-10

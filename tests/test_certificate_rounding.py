@@ -1,4 +1,4 @@
-"""The estimated error where rounding is all there is, against 60 digits."""
+"""The estimated error where rounding, or differences, are all there is, against 60 digits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from implicitdiff import Stationary, implicit_grad
+from implicitdiff.backends.numpy import NumpyBackend
 
 
 def ridge(seed, condition):
@@ -37,5 +38,23 @@ def test_rounding_is_named_and_measured(seed):
     g, report = implicit_grad(condition, outer, y, theta, error=True, return_report=True, solver="lu")
     true = np.linalg.norm(g - to_sixty_digits(X, b, theta))
     assert report.error.cause == "rounding"
+    assert report.error.trusted
+    assert 0.7 <= report.error.absolute / true <= 1.5
+
+
+@pytest.mark.parametrize("seed", range(7))
+@pytest.mark.parametrize("given", ["fun", "grad"])
+def test_differences_are_named_and_measured(seed, given):
+    """Of the gradient, first differences; of the objective, second ones, and first ones for its gradient."""
+    X, b, theta, y = ridge(seed, 10.0 * 4.0**seed)
+    fun = lambda y, t: ((X @ y - b) ** 2).sum() / 2 + (t * y * y).sum() / 2
+    grad = lambda y, t: X.T @ (X @ y - b) + t * y
+    condition = Stationary(fun) if given == "fun" else Stationary(grad=grad)
+    outer = lambda y, t: (y * y).sum() / 2
+    g, report = implicit_grad(
+        condition, outer, y, theta, error=True, return_report=True, backend=NumpyBackend("finite_differences")
+    )
+    true = np.linalg.norm(g - to_sixty_digits(X, b, theta))
+    assert report.error.cause == "finite differences"
     assert report.error.trusted
     assert 0.7 <= report.error.absolute / true <= 1.5

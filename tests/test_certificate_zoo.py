@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from zoo.minima import MINIMA, logistic
 from zoo.stopped import inexact, perturbed, stopped
 
 import implicitdiff
+from benchmarks.bounds import bound
 from implicitdiff import CG, GMRES
+from implicitdiff.backends.numpy import NumpyBackend
 
 PERTURBED = 18
 SYMMETRIC, GENERAL = (
@@ -78,13 +81,48 @@ def test_iterative_solvers(names):
     assert len(names) == 2 or share(trusted, 2) >= 0.95, missed
 
 
-@pytest.mark.parametrize("number", range(0, len(zoo.NAMES), 3))
+def _covered(always: range) -> list[Any]:
+    """Numbers of all problems, of which the default run takes some."""
+    return [n if n in always else pytest.param(n, marks=pytest.mark.slow) for n in range(len(zoo.NAMES))]
+
+
+@pytest.mark.parametrize("number", _covered(range(0, len(zoo.NAMES), 3)))
 def test_torch(number):
-    torch, p = pytest.importorskip("torch"), zoo.problem(zoo.NAMES[number])
+    _measured_on(pytest.importorskip("torch").asarray, number, MODES[number % 2])
+
+
+@pytest.mark.parametrize("number", _covered(range(20, 21)))
+def test_jax(number):
+    """Each compiles a program."""
+    _measured_on(pytest.importorskip("jax").numpy.asarray, number, MODES[number % 2])
+
+
+def _measured_on(array: Any, number: int, mode: str) -> None:
+    p = zoo.problem(zoo.NAMES[number])
     how, y = list(perturbed(p))[2 + number % 4]
-    row = measure(implicitdiff, p, y, MODES[number % 2], how, array=torch.asarray)
-    assert row.trusted
+    row = measure(implicitdiff, p, y, mode, how, array=array)
+    assert row.trusted, str(row)
     assert 0.5 <= row.effectivity <= 2, str(row)
+
+
+DIFFERENCED = ("kepler", "genes", "lasso", "nlp", "network", "sinkhorn", "transport")
+
+
+@pytest.mark.parametrize("names", [DIFFERENCED[:4], pytest.param(zoo.NAMES, marks=pytest.mark.exhaustive)], ids=len)
+def test_errors_of_finite_differences(names):
+    """At y to rounding, with no derivative but differences: what they cost is named, and measured."""
+    ratios = {}
+    for name, mode in ((name, mode) for name in names for mode in MODES):
+        p = zoo.problem(name)
+        backend = NumpyBackend("finite_differences")
+        value, report = call(implicitdiff, p, p.y, mode, backend=backend, error=True)
+        if "finite differences" not in report.derivatives.values():
+            continue
+        true = np.linalg.norm(raveled(p, value, mode) - p.truth(mode))
+        assert report.error.trusted, (name, mode)
+        ratios[name, mode] = report.error.absolute / true, report.error.cause
+    wrong = {of: found for of, found in ratios.items() if not (0.7 <= found[0] <= 1.5 and found[1][0] == "f")}
+    assert len(wrong) <= 0.03 * len(ratios), wrong
 
 
 @pytest.mark.slow
@@ -124,6 +162,16 @@ def test_a_ridge_gradient_is_exact_after_one_step():
     for _, y in islice(perturbed(p), 2):
         value, _ = call(implicitdiff, p, y, "gradient", polish=1)
         assert np.linalg.norm(value - p.gradient) <= 1e-12 * np.linalg.norm(p.gradient)
+
+
+def test_a_bound_is_one_and_far():
+    """That of Ehrhardt and Roberts holds, and says little: what estimates are held against in the benchmarks."""
+    p = zoo.problem("quartic")
+    for how, y in islice(perturbed(p), 2, 4):
+        row = measure(implicitdiff, p, y, "gradient", how)
+        true = row.error * np.linalg.norm(p.gradient)
+        assert bound(p, y) >= 10 * true
+        assert 0.8 <= row.effectivity <= 1.25
 
 
 def test_a_certificate_costs_less_than_an_adjoint():

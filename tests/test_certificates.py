@@ -15,6 +15,7 @@ from implicitdiff import (
     CG,
     GMRES,
     KKT,
+    LU,
     MINRES,
     AccuracyWarning,
     ErrorEstimate,
@@ -174,13 +175,53 @@ def test_differences_are_the_cause():
     found, report = implicit_vjp(f, y, theta, np.ones(3), backend=_differences(), error=True, return_report=True)
     exact = np.exp(theta) * np.linalg.solve((A + np.diag(0.75 * y**2)).T, np.ones(3))
     assert report.error.cause == "finite differences"
-    assert np.linalg.norm(found - exact) / 5 < report.error.absolute < 20 * np.linalg.norm(found - exact)
+    assert 0.7 <= report.error.absolute / np.linalg.norm(found - exact) <= 1.5
 
 
 def _differences() -> Any:
     from implicitdiff.backends.numpy import NumpyBackend
 
     return NumpyBackend("finite_differences")
+
+
+@pytest.mark.parametrize("solver", [LU(damping=0.3), GMRES(damping=0.3)], ids=repr)
+@pytest.mark.parametrize("off", [0.0, 1e-3])
+def test_damping_is_the_cause(solver, off):
+    """A + δI is solved with: named, measured, and told where Newton steps leave it."""
+    y = solution() + off
+    exact = truth()["vjp"]
+    found, report = implicit_vjp(root(NUMPY), y, THETA, np.ones(3), solver=solver, error=True, return_report=True)
+    e, true = report.error, np.linalg.norm(found - exact)
+    assert e.cause == "damping"
+    assert e.trusted
+    assert 0.9 < e.absolute / true < 1.1
+    assert e.parts["damping"] > 20 * e.parts["inner solution"]
+    assert np.linalg.norm(found - e.correction - exact) < 0.1 * true
+    with pytest.raises(InaccurateError, match="Likely cause: damping"):
+        implicit_vjp(root(NUMPY), y, THETA, np.ones(3), solver=solver, max_error=1e-3)
+    for polish in (1, "auto"):
+        with pytest.warns(AccuracyWarning, match="for damping: no Newton step takes that away"):
+            implicit_vjp(root(NUMPY), y, THETA, np.ones(3), solver=solver, polish=polish)
+
+
+def test_newton_steps_of_a_damped_solver_are_not_damped():
+    """They would gain a digit each at best, and none where A is as small as its damping."""
+    lin = linearize(root(NUMPY), solution() + OFF, THETA, solver=LU(damping=1.0))
+    with pytest.warns(AccuracyWarning, match="damping"):
+        lin.vjp(np.ones(3), polish=2)
+    assert np.linalg.norm(lin.report.polished_y - solution()) < np.linalg.norm(OFF) ** 3
+
+
+@pytest.mark.parametrize("damping", [0.0, "auto"])
+def test_damping_that_is_none_costs_nothing(damping):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccuracyWarning)
+        y = solution() + OFF
+        report = implicit_vjp(
+            root(NUMPY), y, THETA, np.ones(3), solver=LU(damping=damping), polish=2, error=True, return_report=True
+        )[1]
+    assert report.error.parts.get("damping", 0.0) == 0.0
+    assert report.error.cause != "damping"
 
 
 # -- what changes sides --------------------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ from conftest import LIBRARIES
 from helpers_certificates import OFF, THETA, A, root, solution, truth
 
 from implicitdiff import (
+    CG,
+    GMRES,
     ImplicitDiffError,
     InaccurateError,
     InputError,
     Root,
+    Stationary,
     implicit_grad,
     implicit_vjp,
 )
@@ -84,6 +87,56 @@ def test_jax_eager_and_compiled(jax_root):
     assert np.isnan(limited(y, theta)).all()
     with pytest.raises(InputError, match="polish='auto' looks at numbers"):
         jax.jit(lambda y, t: implicit_grad(condition, f, y, t, polish="auto"))(y, theta)
+
+
+def test_compiled_jax_looks_forward_and_reports(jax_root):
+    """In both modes within one jit: NaN above the limit, and ``on_report`` sees the estimate."""
+    jax, condition = jax_root
+    from implicitdiff import implicit_function
+
+    y, theta, one = jax.numpy.asarray(solution() + OFF), jax.numpy.asarray(THETA), jax.numpy.ones(3)
+    loose, tight = [], []
+
+    @jax.jit
+    def derivatives(theta: Any) -> Any:
+        found = []
+        for limit, reports in ((0.5, loose), (1e-3, tight)):
+            solve = implicit_function(condition, max_error=limit, on_report=reports.append)(lambda theta: y)
+            found += [jax.jvp(solve, (theta,), (one,))[1], jax.vjp(solve, theta)[1](one)[0]]
+        return found
+
+    forward, reverse, *limited = derivatives(theta)
+    jax.effects_barrier()
+    assert all(np.isnan(value).all() for value in limited)
+    for value, mode in ((forward, "jvp"), (reverse, "vjp")):
+        off = np.linalg.norm(np.asarray(value) - truth()[mode])
+        e = min((report.error for report in loose), key=lambda e: abs(e.absolute - off))
+        assert 0.9 <= e.absolute / off <= 1.1
+        assert e.cause == "inner solution"
+        assert e.trusted is True
+    assert len(loose) == len(tight) == 2
+    assert all(report.error.relative > 1e-3 for report in tight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [CG, GMRES])
+def test_compiled_jax_sees_a_loss_along_b(solver):
+    """As eager estimates do (see `test_a_loss_along_B_is_estimated`)."""
+    jax = pytest.importorskip("jax")
+    d, b = jax.numpy.linspace(1, 5, 20), jax.numpy.linspace(1, 2, 20)
+    condition = Stationary(
+        grad=lambda y, t: d * y - t * b, hvp=lambda y, t, v: d * v, mixed_vjp=lambda y, t, u: -(u @ b)
+    )
+
+    @jax.jit
+    def estimated(y: Any) -> Any:
+        options = {"solver": solver(rtol=1e-3), "error": True, "return_report": True}
+        g, report = implicit_vjp(condition, y, jax.numpy.asarray(1.0), b, **options)
+        return g, report.error.absolute, report.error.trusted
+
+    g, absolute, trusted = estimated(b / d)
+    assert 0.5 <= float(absolute) / abs(float(g - b @ (b / d))) <= 2
+    assert bool(trusted)
 
 
 @pytest.mark.slow

@@ -295,31 +295,35 @@ class _Inline(JaxBackend):
             prepared.solver.plan(state, b.shape[0] if len(b.shape) > len(operator.items) + 1 else 1)
         product = operator.matvec
         b = varying(b, jax.eval_shape(product, b)) if is_mapped() else b
+        beside, prepared.beside = prepared.beside, None
         carried = None
         if isinstance(x0, SequenceState):
             carried = jax.tree.map(jnp.zeros_like, fitted(x0, self, b, pairs_of(prepared.solver)))
 
         def solver(flipped: bool) -> Callable[[Any, Any], Any]:
-            def solve(_: Any, right: Any) -> tuple[Any, Any]:
+            def solve(_: Any, pair: Any) -> tuple[Any, Any]:
+                (right, made_of), estimate = pair, None
                 if prepared.on_solved is not None:  # what was assembled belongs to each: one alone may be run
                     prepared.counted = 0
                 solution = prepared.solve(right, None if flipped else x0, transposed=transposed ^ flipped)
                 if prepared.limit is not None:
-                    solution = prepared.limit(solution, right, transposed ^ flipped)
+                    solution, estimate = prepared.limit(solution, right, transposed ^ flipped, made_of)
                 if prepared.on_solved is not None:
-                    prepared.on_solved(solution, right, transposed ^ flipped)
+                    prepared.on_solved(solution, right, transposed ^ flipped, estimate)
                 if flipped and carried is not None:  # both solves return the same form
                     solution = solution._replace(carried=carried)
                 if not (prepared.least_squares and prepared.differentiated):
-                    return alike((solution.x, solution._replace(x=None)))
+                    return alike(((solution.x, made_of), solution._replace(x=None)))
                 least = solution.status == int(Status.LEAST_SQUARES)
-                return alike((nan_where(self, least, solution.x), solution))
+                return alike(((nan_where(self, least, solution.x), made_of), solution))
 
             return solve
 
-        x, rest = lax.custom_linear_solve(
-            product, b, solver(False), transpose_solve=solver(True), symmetric=bool(operator.symmetric), has_aux=True
-        )
+        # what b is made of is carried along by an identity: seen where b is, and JAX transposes that, too
+        (x, _), rest = lax.custom_linear_solve(
+            lambda pair: (product(pair[0]), pair[1]), (b, beside), solver(False), transpose_solve=solver(True),
+            symmetric=bool(operator.symmetric), has_aux=True,
+        )  # fmt: skip
         if prepared.least_squares and prepared.differentiated:  # without a solution A⁻¹(ḃ − Ȧ x) is no derivative
             least = rest.status == int(Status.LEAST_SQUARES)
             x = self.space(x).select(self.xp.broadcast_to(least, x.shape[:-1]), without_derivative(rest.x), x)

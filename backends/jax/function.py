@@ -26,7 +26,7 @@ from implicitdiff.backends.jax.rules import arrays_in, arrays_of, functions_of
 from implicitdiff.backends.jax.runner import looked_at, newtons
 from implicitdiff.backends.jax.tracers import is_traced, underivable
 from implicitdiff.backends.jax.watch import Watch
-from implicitdiff.certificate import certify_adjoint
+from implicitdiff.certificate import certify_adjoint, certify_tangent
 from implicitdiff.conditions import as_condition
 from implicitdiff.diagnosis import warn_not_solution
 from implicitdiff.errors import CallbackError, DerivativeError
@@ -245,17 +245,18 @@ def _build_tangent(program: Any, call: Any, y: Any, theta: Any, dynamic: Any, ta
     rules = Rules(problem, flat=limit is not None)
     if limit is not None:
         rules.prepared.limit = partial(_limited, rules, limit)
+        rules.prepared.beside = rules.point.theta.like(tangent, "tangent", dtype=rules.point.theta.dtype)
     if problem.settings.on_report is not None:
         rules.prepared.on_solved = partial(hand_out_solved, rules)
     return rules.tangent(tangent, solution_checked=call.mode != "tangent")
 
 
-def _limited(rules: Rules, max_error: float, solution: Solution, b: Any, transposed: bool) -> Solution:
-    """NaN for an adjoint whose derivative is off by more than it may be; forward, θ̇ is not seen here (see `Watch`)."""
-    if not transposed:
-        return solution
-    bad = inaccurate(certify_adjoint(rules, solution, b), max_error)
-    return solution._replace(x=nan_where(rules.point.backend, bad, solution.x))
+def _limited(rules: Rules, max_error: float, solution: Solution, b: Any, transposed: bool, t: Any) -> Any:
+    """NaN for a solution whose derivative is off by more than it may be; and the estimate of that."""
+    found = certify_adjoint(rules, solution, b) if transposed else certify_tangent(rules, solution, b, t)
+    if rules.problem.settings.on_failure == "ignore":
+        return solution, found
+    return solution._replace(x=nan_where(rules.point.backend, inaccurate(found, max_error), solution.x)), found
 
 
 def _look_at_point(problem: Problem) -> None:

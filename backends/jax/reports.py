@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from implicitdiff.accuracy import shown
+from implicitdiff.arrays import numpy_namespace
+from implicitdiff.backends.jax.rules import filled
+from implicitdiff.conditions import as_condition
+from implicitdiff.estimates import Estimate
 from implicitdiff.linalg.reports import make_report
 from implicitdiff.linalg.solve import Solution
 from implicitdiff.mode import Mode
 from implicitdiff.outcome import Report
+from implicitdiff.problem import Problem
 from implicitdiff.rules import Rules
 from implicitdiff.runs import Run
 from implicitdiff.solution_check import Step
@@ -29,26 +36,30 @@ __all__ = ["between", "hand_out", "hand_out_solved"]
 OnReport = Callable[[Report], object]
 
 
-def hand_out(on_report: OnReport, run: Run) -> None:
+def hand_out(problem: Problem, run: Run) -> None:
     """Let the program that is being traced hand out the report of a run of the rules."""
     e = run.diagnostics
-    _emit(on_report, e.solution, e.step, (run.methods, run.derivatives, run.damping))
+    _emit(problem, (e.solution, e.step, run.estimate), (run.methods, run.derivatives, run.damping))
 
 
-def hand_out_solved(rules: Rules, solution: Solution, b: Any, transposed: bool) -> None:
+def hand_out_solved(rules: Rules, solution: Solution, b: Any, transposed: bool, estimate: Estimate | None) -> None:
     """Let the program that is being traced hand out the report of a solve, which JAX may have transposed."""
     step, p = rules.check.look(solution, b, transposed=transposed), rules.prepared
-    on_report: Any = rules.problem.settings.on_report
-    _emit(on_report, solution, step, (list(p.methods), rules.derivatives, p.damping))
+    _emit(rules.problem, (solution, step, estimate), (list(p.methods), rules.derivatives, p.damping))
 
 
-def _emit(on_report: OnReport, solution: Solution, step: Step, facts: tuple[Any, ...]) -> None:
-    (methods, derivatives, damping), items = facts, jnp.ndim(solution.status)
-    leaves, treedef = jax.tree.flatten((solution, step.size, step.unsolved))
+def _emit(problem: Problem, seen: tuple[Solution, Step, Estimate | None], facts: tuple[Any, ...]) -> None:
+    (methods, derivatives, damping), (solution, step, estimate) = facts, seen
+    on_report, items = cast("OnReport", problem.settings.on_report), jnp.ndim(solution.status)
+    leaves, treedef = jax.tree.flatten((solution, step.size, step.unsolved, estimate))
+    condition = as_condition(problem.condition)
+    condition = filled(condition, dict.fromkeys(condition.arrays))  # what is traced now is nothing to keep
 
     def receive(*numbers: Any) -> None:
-        found, size, unsolved = jax.tree.unflatten(treedef, list(map(np.asarray, numbers)))
+        found, size, unsolved, known = jax.tree.unflatten(treedef, list(map(np.asarray, numbers)))
         report = make_report(found, damping, methods, float("nan"), size, derivatives, Mode.EAGER, ~unsolved)
+        if known is not None:
+            report = replace(report, error=shown(numpy_namespace, known, condition, damping, visible=True))
         kept = _between.get(id(on_report))
         if kept is None:
             on_report(report)

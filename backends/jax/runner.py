@@ -86,7 +86,7 @@ class Runner:
         else:
             run = self._inlined(mode, direction, x0, estimate)
         if self.problem.settings.on_report is not None:
-            hand_out(self.problem.settings.on_report, run)
+            hand_out(self.problem, run)
         return run
 
     def _is_transformed(self, direction: Any, x0: Any) -> bool:

@@ -60,13 +60,9 @@ class Watch:
         between(self._problem.settings.on_report, last=last)
         if not last:
             self._given = list(leaves)
-        elif self._given is not None and _finite(self._given) and (self._unlimited(mode) or not _finite(leaves)):
+        elif self._given is not None and _finite(self._given) and not _finite(leaves):
             given, self._given = self._given, None
             self._explain(mode, given, leaves)
-
-    def _unlimited(self, mode: str) -> bool:
-        """Whether there is a limit of the error that the program does not look at: forward."""
-        return self._problem.settings.control.max_error is not None and mode == "jvp" and not self._mapped
 
     def _explain(self, mode: str, given: list[Any], found: Sequence[Any]) -> None:
         t = self._problem

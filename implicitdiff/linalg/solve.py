@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, nan_where, needed, quotient
 from implicitdiff.linalg.damping import AUTO, damped
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.sparsity import assembled
@@ -93,15 +93,19 @@ class Prepared:
     methods: Sequence[tuple[str, str]] = ()
     spent: int = 0
     """Products for corrections."""
-    on_solved: Callable[[Solution, Array, bool], None] | None = None
-    """Sees each solution of a system within a compiled program, with b, and whether it was the transposed one."""
-    limit: Callable[[Solution, Array, bool], Solution] | None = None
-    """Looks at each such solution, and may spoil it."""
+    on_solved: Callable[..., None] | None = None
+    """Sees each solution of a system within a compiled program, with b, whether it was the transposed one, and what
+    `limit` found."""
+    limit: Callable[..., tuple[Solution, Any]] | None = None
+    """Looks at each such solution, with ``beside``, and may spoil it."""
+    beside: Any = None
+    """What b was made of, where that is to be seen with it."""
     counted: int = 0
     """Products for matrices and scales that a solve has told already."""
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
     _undamped: tuple[float, Prepared] | None = None
     _stand_in: Prepared | None = None
+    _plain: Prepared | None = None
     found_damping: Any = None
     """δ, where it was found."""
 
@@ -110,6 +114,14 @@ class Prepared:
         """The δ of (A + δI) that is solved with; NaN where it is to be found."""
         damping = getattr(self.solver, "damping", 0.0)
         return math.nan if damping == AUTO else float(damping)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether it is another matrix than A that is solved with, or may be where values are not seen."""
+        if not math.isnan(self.damping):
+            return self.damping != 0
+        op, found = self.operator, self.found_damping
+        return found is not None and (op.backend.traced or any_true(op.backend.xp, found != 0))
 
     @cached_property
     def whole(self) -> Operator:
@@ -204,6 +216,15 @@ class Prepared:
             kind = MINRES if self.operator.symmetric else GMRES
             self._stand_in = Prepared(self.operator, kind(damping=getattr(self.solver, "damping", 0.0)))
         return self._stand_in
+
+    @property
+    def undamped(self) -> Prepared:
+        """The same without damping; or self."""
+        if not self.shifted:
+            return self
+        if self._plain is None:
+            self._plain = Prepared(self.operator, replace(self.solver, damping=0.0))
+        return self._plain
 
     def correction(self, b: Array) -> tuple[Array, Array, Any]:
         """A⁻¹ b to a digit or two; whether it is that, per item, and the reciprocal condition number if it is known."""
