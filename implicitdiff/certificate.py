@@ -74,6 +74,8 @@ def _residual(rules: Rules) -> Array:
             "error, max_error and polish need F(y, theta), and the condition gives no way to evaluate it.\n"
             "Next: give fun or grad beside the products."
         )
+    if rules.check.kept is not None:
+        return rules.check.kept
     F: Array = rules.maps.residual()
     return rules.point.backend.xp.asarray(F, copy=True)  # it may be a buffer that the next call fills again
 
@@ -371,8 +373,9 @@ class _Certificate:
         xp, product, A = self.xp, self.product, self.rules.prepared.operator
         eps = ROUNDED * float(xp.finfo(F.dtype).eps)
         y = self.rules.embedded(self.rules.point.y.vector)
-        norm = self._scaled(A.matvec(y), rows=True)
-        known = product.solution.operator_norm
+        known, norm = product.solution.operator_norm, xp.zeros_like(F)
+        if known is None or not self.rules.prepared.factored:  # a method of Krylov knows it from below
+            norm = self._scaled(A.matvec(y), rows=True)
         if known is not None:
             columns = None if (scaling := self.rules.prepared.scaling) is None else scaling.columns
             size = item_norm(xp, y if columns is None else y / columns)

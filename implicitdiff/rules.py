@@ -157,6 +157,7 @@ class Rules:
         """Run a mode, and estimate its error if asked to."""
         # a Jacobian is dense: there is no keeping leaves apart
         rules = self.flat if estimate or mode == "jacobian" or isinstance(x0, SequenceState) else self
+        rules.check.keeps = estimate
         value, diagnostics = getattr(rules, mode)(direction, x0)
         p, way, found = rules.prepared, self.problem.backend.mode, certify(rules) if estimate else None
         return Run(value, diagnostics, p.methods, rules.derivatives, p.damping, p.seconds, rules, way, estimate=found)

@@ -79,6 +79,7 @@ class SolutionCheck:
 
     def __init__(self, point: Any, maps: Any, prepared: Any) -> None:
         self.point, self.maps, self.prepared = point, maps, prepared
+        self.keeps, self.kept = False, None  # F, for an estimate of the error
         self.backend, self.xp = point.backend, point.backend.xp
         self.tolerance, self.floor = levels(self.xp, point.y.dtype)
         self.eps = float(self.xp.finfo(point.y.dtype).eps)
@@ -101,6 +102,8 @@ class SolutionCheck:
         if residual is None or self.point.y.n == 0 or 0 in self.point.items:
             return self._unseen()
         F = residual()
+        if self.keeps and not backend.traced:
+            self.kept = self.xp.asarray(F, copy=True)  # it may be a buffer that the next call fills again
         space = backend.space(F)
         size = space.size(F)
         seen = self._quiet(size, space.finite(F))

@@ -339,6 +339,28 @@ def test_f_has_to_be_known(options):
         implicit_vjp(condition, np.ones(2), np.ones(2), np.ones(2), **options)
 
 
+@pytest.mark.parametrize("solver", ["lu", "cholesky"])
+def test_what_an_estimate_costs_beside_factors(solver):
+    """One value of F, and three products: two with A, one with B."""
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        return lambda *at: calls.append(name) or function(*at)
+
+    H = A @ A.T
+    condition = Stationary(
+        grad=counted("F", lambda y, t: H @ y + y**3 / 4 - t),
+        hvp=counted("A", lambda y, t, v: H @ v + 0.75 * y**2 * v),
+        hessian=lambda y, t: H + np.diag(0.75 * y**2), mixed_vjp=counted("B", lambda y, t, u: -u),
+    )  # fmt: skip
+    y, spent = np.array([0.1, 0.5, 0.3]), []
+    for error in (False, False, True):  # the first one looks at what it was given
+        calls.clear()
+        implicit_vjp(condition, y, THETA, np.ones(3), solver=solver, error=error, on_failure="ignore")
+        spent.append({name: calls.count(name) for name in "FAB"})
+    assert {name: spent[2][name] - spent[1][name] for name in "FAB"} == {"F": 1, "A": 2, "B": 1}
+
+
 def test_nothing_to_estimate():
 
     condition = Root(lambda y, t: y - t.sum(), jvp=lambda y, t, v: v, mixed_jvp=lambda y, t, d: -d.sum() + 0 * y)
