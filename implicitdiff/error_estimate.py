@@ -89,7 +89,8 @@ class ErrorEstimate(Record):
     parts : dict of str to float or array
         The norms of its parts: ``"inner solution"`` (y is not solved for exactly), ``"linear solve"``,
         ``"finite differences"`` and ``"rounding"``; of ``LeastSquares(hessian="gauss-newton")`` also
-        ``"Gauss-Newton"``, what its matrix costs. They add up as vectors.
+        ``"Gauss-Newton"``, what its matrix costs, and of a solver with ``damping`` also ``"damping"`` (of both
+        ``"Gauss-Newton and damping"``). They add up as vectors.
     cause : str or tuple of str
         The largest part; one for each item. Under the user's jit an integer array that numbers the parts.
     contraction : float or array
