@@ -254,8 +254,7 @@ class Sampler:
         visible = xp.any(shown, axis=-1, keepdims=True)
         faint = moves & ~visible & self._quiet
         error = xp.where(xp.isfinite(found.error), found.error, xp.zeros_like(found.error))
-        rows, ratio = found.usual, self._relative_noise(found.usual)
-        ratio = xp.where(shown | ~visible, ratio, 0 * ratio)  # of a row that is all noise it says nothing
+        rows, ratio = found.usual, xp.where(shown | ~visible, self._relative_noise(found.usual), 0 * found.usual)
         grown = xp.where(here, self.leaf * reach, self.leaf)
         self.size = xp.where(here & (reach > 1), xp.minimum(self.size * reach, grown), self.size)
         self.leaf = grown

@@ -33,7 +33,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from implicitdiff.arrays import Array, any_true, divisor, item_norm
+from implicitdiff.arrays import Array, divisor, item_norm
 from implicitdiff.errors import InputError
 from implicitdiff.estimates import Estimate, Product, Resolving, nothing
 from implicitdiff.tolerances import (
@@ -55,14 +55,15 @@ __all__ = ["certify", "certify_adjoint", "certify_tangent", "newton_step"]
 
 
 def newton_step(rules: Rules) -> Any:
-    """y − A⁻¹F(y, θ), as a tree: damped where A is not solved with, and y itself in items where nothing is."""
+    """y − A⁻¹F(y, θ), as a tree: damped where A itself is not solved with, and y in items where nothing is."""
     rules = _exact(rules)
     p, prepared, F = rules.point, rules.prepared.exact, _residual(rules)
-    found = prepared.undamped.solve(F)
+    found = prepared.solve(F)
     step, failed = found.x, found.failed
-    if prepared.shifted and (p.backend.traced or any_true(p.backend.xp, failed)):
-        safe = prepared.solve(F)
-        step, failed = p.backend.space(F).select(~failed, step, safe.x), failed & safe.failed
+    if prepared.shifted:
+        rtol = RESIDUAL.at(p.backend.xp, F.dtype)
+        whole, usable, _ = prepared.roughly(F, transposed=False, rtol=rtol)
+        step, failed = p.backend.space(F).select(usable, whole, step), failed & ~usable
     y = p.y.vector - rules.restricted(step)
     y = p.y.space.select(~failed & p.y.space.finite(y), y, p.y.vector)
     return p.y.unravel(p.backend.detached(y))

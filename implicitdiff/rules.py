@@ -155,8 +155,7 @@ class Rules:
 
     def __call__(self, mode: str, direction: Any, x0: Any, *, estimate: bool = False) -> Run:
         """Run a mode, and estimate its error if asked to."""
-        # a Jacobian is dense: there is no keeping leaves apart
-        rules = self.flat if estimate or mode == "jacobian" or isinstance(x0, SequenceState) else self
+        rules = self.flat if estimate or mode == "jacobian" or isinstance(x0, SequenceState) else self  # dense ones
         rules.check.keeps = estimate
         value, diagnostics = getattr(rules, mode)(direction, x0)
         p, way, found = rules.prepared, self.problem.backend.mode, certify(rules) if estimate else None

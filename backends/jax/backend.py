@@ -302,14 +302,11 @@ class _Inline(JaxBackend):
 
         def solver(flipped: bool) -> Callable[[Any, Any], Any]:
             def solve(_: Any, pair: Any) -> tuple[Any, Any]:
-                (right, made_of), estimate = pair, None
+                right, made_of = pair
                 if prepared.on_solved is not None:  # what was assembled belongs to each: one alone may be run
                     prepared.counted = 0
                 solution = prepared.solve(right, None if flipped else x0, transposed=transposed ^ flipped)
-                if prepared.limit is not None:
-                    solution, estimate = prepared.limit(solution, right, transposed ^ flipped, made_of)
-                if prepared.on_solved is not None:
-                    prepared.on_solved(solution, right, transposed ^ flipped, estimate)
+                solution = _looked_at(prepared, solution, right, transposed ^ flipped, made_of)
                 if flipped and carried is not None:  # both solves return the same form
                     solution = solution._replace(carried=carried)
                 if not (prepared.least_squares and prepared.differentiated):
@@ -319,7 +316,6 @@ class _Inline(JaxBackend):
 
             return solve
 
-        # what b is made of is carried along by an identity: seen where b is, and JAX transposes that, too
         (x, _), rest = lax.custom_linear_solve(
             lambda pair: (product(pair[0]), pair[1]), (b, beside), solver(False), transpose_solve=solver(True),
             symmetric=bool(operator.symmetric), has_aux=True,
@@ -328,6 +324,16 @@ class _Inline(JaxBackend):
             least = rest.status == int(Status.LEAST_SQUARES)
             x = self.space(x).select(self.xp.broadcast_to(least, x.shape[:-1]), without_derivative(rest.x), x)
         return rest._replace(x=x)
+
+
+def _looked_at(prepared: Any, solution: Any, b: Any, transposed: bool, made_of: Any) -> Any:
+    """The solution as a limit leaves it; what b is made of came along by an identity, which JAX transposes, too."""
+    estimate = None
+    if prepared.limit is not None:
+        solution, estimate = prepared.limit(solution, b, transposed, made_of)
+    if prepared.on_solved is not None:
+        prepared.on_solved(solution, b, transposed, estimate)
+    return solution
 
 
 INLINE = _Inline()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -94,8 +94,7 @@ class Prepared:
     spent: int = 0
     """Products for corrections."""
     on_solved: Callable[..., None] | None = None
-    """Sees each solution of a system within a compiled program, with b, whether it was the transposed one, and what
-    `limit` found."""
+    """Sees each solution within a compiled program, with b, whether it was of Aᵀ, and what `limit` found."""
     limit: Callable[..., tuple[Solution, Any]] | None = None
     """Looks at each such solution, with ``beside``, and may spoil it."""
     beside: Any = None
@@ -105,7 +104,6 @@ class Prepared:
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
     _undamped: tuple[float, Prepared] | None = None
     _stand_in: Prepared | None = None
-    _plain: Prepared | None = None
     found_damping: Any = None
     """δ, where it was found."""
 
@@ -118,10 +116,10 @@ class Prepared:
     @property
     def shifted(self) -> bool:
         """Whether it is another matrix than A that is solved with, or may be where values are not seen."""
-        if not math.isnan(self.damping):
-            return self.damping != 0
-        op, found = self.operator, self.found_damping
-        return found is not None and (op.backend.traced or any_true(op.backend.xp, found != 0))
+        found, backend = self.found_damping, self.operator.backend
+        if found is None:
+            return abs(self.damping) > 0
+        return backend.traced or any_true(backend.xp, found != 0)
 
     @cached_property
     def whole(self) -> Operator:
@@ -216,15 +214,6 @@ class Prepared:
             kind = MINRES if self.operator.symmetric else GMRES
             self._stand_in = Prepared(self.operator, kind(damping=getattr(self.solver, "damping", 0.0)))
         return self._stand_in
-
-    @property
-    def undamped(self) -> Prepared:
-        """The same without damping; or self."""
-        if not self.shifted:
-            return self
-        if self._plain is None:
-            self._plain = Prepared(self.operator, replace(self.solver, damping=0.0))
-        return self._plain
 
     def correction(self, b: Array) -> tuple[Array, Array, Any]:
         """A⁻¹ b to a digit or two; whether it is that, per item, and the reciprocal condition number if it is known."""
