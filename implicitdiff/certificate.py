@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from implicitdiff.arrays import Array, divisor, item_norm
 from implicitdiff.errors import InputError
 from implicitdiff.estimates import Estimate, Product, Resolving, nothing
+from implicitdiff.linalg.damping import shifted
 from implicitdiff.tolerances import (
     CAUTIOUS,
     CERTIFIED,
@@ -60,7 +61,7 @@ def newton_step(rules: Rules) -> Any:
     p, prepared, F = rules.point, rules.prepared.exact, _residual(rules)
     found = prepared.solve(F)
     step, failed = found.x, found.failed
-    if prepared.shifted:
+    if shifted(prepared):
         rtol = RESIDUAL.at(p.backend.xp, F.dtype)
         whole, usable, _ = prepared.roughly(F, transposed=False, rtol=rtol)
         step, failed = p.backend.space(F).select(usable, whole, step), failed & ~usable
@@ -145,7 +146,7 @@ class _Certificate:
 
     def __init__(self, rules: Rules, product: Product) -> None:
         self.rules, self.backend = _exact(rules), rules.point.backend
-        self.approximate = self.rules is not rules or self.rules.prepared.shifted
+        self.approximate = self.rules is not rules or shifted(self.rules.prepared)
         self.finer = self._by_finer_differences()
         self.xp, self.items = self.backend.xp, rules.point.items
         self.whole = True

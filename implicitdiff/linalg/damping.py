@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, any_true
 from implicitdiff.errors import InputError
 from implicitdiff.linalg.operator import Operator, Product
 from implicitdiff.tolerances import LOST, MARGIN
 
-__all__ = ["AUTO", "damped", "least_damping"]
+__all__ = ["AUTO", "damped", "least_damping", "shifted"]
 
 AUTO = "auto"
 STEPS = 60
@@ -34,6 +34,14 @@ class _State(NamedTuple):
     betas: Array
     j: Any
     active: Array
+
+
+def shifted(prepared: Any) -> bool:
+    """Whether it is another matrix than A that is solved with, or may be where values are not seen."""
+    found, backend = prepared.found_damping, prepared.operator.backend
+    if found is None:
+        return abs(prepared.damping) > 0  # not where it is NaN, and yet to be found
+    return bool(backend.traced or any_true(backend.xp, found != 0))
 
 
 def damped(operator: Operator, damping: Any, *, dense: bool) -> tuple[Operator, Any]:

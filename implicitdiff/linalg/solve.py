@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, divisor, item_norm, nan_where, needed, quotient
+from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient
 from implicitdiff.linalg.damping import AUTO, damped
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.sparsity import assembled
@@ -112,14 +112,6 @@ class Prepared:
         """The δ of (A + δI) that is solved with; NaN where it is to be found."""
         damping = getattr(self.solver, "damping", 0.0)
         return math.nan if damping == AUTO else float(damping)
-
-    @property
-    def shifted(self) -> bool:
-        """Whether it is another matrix than A that is solved with, or may be where values are not seen."""
-        found, backend = self.found_damping, self.operator.backend
-        if found is None:
-            return abs(self.damping) > 0
-        return backend.traced or any_true(backend.xp, found != 0)
 
     @cached_property
     def whole(self) -> Operator:
