@@ -10,7 +10,6 @@ from conftest import LIBRARIES
 from helpers_certificates import OFF, THETA, A, root, solution, truth
 
 from implicitdiff import (
-    CG,
     GMRES,
     ImplicitDiffError,
     InaccurateError,
@@ -119,7 +118,7 @@ def test_compiled_jax_looks_forward_and_reports(jax_root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [CG, GMRES])
+@pytest.mark.parametrize("solver", [GMRES])
 def test_compiled_jax_sees_a_loss_along_b(solver):
     """As eager estimates do (see `test_a_loss_along_B_is_estimated`)."""
     jax = pytest.importorskip("jax")
