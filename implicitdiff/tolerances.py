@@ -208,6 +208,8 @@ SPLIT = 0.03
 """Part of the residual from which on what is the linear solve's is solved for by itself."""
 ROUNDED = 30
 """How many times larger than one rounding a residual may be that counts as all rounding."""
+ANOTHER_STEP = 2**0.25
+"""Ratio of steps at which the change of a difference of fourth order is its error."""
 SHORTER = 0.7
 """Ratio of steps of a second opinion: noise is drawn anew, and truncation is a quarter."""
 NOISE = 3
