@@ -173,7 +173,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build/html and run its gallery; a warning is an error."""
-    install(session, "-e", ".[docs]")
+    install(session, "-e", ".[docs,torch,jax]")
     command = ("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
     session.run(*command, *session.posargs, env={"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"})
 

@@ -112,7 +112,10 @@ def as_preconditioner(given: Any, operator: Operator) -> Preconditioner:
     if callable(given):
         product = checked_product(operator, given, "preconditioner")
         return Preconditioner(product, product if operator.symmetric else None)
-    raise InputError(f"preconditioner: expected a matrix or a callable, got {type(given).__name__}.")
+    what = repr(given) if isinstance(given, str) else type(given).__name__
+    raise InputError(
+        f"preconditioner: expected a matrix, a callable or an approximate solver such as Nystrom(rank=50), got {what}."
+    )
 
 
 def _from_matrix(given: Any, operator: Operator) -> Preconditioner:
