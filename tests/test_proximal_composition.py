@@ -256,3 +256,49 @@ def test_box_in_mixed_units(lib: Library) -> None:
     found = outcome(lambda: implicit_vjp(condition, *given))
     assert found.quiet, found.text
     assert np.allclose(lib.numpy(found.value), [0.0, 1.0, 0.0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow(on=("jax",))
+@EVERY
+@pytest.mark.parametrize("items", [0, 2])
+def test_lasso_in_mixed_units(lib: Library, items: int) -> None:
+    """A step for each coordinate where prox takes one, in batches and under jit, too: what is zero stays zero."""
+    H = np.array([[2.0, 0.5, 0.1, 0.0], [0.5, 2.0, 0.5, 0.2], [0.1, 0.5, 2.0, 0.5], [0.0, 0.2, 0.5, 2.0]])
+    D = np.array([1e-6, 1.0, 1e6, 1e3])
+    y, v, penalty = np.array([1.0, 0.0, -0.5, 0.0]), np.array([1.0, 2.0, 3.0, 4.0]), 0.3
+    theta = H @ y + penalty * np.array([1.0, 0.5, -1.0, -0.2])
+    support = y != 0
+    expected = np.zeros(4)
+    expected[support] = np.linalg.solve(H[np.ix_(support, support)], v[support])
+    Hs, ones, level = lib.array(H / np.outer(D, D)), lib.array(1 / D), lib.array(penalty / D)
+    condition = ProximalGradient(
+        grad=lambda y, t: y @ Hs - t * ones, prox=lambda x, t, step: proxes.lasso(x, level, step),
+        hvp=lambda y, t, u: u @ Hs, mixed_vjp=lambda y, t, u: -u * ones, mixed_jvp=lambda y, t, d: -d * ones,
+    )  # fmt: skip
+    given = [lib.array(np.stack([x] * items) if items else x) for x in (y * D, theta, v / D)]
+    call = lambda *given: implicit_vjp(condition, *given, batched=items > 0)  # noqa: E731
+    for ask in (call, framework("jax").jit(call)) if lib.name == "jax" else (call,):
+        found = outcome(lambda ask=ask: ask(*given))
+        assert found.quiet, found.text
+        assert np.allclose(lib.numpy(found.value), expected, rtol=1e-9, atol=1e-12)
+
+
+@EVERY
+def test_a_prox_that_takes_one_step_only(lib: Library) -> None:
+    """A prox that cannot be called with an array of steps is given a number, whatever the units."""
+    D, y, v = np.array([1.0, 1.0, 1e3, 1e3]), np.array([1.0, -2.0, 0.5, 1.0]), np.array([1.0, 2.0, 3.0, 4.0])
+    diagonal, ones = lib.array(2 / D**2), lib.array(1 / D)
+
+    def prox(x: Any, t: Any, step: Any) -> Any:
+        assert not getattr(step, "shape", ())
+        return x / (1 + step)
+
+    condition = ProximalGradient(
+        grad=lambda y, t: diagonal * y - t * ones, prox=prox, hvp=lambda y, t, u: diagonal * u,
+        mixed_vjp=lambda y, t, u: -u * ones, mixed_jvp=lambda y, t, d: -d * ones,
+    )  # fmt: skip
+    curved = 2 / D**2 + 1  # f + ½‖y‖², in the user's units
+    given = [lib.array(x) for x in (y * D, curved * y * D * D, v)]
+    found = outcome(lambda: implicit_vjp(condition, *given))
+    assert found.quiet, found.text
+    assert np.allclose(lib.numpy(found.value), v / D / curved, rtol=1e-9)

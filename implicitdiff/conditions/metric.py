@@ -70,7 +70,8 @@ class Metric:
             xp = self.point.backend.xp
             usable = (self.step <= STEP_FAR * step) & (step <= STEP_FAR * self.step)
             found = xp.where(usable, xp.full_like(self.step, step), self.step)
-            return Metric.of(self.point, step) if binding else replace(self, number=None, step=found)
+            given = replace(Metric.of(self.point, step), better=self.better)
+            return given if binding else replace(self, number=None, step=found)
         far = not 1 / STEP_FAR <= step / self.step <= STEP_FAR
         if not binding:
             return self if far or self.better is not None else Metric.of(self.point, step)
@@ -84,7 +85,7 @@ class Metric:
         if self.better is None:
             return None
         square = self.better * self.better
-        plain = not self.point.items and self.point.y.tree.spec is None and len(self.point.y.leaves[0].shape) == 1
+        plain = self.point.y.tree.spec is None and len(self.point.y.leaves[0].shape) == 1
         return Metric(self.point, square if plain else self.number, square, units=self.better)
 
     def suits(self, y: Array, x: Array, image: Array, D: Operator) -> Array:
@@ -98,8 +99,9 @@ class Metric:
     def only(self, suits: Array, other: Metric) -> Metric:
         """Return this metric where it suits, and the other one where not: in a program, where that is not seen."""
         xp, d = self.point.backend.xp, cast("Array", self.units)
-        d = xp.where(suits[..., None], d, xp.sqrt(other.step) + 0 * d)
-        return Metric(self.point, other.number, d * d, units=d)
+        step = xp.where(suits[..., None], self.step, other.step + 0 * d)
+        d = xp.where(suits[..., None], d, (other.step + 0 * d) ** 0.5)
+        return Metric(self.point, other.number if self.number is other.number else step, step, units=d)
 
     # -- between y and ŷ -----------------------------------------------------------------------------
     @property
@@ -144,11 +146,11 @@ class Metric:
         return self.up(leaf)
 
 
-def metric_at(point: Any, H: Operator, slope: Any, *, blind: bool = False) -> Metric:
+def metric_at(point: Any, H: Operator, slope: Any) -> Metric:
     """Return the step 1 / ‖H‖, and those of the coordinates where they seem to have units of their own.
 
-    In a compiled program units cannot be looked for. There the steps of the coordinates are made if ``blind`` says so,
-    of a matrix that is given, or of a small one.
+    In a compiled program units cannot be looked for. There the steps of the coordinates are made of a matrix that is
+    given, or of a small one, whatever their units.
 
     Parameters
     ----------
@@ -176,7 +178,7 @@ def metric_at(point: Any, H: Operator, slope: Any, *, blind: bool = False) -> Me
         if H.matrix is not None or (point.y.n <= SMALL and H.sparse is None and _mixed(point, H, leaf)):
             d = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
         better = d if any_true(xp, xp.max(d, axis=-1) > 32 * xp.min(d, axis=-1)) else None
-    elif blind and (H.matrix is not None or (point.y.n <= TINY and H.sparse is None)):
+    elif H.matrix is not None or (point.y.n <= TINY and H.sparse is None):
         fine = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
         better = backend.detached(fine)  # neither the solution nor its derivatives depend on it
     least = xp.min(d, axis=-1, keepdims=True)

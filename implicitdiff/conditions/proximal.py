@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from implicitdiff.arrays import Array, any_true, item_numbers, listed, named_items
 from implicitdiff.conditions.base import (
@@ -41,6 +41,9 @@ from implicitdiff.solvers import get_solver
 from implicitdiff.solvers.support import OnSupport, ProximalOperator
 
 __all__ = ["ProjectedGradient", "ProximalGradient"]
+
+_Found: TypeAlias = tuple[Callable[[Array, Array], Array], Array, Maps]
+"""P, x and the derivatives of P, for a step."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,7 +110,7 @@ class _Composite(Condition):
         smooth = self._smooth.maps(part)
         slope = cast("Callable[[], Array]", smooth.residual)()  # there is fun or grad
 
-        def outer_at(metric: Metric) -> tuple[Callable[[Array, Array], Array], Array, Maps]:
+        def outer_at(metric: Metric) -> _Found:
             outer, x = self._outer(point.part(piecewise=True), metric.number), y - metric.step * slope
             derive = lambda: backend.differentiate(outer, x, theta)  # noqa: E731
             return outer, x, maps_from(part, Given(), outer, derive, what=self._name)
@@ -115,9 +118,9 @@ class _Composite(Condition):
         there: Choices | None = point.choices
         metric = self._metric(point, smooth.A, slope) if there is None else replace(there.metric, point=point)
         found = outer_at(metric)
-        if finer := metric.finer() if there is None else None:
-            trial = outer_at(finer)
-            suits = finer.suits(y, trial[1], trial[0](trial[1], theta), trial[2].A)
+        finer = metric.finer() if there is None else None
+        if finer is not None and (tried := _tried(outer_at, finer, y, theta)) is not None:
+            trial, suits = tried
             if backend.traced:
                 metric = finer.only(suits, metric)
                 found = outer_at(metric)
@@ -156,6 +159,15 @@ class _Composite(Condition):
             "complementarity); or finite differences that reach across a kink.\n"
             "The derivative is that of one side, or a mean. Next: move theta, or let autodiff derive it."
         ]
+
+
+def _tried(outer_at: Callable[[Metric], _Found], metric: Metric, y: Array, theta: Array) -> tuple[_Found, Array] | None:
+    """P with a step for each coordinate, and whether that suits; None where P takes one step only, and fails."""
+    try:
+        found = outer, x, P = outer_at(metric)
+        return found, metric.suits(y, x, outer(x, theta), P.A)
+    except Exception:  # of the user's function, in any way: with one step, as it is documented, it raises its own
+        return None
 
 
 def _residual_seen(
@@ -286,7 +298,7 @@ class ProjectedGradient(_Composite):
         return self.after  # type: ignore[return-value]
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
-        return metric_at(point, H, slope, blind=True).near(self.step, binding=False)
+        return metric_at(point, H, slope).near(self.step, binding=False)
 
     def _outer(self, point: Point, step: Any) -> Callable[[Array, Array], Array]:
         projection = self.projection
@@ -309,7 +321,8 @@ class ProximalGradient(_Composite):
     step : float, optional
         Positive, about 1 / ‖H‖: neither the solution nor its derivative depends on it, the condition of the linear
         system does. By default it follows the curvature of f, and has one value for each coordinate where their units
-        differ (under JAX one for all): prox has to use the one that it is handed, ``step * penalty``.
+        differ (under JAX for n up to 32, or with a ``hessian``): prox has to use the one that it is handed,
+        ``step * penalty``, and one that cannot be called with an array of n is given one number for all.
     grad : callable, optional
         ``∇_y f(y, theta, *args) -> like y``.
     hvp, hessian, mixed_vjp, mixed_jvp : callable, optional
@@ -373,8 +386,7 @@ class ProximalGradient(_Composite):
         return self.after  # type: ignore[return-value]
 
     def _metric(self, point: Point, H: Operator, slope: Array) -> Metric:
-        backend = point.backend
-        if self.step is not None and (backend.traced or is_tree_vector(slope)):
+        if self.step is not None and is_tree_vector(slope):
             return Metric.of(point, self.step)  # nothing is seen that could be tried
         return metric_at(point, H, slope).near(self.step, binding=True)
 

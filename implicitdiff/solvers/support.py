@@ -284,8 +284,11 @@ def _reduced(op: ProximalOperator, support: Support, places: tuple[Array, Array]
 
     def product(x: Array) -> Array:
         x = x if places is None else _padded(op, places, x)
-        d = _push(op, support, x)
-        y = shift * d + _push(op, support, op.step * curve(d) - d) + _beside(op, support, x)
+        d, diagonal = _push(op, support, x), support.diagonal
+        if diagonal is None:
+            y = shift * d + _push(op, support, op.step * curve(d) - d) + _beside(op, support, x)
+        else:  # where it is one, nothing is left of the first, and what H adds may be far below its rounding
+            y = (shift - diagonal) * d + op.step * (diagonal * curve(d)) + _beside(op, support, x)
         return y if places is None else xp.take(y, places[0], axis=-1)
 
     matrices = _matrices(op, support, places)
