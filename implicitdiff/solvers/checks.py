@@ -15,14 +15,17 @@ PROBES = 4
 """Vectors on which ‖A⁻¹‖ is seen."""
 
 
-def classify(xp: Any, failed: Array, rcond: Array, residual: Array) -> tuple[Array, Array]:
+def classify(
+    xp: Any, failed: Array, rcond: Array, residual: Array, explained: Array | float = 0.0
+) -> tuple[Array, Array]:
     """Status per right-hand side, and the residual that was still called success.
 
-    A backward-stable solve leaves at most about eps κ; more than a hundredfold of that is a defect.
+    A backward-stable solve leaves at most about eps κ; more than a hundredfold of that is a defect. ``explained`` is
+    what the rounding of A itself leaves, where A may be another one each time that it is seen.
     """
     eps = float(xp.finfo(residual.dtype).eps)
     well = WELL_CONDITIONED * eps  # from there on 1e-10 is what counts
-    tolerance = 100 * eps / xp.where((rcond > 0) & (rcond < well), rcond, xp.full_like(rcond, well))
+    tolerance = 100 * eps / xp.where((rcond > 0) & (rcond < well), rcond, xp.full_like(rcond, well)) + explained
     good = residual <= tolerance
     failed = failed if failed.shape == residual.shape else xp.broadcast_to(failed, residual.shape)
     if nowhere(~good):

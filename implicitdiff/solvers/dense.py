@@ -24,7 +24,7 @@ from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers import hosted
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.checks import PROBES, amplification, asymmetry, cancelled, classify, skew_tolerance
-from implicitdiff.tolerances import LOST, is_double
+from implicitdiff.tolerances import LOST, ROUNDED, is_double
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
@@ -131,7 +131,7 @@ class DenseSolver(Solver):
             x, r = self._refined(state, wide / scale)
         state, residual = _by_solution(state, x), xp.sqrt(xp.vecdot(r, r))
         rcond = state.rcond**2 if _is_gram(state) else state.rcond  # the residual is that of A
-        status, tolerance = classify(xp, state.failed, rcond, residual)
+        status, tolerance = classify(xp, state.failed, rcond, residual, _explained(state, x))
         if state.scaling is not None:
             converged = status == int(Status.CONVERGED)
             residual = state.scaling.reported_residual(backend, converged, (residual, tolerance), r, wide / scale)
@@ -181,8 +181,7 @@ class DenseSolver(Solver):
         """Solve for b and for the probe vectors in one go.
 
         A compiled program has no branch that is cheap: data in single precision is always refined, in double never.
-        (XLA may compute an entry of A twice, for the factors and for the residual, and round it to single precision
-        differently.) And XLA was seen to hang, on the CPU, where calls of LAPACK run at the same time or in a loop:
+        (XLA may compute an entry of A twice: see `_explained`.) And XLA was seen to hang, on the CPU, where calls of LAPACK run at the same time or in a loop:
         these follow one another.
         """
         backend, lead = state.operator.backend, len(state.operator.items)
@@ -254,6 +253,19 @@ def _with_condition(state: DenseState, z: Array, w: Array, gain: Any = 0.0) -> D
         lost = xp.max(cancelled(xp, state.operator, state.scaling, state.norm, w), axis=0)
         failed = _mark(xp, failed, rcond < lost / LOST, Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
+
+
+def _explained(state: DenseState, x: Array) -> Array | float:
+    """Residual that is rounding of a single-precision A: a compiled program may make it anew for each use.
+
+    XLA merges the making of a matrix into what uses it, with other roundings, and no barrier of its language keeps it
+    from that: x may solve the system of one A, and be held against another.
+    """
+    op = state.operator
+    xp = op.backend.xp
+    if not op.backend.traced or is_double(float(xp.finfo(op.dtype).eps)):
+        return 0.0
+    return ROUNDED * op.rounding * state.norm * item_norm(xp, x)
 
 
 def _is_gram(state: DenseState) -> bool:
