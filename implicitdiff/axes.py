@@ -7,7 +7,7 @@ summed over them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
     from implicitdiff.outcome import Report
 
-__all__ = ["NO_AXES", "Axes", "Shared", "axes_of", "check_mapped", "filled", "first", "items_of", "mapped_of", "spread"]
+__all__ = [
+    "NO_AXES",
+    "Axes",
+    "Shared",
+    "axes_of",
+    "check_each",
+    "check_mapped",
+    "filled",
+    "first",
+    "items_of",
+    "mapped_of",
+    "spread",
+]
 
 REVERSE = ("vjp", "gradient")
 """Modes whose value is like theta: summed over the items where theta is shared."""
@@ -131,6 +143,18 @@ def check_mapped(backend: Backend, args: tuple[Any, ...], mapped: tuple[bool, ..
                 f"{flat.path(i, 'args')} is {type(leaf).__module__.partition('.')[0]}'s, and y an array of "
                 f"{backend.name}: in_axes maps over arrays of the latter alone.\nNext: convert it."
             )
+
+
+def check_each(each: Mapping[str, Any], count: int) -> None:
+    """Raise where what a condition was given for each item of a batch does not carry the axis of items."""
+    for name, value in each.items():
+        flat = flatten(value)
+        for i, leaf in enumerate(flat.leaves):
+            if leaf is not None and tuple(getattr(leaf, "shape", ())[:1]) != (count,):
+                got = f"has shape {tuple(leaf.shape)}" if hasattr(leaf, "shape") else f"is {type(leaf).__name__}"
+                raise ShapeError(
+                    f"{flat.path(i, name)} {got}; with batched=True it carries the axis of items, of {count}, in front."
+                )
 
 
 # -- theta that is shared --------------------------------------------------------------------------------

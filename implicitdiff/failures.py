@@ -56,12 +56,14 @@ def _facts(xp: Any, solution: Any, codes: Array, worst: Status) -> dict[str, str
         value = to_python(values if not codes.shape else values[here][0])
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
+    numbers = {} if solution.rcond is None else {"rcond": pick(solution.rcond)}
+    numbers["residual"] = pick(solution.residual)
     return {
-        "residual": pick(solution.residual), "tolerance": pick(solution.tolerance),
+        "residual": numbers["residual"], "tolerance": pick(solution.tolerance),
         "leak": pick(getattr(solution, "leak", None)), "iterations": pick(solution.iterations),
         "products": _products(solution),
-        "how": f"residual = {pick(solution.residual)}" if solution.rcond is None
-        else f"rcond = {pick(solution.rcond)}, residual = {pick(solution.residual)}",
+        "how": ", ".join(f"{name} = {number}" for name, number in numbers.items() if number != "nan")
+        or "residual = nan",
     }  # fmt: skip
 
 

@@ -187,8 +187,8 @@ def _check_shapes(arrays: Mapping[str, Any], batched: bool) -> dict[str, bool]:
         if name in arrays:
             expected = (int(arrays[vector].shape[-1]), n)
             if tuple(arrays[name].shape[-2:]) != expected:
-                got = tuple(arrays[name].shape[-2:])
-                raise ShapeError(f"{name} has shape {got}; expected {expected}, by {vector} and q.")
+                got, by = tuple(arrays[name].shape[-2:]), "q" if vector == "q" else f"{vector} and q"
+                raise ShapeError(f"{name} has shape {got}; expected {expected}, by {by}.")
     return axes
 
 

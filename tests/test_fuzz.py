@@ -102,7 +102,10 @@ ONCE = {
         706231: "blamed on a Hessian", 800509: "a fixed point under gmres",
         2006152: "bicgstab in single precision",
     },
-    "jax": {600641: "minres with a matrix, ill-conditioned", 1002331: "mixed units, compiled"},
+    "jax": {
+        600641: "minres with a matrix, ill-conditioned", 1002331: "mixed units, compiled",
+        1202789: "an A in single precision that is made twice, and differs",
+    },
 }  # fmt: skip
 """Seeds that failed, and the kind."""
 

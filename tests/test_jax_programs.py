@@ -343,3 +343,21 @@ def test_equilibrium_layer_with_shared_weights() -> None:
     u = [np.linalg.solve((np.eye(n) - s[:, None] * theta["w"]).T, c) * s for s, c in zip(slope, v, strict=True)]
     np.testing.assert_allclose(g["b"], sum(u), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(g["w"], np.asarray(u).T @ rows, rtol=1e-6, atol=1e-7)
+
+
+def test_an_estimate_leaves_a_program() -> None:
+    """With its parts, the correction and the polished y; of a batch, one of each."""
+    y, theta = jnp.array([1.01, 2.02]), jnp.array([1.0, 2.0])
+    objective = lambda y, t: jnp.sum(y**4 / 4 - t**3 * y)
+    ask = lambda y, t: implicit_grad(
+        objective, lambda y, t: jnp.sum(y**3), y, t, error=True, return_report=True, on_failure="ignore"
+    )
+    exact = 3 * theta**2  # y = θ
+    gradient, report = jax.jit(ask)(y, theta)
+    error = report.error
+    assert float(error.absolute) == pytest.approx(float(jnp.linalg.norm(gradient - exact)), rel=0.2)
+    assert set(error.parts) >= {"inner solution", "linear solve"}
+    assert jnp.linalg.norm(gradient - error.correction - exact) < 0.1 * error.absolute
+    _, many = jax.vmap(ask)(jnp.stack([y, theta]), jnp.stack([theta, theta]))
+    assert many.error.absolute.shape == (2,)
+    assert many.error.absolute[1] < 1e-9 < many.error.absolute[0]

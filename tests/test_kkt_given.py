@@ -15,8 +15,10 @@ from helpers_constraints import MODES, ROUTES, curved, rtol_for
 from implicitdiff import (
     KKT,
     CallbackError,
+    DerivativeError,
     InconsistentDerivativesError,
     InputError,
+    ShapeError,
     check_derivatives,
     implicit_function,
     implicit_jacobian,
@@ -234,3 +236,34 @@ def test_mistakes_within_a_program_are_nan(lib: Library, factor: float, right: b
         assert relative_error(lib, got, program.truth("vjp")) < 1e-9
     else:
         assert np.isnan(fw.numpy(got)).all()
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
+def test_constraints_that_do_not_see_theta(lib: Library) -> None:
+    """With a Jacobian that is given, eager and within a program: what moves θ is the objective alone."""
+    ones = lib.array(np.ones((1, 2)))
+    line = KKT(lambda y, t: lib.xp.sum((y - t) ** 2), lambda y, t: lib.xp.sum(y) - 1.0, eq_jacobian=lambda y, t: ones)
+    y, theta, v = (lib.array(np.array(x)) for x in ([0.5, 0.5], [1.0, 1.0], [1.0, 2.0]))
+    ask = lambda t: implicit_vjp(line, y, t, v)
+    for call in (ask, framework("jax").compiled(ask)) if lib.name == "jax" else (ask,):
+        assert np.allclose(lib.numpy(call(theta)), [-0.5, 0.5], atol=1e-7)
+
+
+@pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
+def test_a_program_that_sees_no_theta_is_refused(lib: Library) -> None:
+    own = lib.array(np.ones(2))
+    line = KKT(
+        lambda y, t: lib.xp.sum((y - own) ** 2), lambda y, t: lib.xp.sum(y) - 1.0,
+        eq_jacobian=lambda y, t: lib.array(np.ones((1, 2))),
+    )  # fmt: skip
+    y, fw = lib.array(np.full(2, 0.5)), framework("jax")
+    with pytest.raises(DerivativeError, match="does not depend on theta"):
+        fw.compiled(lambda t: implicit_vjp(line, y, t, y))(own)
+
+
+@pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
+def test_multipliers_of_a_batch_carry_its_axis(lib: Library) -> None:
+    line = KKT(lambda y, t: lib.xp.sum((y - t) ** 2), lambda y, t: lib.xp.sum(y) - 1.0, multipliers=lib.array(0.5))
+    y = lib.array(np.full((2, 2), 0.5))
+    with pytest.raises(ShapeError, match=r"multipliers has shape \(\); with batched=True .* of 2"):
+        implicit_vjp(line, y, y + 0.5, y, batched=True)

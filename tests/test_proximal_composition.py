@@ -276,8 +276,8 @@ def test_lasso_in_mixed_units(lib: Library, items: int) -> None:
         hvp=lambda y, t, u: u @ Hs, mixed_vjp=lambda y, t, u: -u * ones, mixed_jvp=lambda y, t, d: -d * ones,
     )  # fmt: skip
     given = [lib.array(np.stack([x] * items) if items else x) for x in (y * D, theta, v / D)]
-    call = lambda *given: implicit_vjp(condition, *given, batched=items > 0)  # noqa: E731
-    for ask in (call, framework("jax").jit(call)) if lib.name == "jax" else (call,):
+    call = lambda *given: implicit_vjp(condition, *given, batched=items > 0)
+    for ask in (call, framework("jax").compiled(call)) if lib.name == "jax" else (call,):
         found = outcome(lambda ask=ask: ask(*given))
         assert found.quiet, found.text
         assert np.allclose(lib.numpy(found.value), expected, rtol=1e-9, atol=1e-12)

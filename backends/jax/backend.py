@@ -22,6 +22,7 @@ from implicitdiff.backends.jax.systems import solved
 from implicitdiff.backends.jax.tracers import is_traced, underivable
 from implicitdiff.backends.jax.varying import alike, is_mapped, varying
 from implicitdiff.diagnosis import independent, loss_independent
+from implicitdiff.error_estimate import ErrorEstimate
 from implicitdiff.errors import BackendError
 from implicitdiff.linalg.system import System, SystemRun
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
@@ -41,7 +42,7 @@ jax.tree_util.register_pytree_node(TreeVector, lambda v: (v.leaves, None), lambd
 
 _ARRAY_FIELDS = (
     "status", "converged", "iterations", "matvecs", "residual", "stationarity", "rcond", "solved", "rank",
-    "nullity", "leak", "solution", "recycled", "dropped", "drift",
+    "nullity", "leak", "solution", "recycled", "dropped", "drift", "error", "polished_y",
 )  # fmt: skip
 _STATIC_FIELDS = ("solver", "reason", "seconds", "damping")
 
@@ -63,6 +64,24 @@ def _report_whole(static: Any, arrays: Any) -> Report:
 
 
 jax.tree_util.register_pytree_node(Report, _report_parts, _report_whole)
+
+_ESTIMATED = ("absolute", "relative", "parts", "contraction", "trusted", "correction", "value", "products")
+
+
+def _estimate_parts(found: ErrorEstimate) -> tuple[tuple[Any, ...], Any]:
+    arrays = tuple(getattr(found, name) for name in _ESTIMATED)
+    named = not hasattr(found.cause, "dtype")  # where it was not traced
+    return (*arrays, None if named else found.cause), (found.cause if named else None, found.doubt)
+
+
+def _estimate_whole(static: Any, arrays: Any) -> ErrorEstimate:
+    *arrays, cause = arrays
+    named, doubt = static
+    fields = dict(zip(_ESTIMATED, arrays, strict=True))
+    return ErrorEstimate(**fields, cause=cause if named is None else named, doubt=doubt)
+
+
+jax.tree_util.register_pytree_node(ErrorEstimate, _estimate_parts, _estimate_whole)
 
 
 class JaxBackend(ArrayAPIBackend):

@@ -59,12 +59,13 @@ def run_rules(
     XLA makes more of one item mapped than of arithmetic on arrays with a leading axis: its loops are over items.
     """
     flat = estimate or mode == "jacobian" or isinstance(x0, SequenceState)
-    if not problem.batched or not _check_items(problem, mode, direction, x0):
+    if not problem.batched or not (count := _check_items(problem, mode, direction, x0)):
         rules = Rules(problem, flat=flat)
         value, diagnostics = getattr(rules, mode)(direction, x0)
         return value, diagnostics, certify(rules) if estimate else None, rules
     made, mapped = list[Rules](), problem.axes.mapped
     each = {name: value for name, value in arrays_of(problem.condition).items() if name in problem.condition.per_item}
+    axes.check_each(each, count)
 
     def one(y: Any, theta: Any, vector: Any, x0: Any, each: dict[str, Any], own: list[Any]) -> Any:
         condition, args = filled(problem.condition, each), axes.filled(problem.args, mapped, own)

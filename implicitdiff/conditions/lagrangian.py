@@ -102,7 +102,7 @@ class Lagrangian:
         self.point, self.objective, self.constraints = point, objective, constraints
         self.backend, self.y, self.theta = point.backend, point.y.vector, point.theta.vector
         self.name = " and ".join(dict.fromkeys(c.name for c in constraints))
-        self.values = point.raveled_function(self._all, self.name)
+        self.values = point.part().raveled_function(self._all, self.name)
 
     def _all(self, y: Any, theta: Any, *args: Any) -> tuple[Any, ...]:
         return tuple(c.values(y, theta, *args) for c in self.constraints)
@@ -298,6 +298,7 @@ class Lagrangian:
         backend, point, n = self.backend, self.point, self.point.y.n
         terms = [t for t in self.terms(z) if not t.linear]
         derived = self.derived(terms, point.part())
+        backend.check_dependence(lambda t: self._at(backend.concat([self.y, z]), t), self.theta)
         H, order = self._hessian(terms, z, derived), n + first.rows.shape[-2]
         turned = functools.partial(turned_times, backend.xp, first.rows)
 

@@ -181,8 +181,8 @@ class DenseSolver(Solver):
         """Solve for b and for the probe vectors in one go.
 
         A compiled program has no branch that is cheap: data in single precision is always refined, in double never.
-        (XLA may compute an entry of A twice: see `_explained`.) And XLA was seen to hang, on the CPU, where calls of LAPACK run at the same time or in a loop:
-        these follow one another.
+        (XLA may compute an entry of A twice: see `_explained`.) And XLA was seen to hang, on the CPU, where calls of
+        LAPACK run at the same time or in a loop: these follow one another.
         """
         backend, lead = state.operator.backend, len(state.operator.items)
         xp = backend.xp
@@ -285,7 +285,7 @@ def _by_solution(state: DenseState, x: Array) -> DenseState:
     gain = xp.sqrt(gain) if _is_gram(state) else gain
     if nowhere(state.rcond * gain > 1):  # as nearly always
         return state
-    rcond = xp.where(state.rcond * gain > 1, 1 / divisor(xp, gain), state.rcond + 0 * gain)
+    rcond = xp.where(state.rcond * gain > 1, 1 / divisor(xp, gain), state.rcond)
     failed = _mark(xp, xp.broadcast_to(state.failed, rcond.shape), rcond < _least(state), Status.SINGULAR)
     return state._replace(rcond=rcond, failed=failed)
 
