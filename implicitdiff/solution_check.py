@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor, quotient
-from implicitdiff.linalg.blocks import largest_linked, least_linked
+from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
 from implicitdiff.tolerances import ALIKE_ALONG, FAR, SAFETY, SLACK, STEP_OF_COORDINATE, STEP_OF_VECTOR
@@ -252,7 +252,7 @@ class SolutionCheck:
         """Compare a step with y, and with what is not known of y, from the solutions for `_others`, once they exist."""
         y, units, xp = self.point.y.vector, self._units(), self.xp
         space, step = self.backend.space(y), _each(xp.abs, delta)
-        reach, slack = self._scales(self._wanted(step), rcond, others)
+        reach, slack = self._scales(_each(lambda d, y: d > self.tolerance * xp.abs(y), step, y), rcond, others)
         # what is solved together is known to the rounding of the largest, also where A links it with nothing
         slack = xp.maximum(slack, SAFETY * self.eps * self._beside(self._largest(self._parts(delta))))
         least, away = xp.maximum(self.floor * reach, slack), xp.maximum(FAR * reach, slack)
@@ -273,28 +273,20 @@ class SolutionCheck:
             step=space.entry(delta, index), value=space.entry(y, index),
         )  # fmt: skip
 
-    def _wanted(self, step: Any) -> Any:
-        """Entries whose step is an alarm if what they are linked with is no larger than it is at least."""
-        y, units, xp = self.point.y.vector, self._units(), self.xp
-        wanted = _each(lambda d, y: d > self.tolerance * xp.abs(y), step, y)
-        if is_tree_vector(wanted) or not self.backend.traced or self.maps.embedding is not None:
-            return wanted
-        least = least_linked(self.prepared.state(False)[0], self.prepared.scaling, self._parts(y))
-        if least is None:
-            return wanted
-        level = self.floor * least * (1 if units is None else units)
-        return wanted & ~(step <= level)
-
     def _scales(self, wanted: Any, rcond: Any, others: list[Any] | None) -> tuple[Array, Array]:
         """Size of y where A links its entries, and what is not known of y, both in the units of `_units`."""
         xp, parts = self.xp, self._parts(self.point.y.vector)
         whole, rounding = self._whole(parts), SAFETY * self.eps * self._beside(self._kappa(rcond))
 
-        def scales(_: Any) -> tuple[Array, Array]:
-            reach, unknown = self._linked(parts), 0 * whole
+        def scales(old: Any) -> tuple[Array, Array]:
+            # what depends on nothing that comes in, a compiler makes before the loop, in any case
+            def within(x: Any) -> Any:
+                return xp.where(old[0] < 0, old[0], x) if traced else x
+
+            reach, unknown = self._linked(within(parts)), 0 * whole
             known = reach > reach
             for factor, x, usable in others or ():
-                size = self._linked(self._parts(self._of_y(x)))
+                size = self._linked(within(self._parts(self._of_y(x))))
                 good = self._beside(usable) & xp.isfinite(size)
                 unknown = xp.where(good, xp.maximum(unknown, factor * size), unknown)
                 known = known | (good & (size > 0)) if factor == self.floor else known
@@ -302,6 +294,7 @@ class SolutionCheck:
                 reach = xp.where(known, reach, whole)
             return reach, xp.maximum(rounding * reach, unknown)
 
+        traced = self.backend.traced and not is_tree_vector(wanted)
         if is_tree_vector(wanted):
             return scales(None)
         return self.backend.if_any(wanted, scales, (whole, rounding * whole))

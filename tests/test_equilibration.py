@@ -22,7 +22,7 @@ from implicitdiff import (
     implicit_vjp,
     linear_solve,
 )
-from implicitdiff.linalg.blocks import largest_linked, least_linked
+from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.equilibration import of_matrix, of_sparse
 from implicitdiff.linalg.operator import Operator, matrix_map
 from implicitdiff.registry import get_backend
@@ -252,19 +252,17 @@ def test_asymmetry_is_seen_in_any_units(lib: Library, solver: str, seed: int) ->
 
 @pytest.mark.parametrize("seed", range(20))
 def test_linked_coordinates(seed: int) -> None:
-    """The largest entry of a block, and a bound below it that is zero nowhere in the block: against the graph."""
+    """The largest entry of each block, against the graph."""
     rng = np.random.default_rng(seed)
     n, items = int(rng.integers(2, 12)), 3
     A = rng.normal(size=(items, n, n)) * 10.0 ** rng.uniform(-20, 3, size=(items, n, n))
     A = np.where(rng.random(A.shape) < rng.uniform(0, 0.9), 0.0, A)
     x = rng.uniform(0.1, 1.0, size=(items, n))
     op = matrix_map(Operator, get_backend("numpy"), A, (items,), A.dtype, "cpu")
-    most, least = largest_linked(op, None, x), least_linked(op, None, x)
+    most = largest_linked(op, None, x)
     for i in range(items):
         links = scipy.sparse.csr_array(np.abs(A[i]) > np.finfo(float).eps * np.max(np.abs(A[i]), axis=1, keepdims=True))
         both = scipy.sparse.block_array([[None, links], [links.T, None]])
         labels = scipy.sparse.csgraph.connected_components(both, directed=False)[1][n:]
         want = [x[i, labels == label].max() for label in labels]
         assert np.array_equal(most[i], want)
-        assert np.all(least[i] <= most[i])
-        assert np.all((least[i] > 0) == (links.sum(axis=0) > 0))

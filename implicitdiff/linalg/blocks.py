@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from implicitdiff.arrays import Array, divisor
+from implicitdiff.arrays import Array
 from implicitdiff.linalg.operator import Operator
 
-__all__ = ["largest_linked", "least_linked"]
+__all__ = ["largest_linked"]
 
 ROUNDS = 64
 """From neighbour to neighbour; what is linked over longer chains is looked at as one block with all others."""
@@ -47,7 +47,12 @@ def largest_linked(op: Operator, scaling: Any, x: Array) -> Array | None:
     if matrix is None:
         return None
     backend, xp = op.backend, op.backend.xp
-    _, links = _links(op, matrix, scaling)
+    size = xp.abs(matrix)
+    if scaling is not None:
+        size = scaling.rows[..., :, None] * xp.astype(size, scaling.rows.dtype) * scaling.columns[..., None, :]
+    if backend.traced:  # of x, too, or a compiler looks for links where nobody asks for them
+        size = size * xp.where(x[..., :1, None] < 0, xp.zeros_like(size), xp.ones_like(size))
+    links = size > float(xp.finfo(op.dtype).eps) * xp.max(size, axis=-1, keepdims=True)
     none = xp.zeros_like(x)
 
     def body(s: _Spread) -> _Spread:
@@ -59,33 +64,6 @@ def largest_linked(op: Operator, scaling: Any, x: Array) -> Array | None:
     start = _Spread(x, xp.any(x == x, axis=-1), xp.zeros((), dtype=xp.int32, device=op.device))
     end = backend.while_loop(lambda s: xp.any(s.grows) & (s.round < ROUNDS), body, start, limit=ROUNDS)
     return xp.where(end.grows[..., None], xp.max(x, axis=-1, keepdims=True), end.x)
-
-
-def least_linked(op: Operator, scaling: Any, x: Array) -> Array | None:
-    """Less than `largest_linked` in each entry, by two products in place of a search; None where no matrix is at hand.
-
-    A mean of x over the neighbours of a coordinate, weighted by the sizes of the entries, is no more than the largest.
-    """
-    matrix = op.matrix if op.matrix is not None else op.at_hand
-    if matrix is None:
-        return None
-    xp = op.backend.xp
-    size, links = _links(op, matrix, scaling)
-    weights = xp.where(links, size, xp.zeros_like(size))
-
-    def mean(weights: Array, x: Array) -> Array:
-        return (weights @ x[..., None])[..., 0] / divisor(xp, xp.sum(weights, axis=-1))
-
-    rounding = 8 * op.n * float(xp.finfo(op.dtype).eps)
-    return (1 - rounding) * mean(xp.matrix_transpose(weights), mean(weights, xp.astype(x, weights.dtype)))
-
-
-def _links(op: Operator, matrix: Array, scaling: Any) -> tuple[Array, Array]:
-    """|R A C|, and which of its entries are more than rounding."""
-    xp, size = op.backend.xp, op.backend.xp.abs(matrix)
-    if scaling is not None:
-        size = scaling.rows[..., :, None] * xp.astype(size, scaling.rows.dtype) * scaling.columns[..., None, :]
-    return size, size > float(xp.finfo(op.dtype).eps) * xp.max(size, axis=-1, keepdims=True)
 
 
 def _of_sparse(op: Operator, scaling: Any, x: Array) -> Array:
