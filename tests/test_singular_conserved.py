@@ -11,7 +11,7 @@ from conftest import LIBRARIES, TORCH, Library, relative_error
 from frameworks import EACH, framework
 
 import implicitdiff as idf
-from implicitdiff import FixedPoint, InputError, Root, ShapeError, SolveError
+from implicitdiff import FixedPoint, InputError, Root, ShapeError, SingularError, SolveError
 from implicitdiff.solvers import suitable
 
 GENERAL = ("auto", *suitable())
@@ -178,9 +178,79 @@ def test_a_normalisation_that_is_not_conserved_is_taken_at_its_word() -> None:
 def test_arguments() -> None:
     with pytest.raises(InputError, match="conserve is list"):
         Root(exchange(np), conserve=[1.0, 1.0])
-    with pytest.raises(InputError, match="conserve and sparsity"):
-        Root(exchange(np), conserve=np.ones(2), sparsity="detect")
     with pytest.raises(idf.NonFiniteError, match="conserve holds NaN"):
         idf.implicit_vjp(Root(exchange(np), conserve=np.array([1.0, np.nan])), Y, K, np.ones(2))
     with pytest.raises(ShapeError, match=r"conserve has shape \(3,\); expected \(n, k\) with n = 2"):
         idf.implicit_vjp(Root(exchange(np), conserve=np.ones(3)), Y, K, np.ones(2))
+
+
+# -- W that does not hold all of it ----------------------------------------------------------------------
+def exchanges(y: Any, k: Any) -> Any:
+    """Independent exchanges A ⇌ B: as many totals as pairs."""
+    flow = k * y[0::2] - y[1::2]
+    return np.stack([-flow, flow], axis=-1).reshape(-1)
+
+
+@pytest.mark.parametrize("pairs", [2, 70])
+@pytest.mark.parametrize("solver", [name for name in GENERAL if name != "bicgstab"])
+def test_a_law_that_is_missing_is_told(solver: str, pairs: int) -> None:
+    """The system that W borders is still singular, and a solution of least norm is none, whoever finds one."""
+    W = np.kron(np.eye(pairs), np.ones((2, 1)))
+    k = np.linspace(1.0, 2.0, pairs)
+    y = np.stack([np.ones(pairs), k], axis=-1).reshape(-1)
+    cotangent = np.sin(np.arange(2.0 * pairs))
+    whole = idf.implicit_vjp(Root(exchanges, conserve=W), y, k, cotangent, solver=solver)
+    np.testing.assert_allclose(whole, (cotangent[1::2] - cotangent[0::2]) / (1 + k), rtol=1e-6)
+    with pytest.raises(SingularError, match="conserve: A bordered by W is still singular"):
+        idf.implicit_vjp(Root(exchanges, conserve=W[:, 1:]), y, k, cotangent, solver=solver)
+    with pytest.raises(SingularError, match="conserve: A bordered by W is still singular"):
+        idf.implicit_jvp(Root(exchanges, conserve=W[:, 1:], verify=False), y, k, np.ones(pairs), solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["auto", "lsmr"])
+@pytest.mark.parametrize("more", [0.0, 2.0], ids=["zero", "dependent"])
+def test_columns_of_w_that_say_nothing_are_told(more: float, solver: str) -> None:
+    with pytest.raises(SingularError, match="conserve: column 1 of W is zero" if not more else "conserve: .* depend"):
+        idf.implicit_vjp(Root(exchange(np), conserve=np.array([[1.0, more], [1.0, more]])), Y, K, np.ones(2),
+                         solver=solver)  # fmt: skip
+
+
+@pytest.mark.parametrize("lib", [*LIBRARIES[:2], *TORCH], ids=lambda lib: lib.name)
+def test_whole_numbers(lib: Library) -> None:
+    """W of counts of atoms is an array of integers."""
+    W = lib.xp.asarray(lib.array(np.ones((2, 1))), dtype=lib.xp.int64)
+    found = idf.implicit_jacobian(Root(exchange(lib.xp), conserve=W), lib.array(Y), lib.array(K))
+    assert relative_error(lib, found, JACOBIAN) <= 1e-7
+
+
+# -- beside a pattern ------------------------------------------------------------------------------------
+def diffusion(xp: Any) -> Any:
+    """Exchange between neighbours of a ring, one rate for each pair: the total stays."""
+
+    def flow(y: Any, k: Any) -> Any:
+        out = k * y - xp.roll(y, -1)
+        return xp.roll(out, 1) - out
+
+    return flow
+
+
+@EACH
+@pytest.mark.parametrize("form", ["array", "function"])
+def test_with_a_pattern(name: str, form: str) -> None:
+    """A is assembled from a few products, and bordered as it is."""
+    f, n = framework(name), 60
+    k = 1 + 0.3 * np.sin(np.arange(n))
+    A = np.stack([diffusion(np)(e, k) for e in np.eye(n)], axis=-1)
+    y = np.linalg.lstsq(np.vstack([A, np.ones(n)]), np.append(np.zeros(n), 1.0 * n), rcond=None)[0]
+    xp, where = f.xp, (A != 0)
+    conserve = xp.asarray(np.ones(n)) if form == "array" else (lambda y, k: xp.sum(y))
+    v = np.cos(np.arange(n))
+    found, report = idf.implicit_vjp(
+        Root(diffusion(xp), conserve=conserve, sparsity=where), xp.asarray(y), xp.asarray(k), xp.asarray(v),
+        return_report=True,
+    )  # fmt: skip
+    border = np.block([[A, np.ones((n, 1))], [np.ones((1, n)), 0.0]])
+    B = np.roll(np.diag(y), 1, axis=0) - np.diag(y)
+    np.testing.assert_allclose(f.numpy(found), -B.T @ np.linalg.solve(border.T, np.append(v, 0.0))[:n], rtol=1e-6)
+    assert report.solver == "lu"
+    assert "assembled from" in report.reason

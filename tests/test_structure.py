@@ -58,7 +58,7 @@ LAYERS = (
         "linalg.sparsity",
         "linalg.sparse_map",
     ),
-    ("linalg.preconditioner", "linalg.rectangular", "linalg.damping"),
+    ("linalg.preconditioner", "linalg.rectangular", "linalg.damping", "linalg.determined"),
     ("solvers",),
     ("linalg.solve", "linalg.reports", "solution_check"),
     (

@@ -19,30 +19,45 @@ DOI 10.1137/1.9780898719543 (bordered systems)
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
-from implicitdiff.arrays import Array, any_true, named_items, quotient, times
+from implicitdiff.arrays import (
+    Array,
+    any_true,
+    divisor,
+    item_norm,
+    item_numbers,
+    listed,
+    named_items,
+    quotient,
+    times,
+)
 from implicitdiff.conditions.base import Embedding, Maps, Observations
 from implicitdiff.conditions.point import Point
 from implicitdiff.errors import InputError, NonFiniteError, ShapeError, SolveError
 from implicitdiff.linalg.block_operator import padded
 from implicitdiff.linalg.operator import LinearMap, Operator, Product
-from implicitdiff.tolerances import MISTAKE_OF_PRODUCT
+from implicitdiff.linalg.rows import Places, SparseRows, as_sparse, saddle_entries
+from implicitdiff.linalg.sparsity import assembled, with_entries
+from implicitdiff.tolerances import DEPENDENT_ROWS, MISTAKE_OF_PRODUCT
 
-__all__ = ["check_conserve", "conserving", "tell_conserved"]
+__all__ = ["check_conserve", "conserving", "explain_singular", "tell_conserved"]
 
 
-def check_conserve(conserve: Any, sparsity: Any) -> None:
-    """Raise where ``conserve`` is neither an array nor a function, or a pattern is given beside it."""
-    if conserve is None:
-        return
-    if not callable(conserve) and not hasattr(conserve, "shape"):
+def check_conserve(conserve: Any) -> None:
+    """Raise where ``conserve`` is neither an array nor a function."""
+    if conserve is not None and not callable(conserve) and not hasattr(conserve, "shape"):
         raise InputError(f"conserve is {type(conserve).__name__}; expected an array (n, k), or a callable.")
-    if sparsity is not None:
-        raise InputError("conserve and sparsity: the bordered system has rows that are not sparse.\nGive one of them.")
 
 
-def conserving(point: Point, maps: Maps, conserve: Any, *, verify: bool) -> Maps:
+class Conserved(NamedTuple):
+    """What is seen of W: the part of Wᵀ A z that does not cancel, None where nobody looked, and W itself."""
+
+    part: Array | None
+    W: Array
+
+
+def conserving(point: Point, maps: Maps, conserve: Any, *, verify: bool, regular: bool = True) -> Maps:
     """Border the system with what is conserved.
 
     Parameters
@@ -54,6 +69,8 @@ def conserving(point: Point, maps: Maps, conserve: Any, *, verify: bool) -> Maps
         W, or ``c(y, theta, *args)``, a tree of arrays.
     verify : bool
         Whether to look, by one product, whether F conserves it.
+    regular : bool
+        Whether the bordered system is to have one solution alone.
     """
     if conserve is None:
         return maps
@@ -62,7 +79,7 @@ def conserving(point: Point, maps: Maps, conserve: Any, *, verify: bool) -> Maps
     c, W, moved = _quantities(point, conserve)
     k, here = W.shape[-1], c(y, theta)
     residual, at = maps.residual, maps.at
-    observations = None
+    usable, part = xp.ones(point.items, dtype=xp.bool, device=point.y.device), None
     if verify and n and k:
         g = maps.A.matvec(point.y.space.nearby(y) - y)
         turned = xp.matrix_transpose(W)
@@ -70,11 +87,11 @@ def conserving(point: Point, maps: Maps, conserve: Any, *, verify: bool) -> Maps
         part = quotient(xp, xp.abs(times(turned, g)), whole, whole > 0)
         part = xp.max(part, axis=-1)
         usable = ~(part > MISTAKE_OF_PRODUCT.at(xp, y.dtype) + 30 * maps.A.accuracy)
-        observations = Observations(usable, usable, part)
     return maps._replace(
         residual=None if residual is None else (lambda: padded(backend, residual(), n + k)),
         at=None if at is None else (lambda z, t: backend.concat([at(z, t), c(z, t) - here])),
-        A=_bordered(maps.A, W), B=_extended(maps.B, moved, k), observations=observations,
+        A=_bordered(assembled(maps.A), W, regular), B=_extended(maps.B, moved, k),
+        observations=Observations(usable, usable, Conserved(part, W)),
         embedding=Embedding(lambda v: padded(backend, v, n + k), lambda x: x[..., :n]),
         checked=tuple(found._replace(solved=None) for found in maps.checked),
     )  # fmt: skip
@@ -83,11 +100,39 @@ def conserving(point: Point, maps: Maps, conserve: Any, *, verify: bool) -> Maps
 def tell_conserved(xp: Any, observations: Observations, batched: bool) -> SolveError:
     """Build the error for what F does not conserve."""
     items = f" in {named_items(xp, ~observations.usable)}" if batched else ""
+    part = float(xp.max(observations.details.part))
     return SolveError(
-        f"conserve: F does not conserve it{items}: Wᵀ A z is {float(xp.max(observations.details)):.2g} of its terms.\n"
+        f"conserve: F does not conserve it{items}: Wᵀ A z is {part:.2g} of its terms.\n"
         "Likely cause: W is transposed, or its rows are in another order than the raveled y.\n"
         "Next: check that W.T @ F(y, theta) is 0 for any y; verify=False where it is only to fix y."
     )
+
+
+def explain_singular(op: Operator, W: Array, error: Exception) -> Exception:
+    """Say of a bordered system that is singular what W has too much of, or too little."""
+    xp, (n, k) = op.backend.xp, W.shape[-2:]
+    if not k or not n:
+        return error
+    rows = xp.max(xp.abs(W), axis=-1, keepdims=True)  # rank does not depend on the units of y
+    unit = W / divisor(xp, rows)
+    size = item_norm(xp, xp.matrix_transpose(unit))
+    zero = item_numbers(xp, xp.any(size == 0, axis=0) if op.items else size == 0)
+    values = xp.linalg.svdvals(unit / divisor(xp, size)[..., None, :])
+    limit = DEPENDENT_ROWS.at(xp, W.dtype) * values[..., :1]
+    rank = int(xp.min(xp.sum(xp.astype(values > limit, xp.int32), axis=-1)))
+    if zero:
+        head, cause = f"conserve: {_named(zero)} of W {'is' if len(zero) == 1 else 'are'} zero", "a law left blank"
+    elif rank < k:
+        head, cause = f"conserve: the {k} columns of W are dependent (of rank {rank})", "a law that is there twice"
+    else:
+        head = "conserve: A bordered by W is still singular, so that the root does not move in one way alone"
+        cause = "a law is missing in W, or y has a direction of its own that F does not see"
+    hint = "leave it out" if zero or rank < k else "W has to span the null space of Aᵀ: scipy.linalg.null_space(A.T)"
+    return type(error)(f"{head}.\nLikely cause: {cause}.\nNext: {hint}.")
+
+
+def _named(columns: list[int]) -> str:
+    return f"column{'s' if len(columns) > 1 else ''} {listed(columns)}"
 
 
 def _quantities(point: Point, conserve: Any) -> tuple[Any, Array, LinearMap | None]:
@@ -103,7 +148,7 @@ def _quantities(point: Point, conserve: Any) -> tuple[Any, Array, LinearMap | No
         by_theta = LinearMap(*shared[0], point.theta.n, *shared[1], d.jvp_theta, d.vjp_theta, label="conserve",
                              domain=point.theta.dtype)  # fmt: skip
         return c, xp.matrix_transpose(by_y.dense()), by_theta
-    W = xp.asarray(backend.as_leaf(conserve, "conserve"))
+    W = xp.asarray(_numbers(backend, conserve, y))
     if len(W.shape) == 1:
         W = W[:, None]
     if len(W.shape) != 2 or W.shape[0] != n:
@@ -115,8 +160,14 @@ def _quantities(point: Point, conserve: Any) -> tuple[Any, Array, LinearMap | No
     return lambda z, _: z @ W, whole, None
 
 
-def _bordered(op: Operator, W: Array) -> Operator:
-    """[[A, W], [Wᵀ, 0]]."""
+def _numbers(backend: Any, conserve: Any, y: Array) -> Array:
+    """W as an array of the framework: whole numbers, of atoms say, are as good as others."""
+    whole = backend.is_array(conserve) and backend.xp.isdtype(conserve.dtype, ("integral", "bool"))
+    return backend.astype(conserve, y.dtype) if whole else backend.as_leaf(conserve, "conserve")
+
+
+def _bordered(op: Operator, W: Array, regular: bool) -> Operator:
+    """[[A, W], [Wᵀ, 0]]; sparse where A is, with all of W among its entries."""
     backend, n, k = op.backend, op.n, W.shape[-1]
     xp, turned = backend.xp, backend.xp.matrix_transpose(W)
 
@@ -127,19 +178,26 @@ def _bordered(op: Operator, W: Array) -> Operator:
 
         return both
 
-    matrix, sparse = op.matrix, op.sparse
+    matrix, sparse, entries = op.matrix, op.sparse, op.entries
     if matrix is not None:
         zeros = xp.zeros((*op.items, k, k), dtype=op.dtype, device=op.device)
         matrix = xp.concat([xp.concat([matrix, W], axis=-1), xp.concat([turned, zeros], axis=-1)], axis=-2)
-    if sparse is not None:
+    if sparse is not None and entries is None:
         import scipy.sparse
 
         sparse = scipy.sparse.block_array([[sparse, W], [turned, None]], format="csc")
     like = None if op.like is None else padded(backend, op.like, n + k)
     leaves = (*op.leaves, k) if op.leaves else ()
     definite = None if op.positive_definite is None else False
-    return op.rewrapped(wrap, rows=n + k, columns=n + k, matrix=matrix, sparse=sparse, like=like, leaves=leaves,
-                        positive_definite=definite)  # fmt: skip
+    both = op.rewrapped(wrap, rows=n + k, columns=n + k, matrix=matrix, sparse=sparse, like=like, leaves=leaves,
+                        positive_definite=definite, regular=regular, sparsity=None)  # fmt: skip
+    if entries is None:
+        return cast("Operator", both)
+    places = Places((n, n), entries.pattern.rows, entries.pattern.columns)
+    inner = SparseRows(places, entries.values, backend, op.device, entries.products)
+    zeros = xp.zeros((*op.items, n + k), dtype=op.dtype, device=op.device)
+    found = saddle_entries(inner, as_sparse(backend, backend.astype(turned, op.dtype)), zeros)
+    return cast("Operator", with_entries(both, found, op.probes))
 
 
 def _extended(B: LinearMap, moved: LinearMap | None, k: int) -> LinearMap:

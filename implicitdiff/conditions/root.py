@@ -17,10 +17,11 @@ from implicitdiff.conditions.base import (
     check_verify,
     maps_from,
 )
-from implicitdiff.conditions.conserved import check_conserve, conserving, tell_conserved
+from implicitdiff.conditions.conserved import check_conserve, conserving, explain_singular, tell_conserved
 from implicitdiff.conditions.point import Point
 from implicitdiff.conditions.sparse import SparseCondition
-from implicitdiff.errors import InputError
+from implicitdiff.errors import InputError, SingularError
+from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.sparsity import check_sparsity
 from implicitdiff.namespaces import namespace
 
@@ -53,7 +54,8 @@ class Root(SparseCondition):
         null space (`NotInvariantError` where it does), with any solver; or A⁺ in place of A⁻¹.
     conserve : array (n, k) or (n,), or callable, optional
         What the motion of the root conserves, where A is singular for that reason: Wᵀ y with W in raveled order, or
-        ``c(y, theta, *args)``, a tree of arrays whose total derivative is zero. The system is bordered by it.
+        ``c(y, theta, *args)``, a tree of arrays whose total derivative is zero. The system is bordered by it, and an
+        error where that leaves it singular, whatever the solver.
     sparsity : None, "detect", SciPy sparse matrix, array (n, n) or pair (rows, columns), optional
         Where A has entries, in raveled order: A is then assembled from as many products as its columns need colours,
         held against one more, and factored as a sparse matrix. ``"detect"`` finds the pattern.
@@ -92,7 +94,7 @@ class Root(SparseCondition):
         check_callables(**fields)
         check_verify(verify)
         check_singular(singular)
-        check_conserve(conserve, sparsity)
+        check_conserve(conserve)
         options = {"verify": verify, "singular": singular, "conserve": conserve, "sparsity": check_sparsity(sparsity)}
         for name, value in {**fields, **options}.items():
             object.__setattr__(self, name, value)
@@ -109,6 +111,11 @@ class Root(SparseCondition):
         wrong = any_true(namespace(observations.usable), ~observations.usable)
         return tell_conserved(namespace(observations.usable), observations, batched) if wrong else None, []
 
+    def diagnose(self, observations: Observations, error: Exception, operator: Operator) -> Exception:
+        if isinstance(error, SingularError) and self.conserve is not None:
+            return explain_singular(operator, observations.details.W, error)
+        return error
+
     @property
     def to_verify(self) -> tuple[Callable[..., Any], ...]:
         given = (self.jvp, self.vjp, self.jacobian, self.mixed_vjp, self.mixed_jvp)
@@ -120,7 +127,8 @@ class Root(SparseCondition):
         return (self.fun, self.jvp, self.vjp, self.jacobian)
 
     def maps(self, point: Point) -> Maps:
-        return conserving(point, self.own_maps(point), self.conserve, verify=self.verify)
+        regular = self.singular == "raise"
+        return conserving(point, self.own_maps(point), self.conserve, verify=self.verify, regular=regular)
 
     def own_maps(self, point: Point) -> Maps:
         """F, A and B without what is conserved beside."""

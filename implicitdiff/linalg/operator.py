@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -180,6 +180,8 @@ class Operator(LinearMap):
         Lengths of the leaves of y, each in a unit of its own; empty where that is not known.
     like : array
         A vector of the kind that the operator is applied to, where the leaves are known.
+    regular : bool
+        Whether A is to be regular, so that no method may find one solution of many.
     """
 
     symmetric: bool | None = None
@@ -191,8 +193,7 @@ class Operator(LinearMap):
     entries: Any = field(default=None, repr=False, compare=False)
     leaves: tuple[int, ...] = ()
     like: Any = field(default=None, repr=False, compare=False)
-
-    uniform: ClassVar[bool] = True  # whether damping adds δ to the whole diagonal
+    regular: bool = False
 
     def principal(self) -> Operator:
         """Return the part that damping is to make positive definite."""
@@ -268,28 +269,37 @@ class Operator(LinearMap):
         forward, adjoint = matrix_product(xp, matrix), matrix_product(xp, matrix, transposed=True)
         return replace(self, matrix=matrix, forward=forward, adjoint=forward if self.symmetric else adjoint)
 
-    def damped(self, damping: float) -> Operator:
-        """Return A + δI; one that is not square as it is, for what damping means there is the method's."""
-        if not damping or self.rows != self.columns:
+    def damped(self, damping: Any) -> Any:
+        """Return A + δI, δ a number, or an array of one for each item; A as it is where it is not square.
+
+        What damping means there is the method's.
+        """
+        number = isinstance(damping, (int, float))
+        if (number and not damping) or self.rows != self.columns:
             return self
-        xp, matrix, sparse = self.backend.xp, self.matrix, self.sparse
+        xp, matrix, sparse, entries = self.backend.xp, self.matrix, self.sparse, self.entries
+        factor = self.weighted(damping if number else damping[..., None])
+
+        def shift() -> Array:
+            return factor + xp.zeros((self.n,), dtype=self.dtype, device=self.device)
+
         if matrix is not None:
-            matrix = matrix + damping * xp.eye(self.n, dtype=self.dtype, device=self.device)
+            matrix = matrix + shift()[..., None] * xp.eye(self.n, dtype=self.dtype, device=self.device)
         if sparse is not None:
             import scipy.sparse
 
-            sparse = (sparse + damping * scipy.sparse.eye_array(self.n, dtype=sparse.dtype)).tocsc()
-
-        entries = self.entries
-        if entries is not None:
-            shift = xp.full((self.n,), damping, dtype=self.dtype, device=self.device)
-            entries = entries.shifted(xp, shift, self.device)
+            sparse = (sparse + scipy.sparse.diags_array(shift())).tocsc()
+        entries = None if entries is None else entries.shifted(xp, shift(), self.device)
 
         def wrap(product: Product) -> Product:
-            return lambda x: product(x) + damping * x
+            return lambda x: product(x) + (x * damping if hasattr(x, "map") else factor * x)
 
-        changes = {"matrix": matrix, "sparse": sparse, "entries": entries, "damping": self.damping + damping}
-        return self.rewrapped(wrap, **changes)
+        changes: dict[str, Any] = {"matrix": matrix, "sparse": sparse, "entries": entries}
+        return self.rewrapped(wrap, **changes, **({"damping": self.damping + damping} if number else {}))
+
+    def weighted(self, damping: Any) -> Any:
+        """Return what damping adds to the diagonal: the same everywhere."""
+        return damping
 
 
 def matrix_map(

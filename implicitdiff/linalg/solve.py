@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient
 from implicitdiff.linalg.damping import AUTO, damped
+from implicitdiff.linalg.determined import determined
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.linalg.sparsity import assembled
 from implicitdiff.outcome import Counts, Status
@@ -104,6 +105,8 @@ class Prepared:
     _states: dict[bool, tuple[Operator, Any]] = field(default_factory=dict)
     _undamped: tuple[float, Prepared] | None = None
     _stand_in: Prepared | None = None
+    determined: Any = None
+    """Whether A has full rank, per item, where a method does not need it and that was asked for."""
     found_damping: Any = None
     """δ, where it was found."""
 
@@ -162,6 +165,8 @@ class Prepared:
         status, counts, probes = _verify(used, b, x, status, counts, self, looked=looked)
         consistent = getattr(self.solver, "consistent", False)
         x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
+        if op.regular and (counts.rcond is None or consistent):
+            status, counts = determined(self, used, state, status, counts)
         if not self.least_squares:
             status = xp.where(status == int(Status.LEAST_SQUARES), xp.full_like(status, int(Status.SINGULAR)), status)
         broken = status == int(Status.NON_FINITE)
