@@ -105,3 +105,27 @@ def test_in_a_compiled_program(name: str) -> None:
     found = float(report.damping)
     assert 0.7 < found <= 0.715
     np.testing.assert_allclose(f.numpy(x), np.linalg.solve(a + found * np.eye(30), b), rtol=1e-7)
+
+
+@EACH
+@pytest.mark.parametrize("jit", [False, True])
+def test_constraints_in_a_batch(name: str, jit: bool) -> None:
+    """Each item has a δ of its own, on H alone: min ½ yᵀHy − tᵀy on aᵀy = 0 with an indefinite H."""
+    f = framework(name)
+    H = np.stack([with_eigenvalues(SPECTRA[key])[:6, :6] for key in ("positive", "indefinite", "negative")])
+    a, v, t = np.ones(6), vector()[:6], np.zeros((3, 6))
+    matrices = f.xp.asarray(H)
+    lagrangian = idf.QP(A=f.xp.asarray(a[None]), b=f.xp.asarray(np.zeros(1)))
+    data = {"Q": matrices, "q": f.xp.asarray(t)}
+
+    def pulled(data: Any) -> Any:
+        return idf.implicit_vjp(lagrangian, 0 * data["q"], data, f.xp.asarray(np.stack([v] * 3)), batched=True,
+                                solver=LU(damping="auto"), return_report=True)  # fmt: skip
+
+    found, report = (f.compiled(pulled) if jit else pulled)(data)
+    least = np.maximum(0.0, -np.linalg.eigvalsh(H)[:, 0])
+    delta = f.numpy(report.damping)
+    np.testing.assert_allclose(delta, least, rtol=0.02, atol=1e-12)
+    for i in range(3):
+        whole = np.block([[H[i] + delta[i] * np.eye(6), a[:, None]], [a[None], 0.0]])
+        np.testing.assert_allclose(f.numpy(found["q"])[i], -np.linalg.solve(whole, np.append(v, 0.0))[:6], atol=1e-8)

@@ -40,27 +40,13 @@ class SaddleOperator(Operator):
     corner: Any = None
     units: Any = None
 
-    uniform = False
-
     def principal(self) -> Operator:
         return self.hessian()
 
-    def damped(self, damping: float) -> SaddleOperator:
-        """Return [[H + δI, Jᵀ], [J, −D]]: δ on the whole diagonal would bring an indefinite K nearer to singular."""
-        if not damping:
-            return self
-        xp, n = self.backend.xp, self.primal
-        shift = xp.asarray([damping] * n + [0.0] * (self.n - n), dtype=self.dtype, device=self.device)
-        matrix, sparse = self.matrix, self.sparse
-        if matrix is not None:
-            matrix = matrix + shift * xp.eye(self.n, dtype=self.dtype, device=self.device)
-        if sparse is not None:
-            import scipy.sparse
-
-            sparse = (sparse + scipy.sparse.diags_array(shift)).tocsc()
-        entries = None if self.entries is None else self.entries.shifted(xp, shift, self.device)
-        changes = {"matrix": matrix, "sparse": sparse, "entries": entries, "damping": self.damping + damping}
-        return self.rewrapped(lambda product: lambda x: product(x) + shift * x, **changes)
+    def weighted(self, damping: Any) -> Any:
+        """That of [[H + δI, Jᵀ], [J, −D]]: on the whole diagonal it would bring an indefinite K nearer to singular."""
+        part = [1.0] * self.primal + [0.0] * (self.n - self.primal)
+        return damping * self.backend.xp.asarray(part, dtype=self.dtype, device=self.device)
 
     def in_units(self) -> SaddleOperator:
         """Return S K S."""

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, any_true
-from implicitdiff.errors import InputError
 from implicitdiff.linalg.operator import Operator, Product
 from implicitdiff.tolerances import LOST, MARGIN
 
@@ -45,13 +44,7 @@ def shifted(prepared: Any) -> bool:
 
 
 def damped(operator: Operator, damping: Any, *, dense: bool) -> tuple[Operator, Any]:
-    """Return A + δI, and δ where it was found: a number for each item.
-
-    Raises
-    ------
-    InputError
-        Where δ differs from item to item, or is not seen, and damping is not a multiple of the identity.
-    """
+    """Return A + δI, and δ where it was found: a number for each item."""
     if damping != AUTO:
         return operator.damped(float(damping)), None
     if operator.rows != operator.columns:
@@ -68,9 +61,7 @@ def damped(operator: Operator, damping: Any, *, dense: bool) -> tuple[Operator, 
 def _damped(operator: Operator, found: Array) -> Operator:
     if not operator.backend.traced and not operator.items:
         return operator.damped(float(found))
-    if not operator.uniform:
-        raise InputError("damping = 'auto': in a batch or under jit with constraints it is not known.\nGive a number.")
-    return _each(operator, found)
+    return operator.damped(found)
 
 
 def least_damping(op: Operator, *, dense: bool) -> Array:
@@ -168,19 +159,3 @@ def _extremes(space: Any, s: _State, most: int) -> tuple[Array, Array]:
     values, vectors = xp.linalg.eigh(alphas[..., :, None] * eye + upper + xp.matrix_transpose(upper))
     left = xp.abs(s.betas[..., -1] * vectors[..., -1, 0])
     return values[..., 0] - left, xp.max(xp.abs(values), axis=-1)
-
-
-def _each(op: Operator, found: Array) -> Operator:
-    """A + δI with another δ for each item."""
-    backend = op.backend
-    xp, matrix = backend.xp, op.matrix
-    if matrix is not None:
-        matrix = matrix + found[..., None, None] * xp.eye(op.n, dtype=op.dtype, device=op.device)
-
-    def wrap(product: Product) -> Product:
-        return lambda x: product(x) + (x * found if hasattr(x, "map") else found[..., None] * x)
-
-    entries = op.entries
-    if entries is not None:
-        entries = entries.shifted(xp, found + xp.zeros((op.n,), dtype=op.dtype, device=op.device), op.device)
-    return op.rewrapped(wrap, matrix=matrix, entries=entries)

@@ -37,10 +37,11 @@ class GramOperator(Operator):
         changes = {"root": None, **changes}
         return super().rewrapped(wrap, **changes)
 
-    def damped(self, damping: float) -> Operator:
-        """Return JᵀJ + δI: that of J over √δ I."""
+    def damped(self, damping: Any) -> Any:
+        """Return JᵀJ + δI: that of J over √δ I, where δ is one number."""
         found: Any = super().damped(damping)
-        return replace(found, root=_stacked(self.root, damping)) if damping > 0 and self.root is not None else found
+        stacked = isinstance(damping, (int, float)) and damping > 0 and self.root is not None
+        return replace(found, root=_stacked(self.root, damping)) if stacked else found
 
     def _assemble(self) -> Array:
         if self.root is None:
