@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from implicitdiff import (
     KKT,
+    QP,
     DegeneracyWarning,
     QualificationError,
     RegularityWarning,
@@ -25,6 +26,7 @@ from implicitdiff import (
     implicit_grad,
     implicit_jacobian,
     implicit_vjp,
+    solve_qp,
 )
 
 STEP = 1e-5
@@ -264,3 +266,24 @@ def test_an_outer_optimiser_goes_on() -> None:
             values.append(loss(y, theta))
             theta = theta - 0.2 * implicit_grad(condition, loss, y, theta)
     assert values[-1] < 1e-3 * values[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_programs_with_a_point_alone(seed: int) -> None:
+    """Six half-spaces through the origin, one of them twice: the derivative is that of some way to move them.
+
+    Where they leave the origin alone, neither a direction nor its opposite need have a solution.
+    """
+    rng = np.random.default_rng(seed)
+    L, q, G = rng.normal(size=(3, 3)), rng.normal(size=3), rng.normal(size=(6, 3))
+    G[5] = G[4]
+    data: dict[str, Any] = {"Q": L @ L.T + np.eye(3), "q": q, "G": G, "h": np.zeros(6)}
+    y = solve_qp(**data)
+    y = np.where(np.abs(y) < 1e-9, 0.0, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegeneracyWarning)
+        got = implicit_jacobian(QP(degenerate="select"), y, data)["h"]
+    step, s = 1e-6, np.random.default_rng(1).uniform(0, 1, (300, 6))
+    s[150:] = 10.0 ** (-4 * s[150:])  # some constraints move away much faster than others
+    moved = solve_qp(data["Q"], q, G=G, h=step * s, batched=True) - y
+    assert np.min(np.max(np.abs(moved - step * s @ got.T), axis=-1)) <= 1e-4 * step

@@ -12,8 +12,9 @@ dual active-set method finds it:
 
 In the end y_I is the solution for θ + t d, t > 0 small, so that its derivative is an element of the generalised
 derivative of y, and along d the one-sided derivative. d is a direction without structure, so that it is so in an open
-set of directions; −d is tried where there is no solution along d. All of it is arithmetic under masks, over a batch and
-in compiled programs; what it finds, a set, is not differentiated.
+set of directions; −d is tried where there is no solution along d, and where there is none along either, since the
+inequalities leave y alone, a direction in which θ moves them away. All of it is arithmetic under masks, over a batch
+and in compiled programs; what it finds, a set, is not differentiated.
 
 References
 ----------
@@ -143,18 +144,26 @@ def _chosen(
     local = _Local(backend, zero, J / safe[..., None], gradient, equality, near, limits.active, rank, force)
     start = _positive(local)
     balanced = item_norm(xp, _left(local, start.multipliers)) <= limits.violated * local.force[..., 0]
-    trials = []
-    for sign in (1.0, -1.0):
+
+    def tried(way: str) -> _Set:
         trial = start
         for _ in range(2):  # the Hessian is that of the multipliers
             maps = system(trial.multipliers / safe)
             H = backend.detached(_hessian(point, maps)) * bend[..., :, None] * bend[..., None, :]
-            moved = sign * backend.detached(maps.B.matvec(_direction(point)))
+            along = _away(point, maps, near & ~equality, safe) if way == "away" else _direction(point)
+            moved = (-1.0 if way == "back" else 1.0) * backend.detached(maps.B.matvec(along))
             trial = _along(local._replace(H=H), moved[..., :n] * bend, moved[..., n:] / safe, trial)
-        trials.append(trial)
-    one, other = trials
-    held = xp.where(one.good[..., None], one.held, other.held)
-    return held, (one.good | other.good) & balanced
+        return trial
+
+    held, good = (found := tried("there")).held, found.good
+    for way in ("back", "away"):
+
+        def other(found: tuple[Array, Array], way: str = way) -> tuple[Array, Array]:
+            trial = tried(way)
+            return xp.where(found[1][..., None], found[0], trial.held), found[1] | trial.good
+
+        held, good = backend.if_any(~good, other, (held, good))
+    return held, good & balanced
 
 
 def _hessian(point: Point, maps: Maps) -> Array:
@@ -167,8 +176,26 @@ def _hessian(point: Point, maps: Maps) -> Array:
     return xp.moveaxis(maps.A.matvec(unit)[..., :n], 0, -1)
 
 
+def _away(point: Point, maps: Maps, inequality: Array, safe: Array) -> Array:
+    """The direction of θ, in its units, in which inequalities go down fastest, in a mean without structure."""
+    backend = point.backend
+    xp, k = backend.xp, safe.shape[-1]
+    weight = xp.abs(probe_vector(xp, k, safe.dtype, point.y.device)) + 0.5
+    rows = xp.where(inequality, weight / safe, xp.zeros_like(safe))
+    zeros = xp.zeros((*rows.shape[:-1], maps.B.rows - k), dtype=rows.dtype, device=point.y.device)
+    size = _sizes(point)
+    return -size * size * backend.detached(maps.B.rmatvec(backend.concat([zeros, rows])))
+
+
 def _direction(point: Point) -> Array:
     """A direction of θ without structure, each coordinate in its unit; those that are infinite do not move."""
+    size = _sizes(point)
+    z = probe_vector(point.backend.xp, size.shape[-1], size.dtype, point.theta.device)
+    return size * point.backend.xp.where(z < 0, z - 0.5, z + 0.5)
+
+
+def _sizes(point: Point) -> Array:
+    """Units of the coordinates of θ."""
     theta = point.theta
     xp, parts = point.backend.xp, []
     finite = xp.where(xp.isfinite(theta.vector), xp.abs(theta.vector), xp.zeros_like(theta.vector))
@@ -176,9 +203,7 @@ def _direction(point: Point) -> Array:
         if part.shape[-1]:
             largest = xp.max(part, axis=-1, keepdims=True)
             parts.append(xp.where(part > 0, part, divisor(xp, largest)))
-    size = parts[0] if len(parts) == 1 else point.backend.concat(parts)
-    z = probe_vector(xp, size.shape[-1], size.dtype, theta.device)
-    return size * xp.where(z < 0, z - 0.5, z + 0.5)
+    return parts[0] if len(parts) == 1 else point.backend.concat(parts)
 
 
 def _left(local: _Local, multipliers: Array) -> Array:
