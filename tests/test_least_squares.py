@@ -10,6 +10,7 @@ from conftest import JAX, PLAIN, Library
 from helpers_residuals import KINDS, THETA, condition, matrices, solved
 
 from implicitdiff import (
+    LeastSquares,
     implicit_function,
     implicit_jacobian,
     implicit_vjp,
@@ -84,3 +85,17 @@ def test_function_that_is_differentiable(lib: Library, given: tuple[str, ...], h
     else:
         found = solver.linearize(lib.array(THETA)).vjp(lib.array(v))
     right(lib, found, expected)
+
+
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+def test_a_regularizer_of_y_alone(hessian: str) -> None:
+    """... as a loss may be one of the residuals alone."""
+    theta = np.array([1.0, 2.0, 0.5])
+    forms = (lambda y: 0.1 * (y**2).sum(), lambda y, theta: 0.1 * (y**2).sum(), lambda y, *rest: 0.1 * (y**2).sum())
+    X = np.array([[1.0, 0.5], [0.2, 2.0], [1.0, 1.0]])
+    y = np.linalg.solve(X.T @ X + 0.2 * np.eye(2), X.T @ theta)
+    truth = np.linalg.solve(X.T @ X + 0.2 * np.eye(2), X.T)
+    for regularizer in forms:
+        for given in ({}, {"jacobian": lambda y, theta: X}):
+            made = LeastSquares(lambda y, theta: X @ y - theta, regularizer=regularizer, hessian=hessian, **given)
+            np.testing.assert_allclose(implicit_jacobian(made, y, theta), truth, rtol=1e-6)

@@ -45,7 +45,7 @@ class LeastSquares(SparseCondition):
     loss : callable, optional
         ℓ as ``loss(r, theta, *args) -> scalar``, or ``loss(r) -> scalar``; ½‖r‖² where it is not given.
     regularizer : callable, optional
-        R as ``regularizer(y, theta, *args) -> scalar``, added to the loss.
+        R as ``regularizer(y, theta, *args) -> scalar``, or ``regularizer(y)``, added to the loss.
     hessian : {"exact", "gauss-newton"}, default "exact"
         What is solved with: A, or A without the curvature of r. With ``error=True`` the report tells what that costs.
     verify : bool, default True

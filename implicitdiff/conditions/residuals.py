@@ -31,7 +31,7 @@ from implicitdiff.namespaces import item_sum, namespace
 from implicitdiff.pytree import flatten
 from implicitdiff.ravel import Raveler
 
-__all__ = ["Residuals", "half_square", "loss_of"]
+__all__ = ["Residuals", "half_square", "with_theta"]
 
 
 def half_square(r: Any, lead: int) -> Any:
@@ -46,18 +46,18 @@ def half_square(r: Any, lead: int) -> Any:
     return total
 
 
-def loss_of(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """``loss(r, theta, *args)``, also of a loss that takes the residuals alone."""
+def with_theta(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``f(x, theta, *args)``, also of a loss, or a regularizer, that takes x alone."""
     try:
-        parameters = inspect.signature(loss).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of something in C: then it is what was asked for
-        return loss
+        return function
     kinds = [p.kind for p in parameters]
     places = [p for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
     required = [p for p in places if p.default is p.empty]
     if len(required or places) != 1 or inspect.Parameter.VAR_POSITIONAL in kinds:
-        return loss
-    return lambda r, theta, *args: loss(r)
+        return function
+    return lambda x, theta, *args: function(x)
 
 
 class Residuals:
@@ -152,7 +152,7 @@ class Residuals:
         if loss is None:
             return None
         at = Point(self.backend, self.raveler, self.point.theta, self.point.args, self.point.mapped).part()
-        return at.scalar_function(loss_of(loss), "loss")
+        return at.scalar_function(with_theta(loss), "loss")
 
     @cached_property
     def weights(self) -> Array:
@@ -205,8 +205,8 @@ class Residuals:
         """f."""
         c = self.condition
         r = c.residual(y, theta, *args)
-        value = half_square(r, self.point.lead) if c.loss is None else loss_of(c.loss)(r, theta, *args)
-        return value if c.regularizer is None else value + c.regularizer(y, theta, *args)
+        value = half_square(r, self.point.lead) if c.loss is None else with_theta(c.loss)(r, theta, *args)
+        return value if c.regularizer is None else value + with_theta(c.regularizer)(y, theta, *args)
 
     def _residual(self) -> Array:
         F = self.jacobian.rmatvec(self.weights)
@@ -250,7 +250,7 @@ class Residuals:
     def penalty(self) -> Maps | None:
         """F, A and B of the regularizer alone."""
         c = self.condition
-        return None if c.regularizer is None else Stationary(c.regularizer).maps(self.point.part())
+        return None if c.regularizer is None else Stationary(with_theta(c.regularizer)).maps(self.point.part())
 
     # -- A -------------------------------------------------------------------------------------------
     def operator(self, exact: bool) -> Operator:
