@@ -14,6 +14,7 @@ from typing import Any
 import autograd.numpy as anp
 import numpy as np
 import pytest
+import scipy
 from conftest import JAX, PLAIN, Library, relative_error
 from problems import matvec
 
@@ -100,6 +101,11 @@ class Program:
         error = relative_error(self.lib, got, self.truth(mode))
         assert error <= rtol, f"{mode}: relative error {error:.3g}"
         return got
+
+
+def scipy_before(*version: int) -> bool:
+    """Whether SciPy is older than that."""
+    return tuple(map(int, scipy.__version__.split(".")[: len(version)])) < version
 
 
 def functions(lib: Library) -> Any:

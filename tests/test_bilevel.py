@@ -10,8 +10,8 @@ from typing import Any
 import bolib
 import numpy as np
 import pytest
-import scipy
 from frameworks import EACH, framework
+from helpers_constraints import scipy_before
 
 from implicitdiff import (
     CG,
@@ -248,7 +248,7 @@ def test_trees_and_other_conditions() -> None:
 @pytest.mark.parametrize("problem", bolib.PROBLEMS, ids=lambda p: p.name)
 def test_optima_of_bolib(problem: bolib.Problem) -> None:
     p = problem
-    if p.name == "MuuQuy2003Ex1" and tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 16):
+    if p.name == "MuuQuy2003Ex1" and scipy_before(1, 16):
         pytest.skip("its SLSQP ends at x = 0")
     G = () if p.G is None else ({"type": "ineq", "fun": lambda x: np.array(p.G(x))},)
     if p.g is None:

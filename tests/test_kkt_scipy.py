@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy
 import scipy.sparse
 from conftest import JAX, NUMPY, PLAIN, TORCH, Library, relative_error
-from helpers_constraints import ball, curved
+from helpers_constraints import ball, curved, scipy_before
 from scipy.optimize import Bounds, LinearConstraint, NonlinearConstraint, minimize
 
 from implicitdiff import (
@@ -195,9 +194,7 @@ def test_as_minimize_takes_them() -> None:
     np.testing.assert_allclose(got, differences, atol=1e-4)
 
 
-SLSQP_HAS_MULTIPLIERS = pytest.mark.skipif(
-    tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 16), reason="SLSQP returns multipliers from SciPy 1.16 on"
-)
+SLSQP_HAS_MULTIPLIERS = pytest.mark.skipif(scipy_before(1, 16), reason="SLSQP returns multipliers from SciPy 1.16 on")
 
 
 # -- multipliers -------------------------------------------------------------------------------------------------------
