@@ -49,6 +49,8 @@ class Raveler:
         Whether every leaf carries a leading axis of independent items.
     copy : bool
         Whether to copy: the vector then stays what it is when the user's arrays change.
+    bare : bool
+        Whether to leave out the vector, and know the structure alone.
 
     Attributes
     ----------
@@ -60,7 +62,9 @@ class Raveler:
         ``()`` or ``(number of items,)``.
     """
 
-    def __init__(self, backend: Backend, tree: Any, name: str, batched: bool = False, copy: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, tree: Any, name: str, batched: bool = False, copy: bool = False, *, bare: bool = False
+    ) -> None:
         self.backend, self.name = backend, name
         self.tree = flatten(tree)
         arrays = [backend.as_leaf(leaf, self.tree.path(i, name)) for i, leaf in enumerate(self.tree.leaves)]
@@ -76,6 +80,8 @@ class Raveler:
         self._plain = self.tree.spec is None and not self.leaves[0].number
         self._shape = (*self.items, *self.leaves[0].shape) if self._plain else ()
         self._flat = (*self.items, self.n)
+        if bare:
+            return
         self.vector = self._join(arrays, self.dtype)
         if copy:
             self.vector = self._copied()

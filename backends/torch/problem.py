@@ -195,7 +195,8 @@ class RecordedProblem:
 
     def unraveled(self, g: Array, tensors: Sequence[Array]) -> list[Array]:
         """Turn a cotangent of θ into one for each tensor."""
-        raveler = self._theta_raveler(self.theta.filled(tensors[: self.theta.count]))
+        theta = self.theta.filled(tensors[: self.theta.count])
+        raveler = Raveler(self.composable, theta, "theta", self.batched, bare=True)
         return self.theta.tensors_of(raveler.unravel(g))
 
     def _theta_raveler(self, theta: Any) -> Raveler:

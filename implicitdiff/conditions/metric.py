@@ -176,10 +176,10 @@ def metric_at(point: Any, H: Operator, slope: Any) -> Metric:
         pass
     elif not backend.traced:
         if H.matrix is not None or (point.y.n <= SMALL and H.sparse is None and _mixed(point, H, leaf)):
-            d = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
+            d = power_of_two(xp, curvature_units(backend, xp.abs(y), xp.abs(slope), leaf, H.dense()))
         better = d if any_true(xp, xp.max(d, axis=-1) > 32 * xp.min(d, axis=-1)) else None
     elif H.matrix is not None or (point.y.n <= TINY and H.sparse is None):
-        fine = power_of_two(xp, curvature_units(xp, xp.abs(y), xp.abs(slope), leaf, H.dense()))
+        fine = power_of_two(xp, curvature_units(backend, xp.abs(y), xp.abs(slope), leaf, H.dense()))
         better = backend.detached(fine)  # neither the solution nor its derivatives depend on it
     least = xp.min(d, axis=-1, keepdims=True)
     return Metric.of(point, least * least, better)

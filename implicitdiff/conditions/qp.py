@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, times
+from implicitdiff.arrays import Array, needed, times
 from implicitdiff.conditions.base import Maps, finite_part
 from implicitdiff.conditions.constrained import Constrained, Degenerate, Route
 from implicitdiff.conditions.lagrangian import FirstOrder
@@ -109,8 +109,10 @@ class QP(Constrained):
     def without_bounds(self, theta: Any) -> Any:
         names = theta.tree.unflatten(list(range(len(theta.leaves))))
         place = names.get("h") if isinstance(names, dict) else None
-        parts = [finite_part(theta.backend.xp, x) if i == place else x for i, x in enumerate(theta.parts(theta.vector))]
-        return theta.vector if place is None else theta.backend.concat(parts)
+        parts, xp = theta.parts(theta.vector), theta.backend.xp
+        if place is None or not needed(theta.backend, xp.isinf(parts[place])):
+            return theta.vector
+        return theta.backend.concat([finite_part(xp, x) if i == place else x for i, x in enumerate(parts)])
 
     def maps(self, point: Point) -> Maps:
         return _Bound(self, point).maps(point)
@@ -304,7 +306,9 @@ def _system(backend: Any, d: dict[str, Any], absent: Array) -> tuple[Any, Any]:
     xp = backend.xp
     if not any(isinstance(d[name], SparseRows) for name in "QAG"):
         rows = xp.concat([d["A"], d["G"]], axis=-2)
-        return _symmetric(xp, d["Q"]), xp.where(absent[..., None], xp.zeros_like(rows), rows)
+        if needed(backend, absent):
+            rows = xp.where(absent[..., None], xp.zeros_like(rows), rows)
+        return _symmetric(xp, d["Q"]), rows
     H = d["Q"] if isinstance(d["Q"], SparseRows) else as_sparse(backend, _symmetric(xp, d["Q"]))
     rows = stacked([as_sparse(backend, d[name]) for name in "AG"])
     return H, scaled_rows(rows, backend.astype(~absent, rows.dtype), None)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, divisor, item_norm, quotient
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, quotient
 from implicitdiff.linalg.rows import (
     absolute,
     diagonal_of,
@@ -157,19 +157,23 @@ def _assembled(point: Any, product: Callable[[Array], Array]) -> Array:
 def _by_curvature(here: _Measured, leaf: Array, known: Array, hessian: Array) -> Units:
     """The units that the Hessian shows; where it is flat, the leaf's."""
     xp, y, slope = here.point.backend.xp, abs(here.point.y.vector), abs(here.gradient)
-    d = curvature_units(xp, y, slope, leaf, hessian)
+    d = curvature_units(here.point.backend, y, slope, leaf, hessian)
     scale = xp.max(xp.maximum(y / d, slope * d), axis=-1, keepdims=True)
     known = known & _speaks(xp, y / d, slope * d) & _alike(xp, d)
     u = xp.maximum(y, xp.where(known[..., None], xp.minimum(leaf, d * scale), d * scale))
     return _measured(here, power_of_two(xp, xp.where(u > 0, u, d)), power_of_two(xp, d))
 
 
-def curvature_units(xp: Any, y: Array, slope: Array, leaf: Array, hessian: Array) -> Array:
+def curvature_units(backend: Any, y: Array, slope: Array, leaf: Array, hessian: Array) -> Array:
     """d_j = |H_jj|^(-1/2), of |y|, |∇f|, ℓ and H; where H is flat, ℓ_j in relation to the others."""
-    one, zero, size = xp.ones_like(y), xp.zeros_like(y), absolute(xp, hessian)
-    diagonal = diagonal_of(xp, size)
+    xp = backend.xp
+    one, zero = xp.ones_like(y), xp.zeros_like(y)
+    diagonal = xp.abs(diagonal_of(xp, hessian))
     curved = diagonal > 0
     d = xp.where(curved, one / xp.sqrt(xp.where(curved, diagonal, one)), zero)
+    if not needed(backend, ~curved):
+        return d
+    size = absolute(xp, hessian)
     across = row_sizes(xp, scaled_rows(size, None, d))  # no curvature of its own: by those that it goes with
     far = xp.max(xp.where(curved, xp.maximum(y / xp.where(curved, d, one), slope * d), zero), axis=-1, keepdims=True)
     linked = ~curved & (across * leaf > ENERGY_NOISE * far)

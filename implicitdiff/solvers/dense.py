@@ -101,7 +101,7 @@ class DenseSolver(Solver):
         broken = self.broken(xp, factor)
         if broken is not None:
             failed = _mark(xp, failed, broken, Status.NOT_POSITIVE_DEFINITE)
-        norm = size if scaling is None else _frobenius(xp, matrix)
+        norm = size if scaling is None else _frobenius(backend, matrix)
         if backend.traced:
             failed = xp.where(xp.isfinite(norm), failed, xp.full_like(failed, int(Status.NON_FINITE)))
         state = DenseState(operator, matrix, scaling, factor, False, norm, size, None, failed)
@@ -290,23 +290,30 @@ def _by_solution(state: DenseState, x: Array) -> DenseState:
     return state._replace(rcond=rcond, failed=failed)
 
 
-def _frobenius(xp: Any, matrix: Array) -> Array:
+def _frobenius(backend: Backend, matrix: Array) -> Array:
     """‖A‖_F per item, also where squares of entries are lost."""
-    return item_norm(xp, xp.reshape(matrix, (*matrix.shape[:-2], -1)))
+    xp = backend.xp
+    entries = xp.reshape(matrix, (*matrix.shape[:-2], -1))
+    if not backend.traced:  # a pass over the matrices in place of four
+        size, kind = xp.linalg.vector_norm(entries, axis=-1), xp.finfo(matrix.dtype)
+        least = math.sqrt(float(kind.smallest_normal) / float(kind.eps))  # squares below it are lost beside the rest
+        if not any_true(xp, ~((size > least) & (size < 1 / least))):
+            return size
+    return item_norm(xp, entries)
 
 
 def _screened(operator: Operator, matrix: Array) -> tuple[Array, Array, Array]:
     """Mark items whose matrix is not finite, as its norm shows, and put the identity in their place."""
     xp = operator.backend.xp
     failed = xp.zeros(operator.items, dtype=xp.int32, device=operator.device)
-    size = _frobenius(xp, matrix)
+    size = _frobenius(operator.backend, matrix)
     if operator.backend.traced:  # no exception comes of a NaN there
         return matrix, size, failed
     finite = xp.isfinite(size)
     if any_true(xp, ~finite):
         eye = xp.eye(operator.n, dtype=matrix.dtype, device=operator.device)
         matrix = xp.where(finite[..., None, None], matrix, eye)
-        size, failed = _frobenius(xp, matrix), _mark(xp, failed, ~finite, Status.NON_FINITE)
+        size, failed = _frobenius(operator.backend, matrix), _mark(xp, failed, ~finite, Status.NON_FINITE)
     return matrix, size, failed
 
 
