@@ -106,12 +106,28 @@ def _confirmed(op: Any, rows: np.ndarray, blocks: np.ndarray, shift: int) -> tup
     """Keep the pairs of row and block of columns where there is something; count the products."""
     n = op.columns
     count = ((n - 1) >> shift) + 1
-    colors, used = column_colors(count, rows, blocks, op.rows)
+    colors, used = column_colors(count, *_without_repeats(rows, blocks, count), op.rows)
     of_column = colors[np.arange(n) >> shift]
     probe = probe_vector(np, n, np.float64, None)
     vectors = np.where(of_column[None, :] == np.arange(used)[:, None], probe, 0.0)
     found = _nonzero(op, op.matvec, vectors)[colors[blocks], rows]
     return rows[found], blocks[found], used
+
+
+def _without_repeats(rows: np.ndarray, blocks: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keep one of the rows that have entries in the same blocks: a colouring needs no more; rows are in order.
+
+    Each block has a random number of 64 bits, and a row the sum of those of its blocks.
+    """
+    if not len(rows):
+        return rows, blocks
+    numbers = np.random.default_rng(0).integers(0, 2**63, size=count, dtype=np.uint64)
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    lengths = np.diff(np.append(starts, len(rows)))
+    kept = np.zeros(len(starts), dtype=bool)
+    kept[np.unique(np.add.reduceat(numbers[blocks], starts), return_index=True)[1]] = True
+    keep = np.repeat(kept, lengths)
+    return rows[keep], blocks[keep]
 
 
 def _without_dense(rows: np.ndarray, blocks: np.ndarray, dense: np.ndarray, n: int) -> Any:
