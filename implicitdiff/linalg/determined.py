@@ -37,6 +37,8 @@ def determined(prepared: Any, used: Operator, state: Any, status: Array, counts:
     tuple
         Status and counts.
     """
+    if not used.regular or not (counts.rcond is None or getattr(prepared.solver, "consistent", False)):
+        return status, counts
     xp, only, spent = used.backend.xp, prepared.determined, 0
     if only is None:
         only, spent = _full_rank(used, prepared.solver, state, counts)

@@ -106,7 +106,6 @@ class Prepared:
     _undamped: tuple[float, Prepared] | None = None
     _stand_in: Prepared | None = None
     determined: Any = None
-    """Whether A has full rank, per item, where a method does not need it and that was asked for."""
     found_damping: Any = None
     """δ, where it was found."""
 
@@ -165,8 +164,7 @@ class Prepared:
         status, counts, probes = _verify(used, b, x, status, counts, self, looked=looked)
         consistent = getattr(self.solver, "consistent", False)
         x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
-        if op.regular and (counts.rcond is None or consistent):
-            status, counts = determined(self, used, state, status, counts)
+        status, counts = determined(self, used, state, status, counts)
         if not self.least_squares:
             status = xp.where(status == int(Status.LEAST_SQUARES), xp.full_like(status, int(Status.SINGULAR)), status)
         broken = status == int(Status.NON_FINITE)
