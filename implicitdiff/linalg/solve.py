@@ -162,8 +162,7 @@ class Prepared:
         status = xp.asarray(status, device=op.device)
         looked = carried is not None and looked_at(carried, op.backend, status)
         status, counts, probes = _verify(used, b, x, status, counts, self, looked=looked)
-        consistent = getattr(self.solver, "consistent", False)
-        x, status, counts = ranked(used, state, b, (x, status, counts), consistent=consistent)
+        x, status, counts = ranked(used, state, b, (x, status, counts), getattr(self.solver, "consistent", False))
         status, counts = determined(self, used, state, status, counts)
         if not self.least_squares:
             status = xp.where(status == int(Status.LEAST_SQUARES), xp.full_like(status, int(Status.SINGULAR)), status)

@@ -23,7 +23,7 @@ __all__ = ["ranked"]
 
 
 def ranked(
-    op: Operator, state: Any, b: Array, found: tuple[Array, Array, Counts], *, consistent: bool
+    op: Operator, state: Any, b: Array, found: tuple[Array, Array, Counts], consistent: bool
 ) -> tuple[Array, Array, Counts]:
     """Return x, status and counts with what the matrix says of them.
 
