@@ -96,10 +96,14 @@ class Backend(ABC):
 
     def common_dtype(self, dtypes: Sequence[Any]) -> Any:
         """Return the dtype of the vector that holds leaves of these dtypes."""
+        if len(dtypes) == 1:
+            return dtypes[0]
         return self.xp.result_type(*dtypes) if dtypes else self.xp.float64
 
     def common_device(self, arrays: Sequence[Array], name: str) -> Any:
         """Return the device of the arrays; raise where there are several."""
+        if len(arrays) == 1:
+            return self.device(arrays[0])
         devices = list(dict.fromkeys(map(self.device, arrays)))
         if len(devices) > 1:
             raise BackendError(f"{name} lies on several devices: {', '.join(map(str, devices))}. Move it to one.")

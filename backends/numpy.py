@@ -56,9 +56,13 @@ class NumpyBackend(ArrayAPIBackend):
 
     # -- arrays of the user ------------------------------------------------------------------------
     def is_array(self, x: Any) -> bool:
+        if type(x) is np.ndarray:
+            return x.dtype != object
         return isinstance(x, (np.ndarray, np.generic)) and x.dtype != object
 
     def as_leaf(self, leaf: Any, where: str) -> Array:
+        if type(leaf) is np.ndarray and leaf.dtype in self._supported:
+            return leaf
         return np.asarray(super().as_leaf(leaf, where))
 
     def as_array(self, x: Any, device: Any, dtype: Any) -> Array | None:
@@ -159,8 +163,10 @@ class NumpyBackend(ArrayAPIBackend):
 
     # -- loops and linear algebra ----------------------------------------------------------------------
     def batched(self, product: Callable[[Array], Array], items: tuple[int, ...]) -> Callable[[Array], Array]:
+        own = len(items) + 1
+
         def many(x: Array) -> Array:
-            if x.ndim == len(items) + 1:
+            if x.ndim == own:
                 return product(x)
             if self.slices is not None:
                 self.slices.refuse_many()
@@ -198,6 +204,9 @@ class NumpyBackend(ArrayAPIBackend):
     def _of_slices(self, prepared: Any, b: Any, x0: Any, transposed: bool) -> Any:
         cast("Slices", self.slices).check(prepared, b)
         return prepared.solve(b, x0, transposed=transposed)
+
+    def space(self, x: Array) -> Any:
+        return space_of(x.shape, x.dtype) if self.slices is None else self.vector_space(x.shape, x.dtype, "cpu")
 
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         if self.slices is not None:

@@ -18,6 +18,7 @@ from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from benchmarks.measure import Setting, Spread, import_seconds, interleave, peak_bytes, ratio
 from benchmarks.problems import Batch, Diagonal, Logistic, Quadratic, Ridge, System, relative_error
 from benchmarks.report import Row
+from benchmarks.small import small_with_numpy
 from implicitdiff import CG, Auto, Stationary, implicit_jacobian, implicit_vjp
 
 __all__ = ["CASES", "SIZES", "counted_row", "timed_row", "unavailable"]
@@ -202,6 +203,38 @@ def imports(setting: Setting) -> list[Row]:
 
 
 def memory(setting: Setting) -> list[Row]:
+    """Most memory that a call holds beside the caller's arrays: matrix-free, a Jacobian, a batch."""
+    return [_matrix_free_memory(setting), *_matrix_memory(setting)]
+
+
+def _matrix_memory(setting: Setting) -> list[Row]:
+    """Of a Jacobian and of a batch, in matrices of A's shape (of a batch: all of them), against the same by hand.
+
+    By hand A, B, its image and the factors are held at once; no further matrix is needed.
+    """
+    n, items, small = (40, 32, 4) if setting.short else (500, 1024, 16)
+    dense, many = Quadratic(n), Batch(items, small)
+
+    def jacobian() -> Any:
+        return implicit_jacobian(dense.condition, dense.y, dense.theta, args=dense.args)
+
+    def vjp() -> Any:
+        return implicit_vjp(many.condition, many.y, many.theta, many.cotangent, args=(many.H, many.C), batched=True)
+
+    rows = []
+    for case, size, entries, ours, reference, truth in (
+        ("jacobian, dense B / assembly + LAPACK", f"n = m = {n}", n * n, jacobian,
+         lambda: by_hand(dense, by_cholesky), dense.truth),
+        ("batch / numpy.linalg.solve", f"{items} x n = {small}", items * small**2, vjp, many.by_numpy,
+         many.by_numpy()),
+    ):  # fmt: skip
+        error = relative_error(ours(), truth)
+        a, b = (round(peak_bytes(f) / (8 * entries), 1) for f in (ours, reference))
+        rows.append(Row(f"memory, {case}", size, a, b, Spread(*3 * (a / b,)), None, error, 1e-9, "matrices"))
+    return rows
+
+
+def _matrix_free_memory(setting: Setting) -> Row:
     """Most memory that matrix-free CG holds beside the caller's arrays, in vectors of length n.
 
     The four are x, r, p and Ap; the product allocates its result, which is Ap, and nothing else. Python's own objects
@@ -218,8 +251,8 @@ def memory(setting: Setting) -> list[Row]:
     product = round(peak_bytes(lambda: problem.d * problem.cotangent) / (8 * n), 1)
     same = Spread(*3 * (peak / 4,))
     error = relative_error(found[0], problem.truth)
-    return [Row("memory, cg / four vectors (x, r, p, Ap)", f"n = {n}", peak, 4.0, same, 1.0, error, 1e-6,
-                "n-vectors", {"one product": product})]  # fmt: skip
+    return Row("memory, cg / four vectors (x, r, p, Ap)", f"n = {n}", peak, 4.0, same, 1.0, error, 1e-6,
+               "n-vectors", {"one product": product})  # fmt: skip
 
 
 def certificates(setting: Setting) -> list[Row]:
@@ -245,5 +278,5 @@ def sequences(setting: Setting) -> list[Row]:
 
 CASES: dict[str, Callable[[Setting], list[Row]]] = {
     "gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "import": imports,
-    "memory": memory, "certificates": certificates, "sequences": sequences, "sparse": sparse,
+    "memory": memory, "small": small_with_numpy, "certificates": certificates, "sequences": sequences, "sparse": sparse,
 }  # fmt: skip

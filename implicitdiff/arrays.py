@@ -19,10 +19,12 @@ __all__ = [
     "all_finite_items",
     "any_true",
     "divisor",
+    "ends",
     "everywhere",
     "item_norm",
     "item_numbers",
     "listed",
+    "marked",
     "named_items",
     "nan_where",
     "needed",
@@ -87,9 +89,9 @@ def all_finite_items(xp: Any, x: Array) -> Array:
 
 def any_true(xp: Any, mask: Array) -> bool:
     """Whether any entry is true, as a Python bool (a synchronisation on an accelerator)."""
-    if isinstance(mask, np.ndarray):
-        return bool(mask.any())
-    return bool(mask if isinstance(mask, (bool, np.bool_)) else xp.any(mask))
+    if mask is True or mask is False or type(mask) is np.bool_:
+        return bool(mask)
+    return bool(mask.any() if isinstance(mask, np.ndarray) else xp.any(mask))
 
 
 def nowhere(mask: Array) -> bool:
@@ -98,6 +100,18 @@ def nowhere(mask: Array) -> bool:
     It costs no synchronisation, and tells nothing of what is traced.
     """
     return not mask.any() if isinstance(mask, np.ndarray) else isinstance(mask, (np.bool_, bool)) and not mask
+
+
+def marked(xp: Any, mask: Array, code: int, status: Array) -> Array:
+    """Return integers with a code in the items of a mask; as they are, where the mask is seen to be empty."""
+    return status if nowhere(mask) else xp.where(mask, xp.full_like(status, code), status)
+
+
+def ends(xp: Any, x: Array) -> tuple[Array, Array]:
+    """Least and largest entry of the last axis."""
+    if type(x) is np.ndarray:  # NumPy's functions ask whether these are really arrays
+        return x.min(axis=-1), x.max(axis=-1)
+    return xp.min(x, axis=-1), xp.max(x, axis=-1)
 
 
 def everywhere(mask: Array) -> bool:

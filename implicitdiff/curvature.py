@@ -12,6 +12,7 @@ J. Nocedal, S. Wright, "Numerical Optimization", 2nd ed., Springer, 2006, theore
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from implicitdiff.arrays import Array, any_true, named_items
@@ -32,7 +33,7 @@ def suspicion(kind: str | None, prepared: Any, solution: Any, b: Any) -> Array |
     op = prepared.operator
     if kind == "saddle" or not op.symmetric or not op.n or 0 in b.shape:
         return None
-    names = [name for name, _ in prepared.methods]
+    names, _ = zip(*prepared.methods, strict=True)
     tried = names[0] not in suitable("symmetric")
     chosen = getattr(prepared.solver, "name", "") == "auto"
     if kind is None and (not chosen or (tried and len(names) == 1)):
@@ -60,13 +61,13 @@ def refuted(kind: str | None, op: Operator, x: Any, b: Any) -> Array | None:
     return _against(op, x, b, -1.0 if kind == "maximum" else 1.0)
 
 
-def _fell_back(op: Operator, solution: Any, names: list[str]) -> Array:
+def _fell_back(op: Operator, solution: Any, names: Sequence[str]) -> Array:
     """Items in which a method for positive definite A failed, and one for any symmetric A was used."""
-    xp = op.backend.xp
+    xp, others = op.backend.xp, suitable("symmetric")
     code = xp.asarray(0 if solution.method is None else solution.method, device=op.device)
     found = xp.zeros(op.items, dtype=xp.bool, device=op.device)
     for i, name in enumerate(names):
-        found = found | (code == i) if name in suitable("symmetric") else found
+        found = found | (code == i) if name in others else found
     return found
 
 

@@ -27,11 +27,17 @@ def identity(function: Any, held: list[Any]) -> Any:
         return id(function.__self__), id(function.__func__)
     if type(function) is types.FunctionType:
         cells = [*_contents(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        others = [x for x in cells if not _is_value(x)]
-        if all(type(x).__weakrefoffset__ for x in others):
+        others, parts, followed = [], list[Any](), True
+        for x in cells:
+            if type(x) in PLAIN or isinstance(x, np.generic):
+                parts.append((type(x), x))
+            else:
+                others.append(x)
+                parts.append(id(x))
+                followed = followed and bool(type(x).__weakrefoffset__)
+        if followed:
             held += others
-            parts = tuple((type(x), x) if _is_value(x) else id(x) for x in cells)
-            return function.__code__, id(function.__globals__), parts
+            return function.__code__, id(function.__globals__), tuple(parts)
     held.append(function)
     return id(function)
 
@@ -50,10 +56,6 @@ def remember(table: dict[Any, Any], key: Any, value: Any, held: list[Any]) -> No
             kept.append(thing)
     with _lock:
         table[key] = value, kept
-
-
-def _is_value(x: Any) -> bool:
-    return type(x) in PLAIN or isinstance(x, np.generic)
 
 
 def _contents(function: types.FunctionType) -> list[Any]:

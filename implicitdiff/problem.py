@@ -90,7 +90,7 @@ def problem_of(
     chosen = Settings(**settings, control=ErrorControl(error, max_error, polish).check())
     engine = _backend(backend, y, theta, (args, vector))
     args = tuple(map_leaves(copied, tuple(args))) if copy else tuple(args)  # they may be filled anew afterwards
-    axes = axes_of(in_axes, y, theta, args)
+    axes = NO_AXES if in_axes is None else axes_of(in_axes, y, theta, args)
     return Problem(engine, condition, y, theta, args, chosen, batched or in_axes is not None, copy, axes)
 
 

@@ -79,6 +79,7 @@ class Raveler:
         # one bare array, by far the most common tree, needs none of the walk over leaves
         self._plain = self.tree.spec is None and not self.leaves[0].number
         self._shape = (*self.items, *self.leaves[0].shape) if self._plain else ()
+        self._bare = self._plain and len(self.leaves[0].shape) == 1  # and a vector as it is
         self._flat = (*self.items, self.n)
         if bare:
             return
@@ -137,10 +138,11 @@ class Raveler:
         A vector of another dtype than the raveler's own (complex, or wider for a finite difference)
         is handed on as it is.
         """
+        if self._bare:
+            return vector
         backend, lead = self.backend, tuple(vector.shape[:-1])
         if self._plain:
-            shape = self.leaves[0].shape
-            return vector if len(shape) == 1 else backend.reshape(vector, (*lead, *shape))
+            return backend.reshape(vector, (*lead, *self.leaves[0].shape))
         cast = vector.dtype == self.dtype
         leaves, start = [], 0
         for leaf in self.leaves:
@@ -172,10 +174,12 @@ class Raveler:
         ShapeError or CallbackError
             Where structure or shapes differ.
         """
-        if self._plain and self.backend.is_array(tree) and tuple(tree.shape) == self._shape:
-            self.check_placed(tree, name, dtype)
-            array = tree if dtype is None else self.backend.astype(tree, dtype)
-            return array if len(self._shape) == len(self.items) + 1 else self.backend.reshape(array, self._flat)
+        backend = self.backend
+        if self._plain and backend.is_array(tree) and tree.shape == self._shape:
+            if (dtype is not None and tree.dtype != dtype) or backend.device(tree) != self.device:
+                self.check_placed(tree, name, dtype)
+                tree = tree if dtype is None else backend.astype(tree, dtype)
+            return tree if self._bare else backend.reshape(tree, self._flat)
         leaves = self._matching(flatten(tree), name, callback, dtype)
         return self._join(leaves, dtype)
 

@@ -170,8 +170,8 @@ def _framework(leaf: Any, name: str) -> str | None:
 
 def _holds(tree: Any, name: str) -> bool:
     """Whether a tree holds an array of that backend; whatever else there is in it is none of our business."""
-    roots = [root for root, backend in _ROOTS.items() if backend == name]
-    if not any(root in sys.modules for root in roots):
+    roots = [root for root, backend in _ROOTS.items() if backend == name and root in sys.modules]
+    if not roots:
         return False
     return any(type(leaf).__module__.partition(".")[0] in roots for leaf in flatten(tree).leaves)
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, any_true, divisor, quotient
+from implicitdiff.arrays import Array, any_true, divisor, ends, needed, quotient
 from implicitdiff.linalg.blocks import largest_linked
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.mode import Mode
@@ -182,7 +182,9 @@ class SolutionCheck:
         parts = self._parts(y)
         if is_tree_vector(y):
             return (inverse > 0) & (bound <= self.floor * self._largest(parts))
-        small = ~(bound <= self.floor * xp.min(parts, axis=-1))  # nobody need know what A links
+        small = ~(bound <= self.floor * ends(xp, parts)[0])
+        if not needed(self.backend, small):  # nobody need know what A links
+            return (inverse > 0) & ~small
         linked = self.backend.if_any(small, lambda _: self._linked(parts), parts)
         return (inverse > 0) & (bound <= self.floor * xp.min(linked, axis=-1))
 
@@ -306,7 +308,7 @@ class SolutionCheck:
     def _whole(self, parts: Any) -> Array:
         """The largest part, beside every entry of a vector."""
         top = self._largest(parts)
-        return top if is_tree_vector(parts) else top[..., None] + 0 * parts
+        return top if is_tree_vector(parts) else self.xp.broadcast_to(top[..., None], parts.shape)
 
     def _beside(self, x: Array) -> Array:
         """Numbers per item in a form that goes with vectors."""

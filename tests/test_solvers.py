@@ -14,7 +14,7 @@ import scipy.sparse.linalg
 from conftest import ITERATIVE, LIBRARIES, NUMPY, TORCH, Library, relative_error
 from problems import RIGHT_FOR, TIGHT, Counted, N, close, linear_root, matrix, solve_both, vector, with_eigenvalues
 
-from implicitdiff import Status, implicit_vjp, linear_solve
+from implicitdiff import CG, Status, implicit_vjp, linear_solve
 from implicitdiff.linalg.operator import Operator, matrix_map
 from implicitdiff.registry import get_backend
 from implicitdiff.solvers import get_solver
@@ -225,3 +225,41 @@ def test_masks_are_negated_by_a_tilde(lib: Library) -> None:
     space = get_backend(lib.name).space(x)
     for good in (space.isfinite(np.float64(1.0)), space.finite(x), space.any(np.bool_(True))):
         assert bool(~good) is False
+
+
+# -- one vector, and many ----------------------------------------------------------------------------------
+STEPS: dict[str, np.ndarray] = {
+    "definite": matrix("pos"),
+    "indefinite": with_eigenvalues(np.array([3.0, 2.0, 1.0, -0.5, 5.0])),
+    "singular": np.diag([1.0, 2.0, 0.0, 4.0]),
+    "overflow": np.full((3, 3), np.inf),
+}
+
+
+@pytest.mark.parametrize("lib", [NUMPY, *TORCH], ids=lambda lib: lib.name)
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_cg_of_one_vector_takes_the_steps_of_a_batch_of_one(lib: Library, name: str, preconditioned: bool) -> None:
+    """Where scalars are the host's own, nothing is masked: the same x, status and counts come out."""
+    a = STEPS[name]
+    b, weights = vector(a.shape[0]), 1 / (1 + np.arange(float(a.shape[0])))
+    found = []
+    for lead in ((), (1,)):
+        A, right, w = (lib.array(x.reshape(*lead, *x.shape)) for x in (a, b, weights))
+
+        def product(x: Any, A: Any = A) -> Any:
+            return (A @ x[..., None])[..., 0]
+
+        def precondition(x: Any, w: Any = w) -> Any:
+            return w * x
+
+        solver = CG(preconditioner=precondition if preconditioned else None, maxiter=9)
+        x, report = linear_solve(
+            product, right, solver=solver, symmetric=True, batched=bool(lead), on_failure="ignore", return_report=True
+        )
+        counts = (np.max(np.asarray(getattr(report, name))) for name in ("status", "iterations", "residual"))
+        found.append((np.asarray(lib.numpy(x)).reshape(-1), *counts))
+    (x, status, iterations, residual), (other, *of_batch) = found
+    assert (status, iterations) == tuple(of_batch[:2])
+    np.testing.assert_allclose(residual, of_batch[2], atol=1e-12)
+    np.testing.assert_allclose(x, other, rtol=1e-8)

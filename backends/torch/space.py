@@ -11,6 +11,7 @@ import torch
 
 from implicitdiff.arrays import Array
 from implicitdiff.arrays import numpy_namespace as np_xp
+from implicitdiff.linalg.host_space import HostSpace
 from implicitdiff.linalg.vector_space import ArraySpace
 
 __all__ = ["TorchItemsSpace", "TorchSpace"]
@@ -18,7 +19,7 @@ __all__ = ["TorchItemsSpace", "TorchSpace"]
 _HOST = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-class TorchSpace(ArraySpace):
+class TorchSpace(HostSpace):
     """One vector of shape (n,) in the host's memory.
 
     Vectors are tensors. Scalars and the small matrices of Arnoldi's process are NumPy's: an operation on a tensor of
@@ -26,8 +27,8 @@ class TorchSpace(ArraySpace):
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        super().__init__(np_xp, shape, np.dtype(_HOST[dtype]), "cpu")
-        self._tensor_dtype, self._type = dtype, _HOST[dtype]
+        super().__init__(np_xp, shape, _HOST[dtype])
+        self._tensor_dtype = dtype
         self._around = ArraySpace(torch_xp, shape, dtype, "cpu")
 
     def inner(self, x: Array, y: Array) -> Array:
@@ -42,6 +43,9 @@ class TorchSpace(ArraySpace):
     def axpy(self, a: Any, x: Array, y: Array) -> Array:
         return y.add_(x, alpha=float(a))
 
+    def aypx(self, a: Any, x: Array, y: Array) -> Array:
+        return y.mul_(float(a)).add_(x)
+
     def subtract(self, x: Array, y: Array) -> Array:
         return x.sub_(y)
 
@@ -53,30 +57,6 @@ class TorchSpace(ArraySpace):
 
     def zeros(self) -> Array:
         return torch.zeros(self.shape, dtype=self._tensor_dtype)
-
-    def select(self, mask: Array, x: Array, y: Array) -> Array:
-        return x if mask else y
-
-    def where(self, mask: Array, a: Any, b: Any) -> Array:
-        return a if mask else b
-
-    def scalar(self, value: float) -> Array:
-        return self._type(value)
-
-    def counter(self, value: int = 0) -> Array:
-        return value
-
-    def any(self, mask: Array) -> Array:
-        return mask
-
-    def sqrt(self, a: Array) -> Array:
-        return np.sqrt(a) if a > 0 else self._type(0) * a
-
-    def isfinite(self, a: Array) -> Array:
-        return np.bool_(math.isfinite(a))  # ~True is −2, and deprecated
-
-    def maximum(self, a: Array, b: Array) -> Array:
-        return b if b > a or b != b else a
 
     # -- around a solve scalars are tensors, too ----------------------------------------------------
     def size(self, x: Array) -> Array:

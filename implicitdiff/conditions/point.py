@@ -248,11 +248,12 @@ class Point:
     def _bilinear(
         self, function: Callable[..., Any], name: str, takes: Raveler, returns: Raveler
     ) -> Callable[..., Array]:
-        call, guard = self.backend.callback(function), self.backend.guard
+        call, guard, unravel = self.backend.callback(function), self.backend.guard, takes.unravel
+        like, dtype = returns.like, returns.dtype
 
         def one(y: Any, theta: Any, v: Array, *own: Any) -> Array:
-            out = call(y, theta, takes.unravel(guard(v)), *self._args(own))
-            return returns.like(out, name, dtype=returns.dtype, callback=True)
+            out = call(y, theta, unravel(guard(v)), *(self._args(own) if own else self.args))
+            return like(out, name, dtype=dtype, callback=True)
 
         return one
 

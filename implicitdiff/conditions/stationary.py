@@ -111,9 +111,11 @@ class Stationary(SparseCondition):
 
     @property
     def to_verify(self) -> tuple[Callable[..., Any], ...]:
-        products = [f for f in (self.hvp, self.hessian, self.mixed_vjp, self.mixed_jvp) if f is not None]
-        known = [f for f in (self.grad, self.fun) if f is not None]
-        return (*known, *products) if self.verify and known and len(known) + len(products) > 1 else ()
+        given = (self.grad, self.fun, self.hvp, self.hessian, self.mixed_vjp, self.mixed_jvp)
+        if not self.verify or (self.grad is None and self.fun is None):
+            return ()
+        found = [f for f in given if f is not None]
+        return tuple(found) if len(found) > 1 else ()
 
     @property
     def point_kind(self) -> str | None:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, times
+from implicitdiff.arrays import Array, any_true, divisor, ends, item_norm, needed, times
 from implicitdiff.linalg.operator import Operator, Product
 from implicitdiff.linalg.vector_space import TreeVector, is_tree_vector
 from implicitdiff.tolerances import ALIKE, EVEN, MIXED, SMALL, TINY
@@ -251,13 +251,15 @@ def _mixed(op: Operator) -> bool:
     if op.backend.traced:  # nothing is seen there: a matter of order alone
         return op.n <= TINY
     xp = op.backend.xp
-    ratio = MIXED.at(xp, op.dtype)
-    size = xp.abs(op.like)
-    largest = xp.max(size, axis=-1, keepdims=True)
-    unit = xp.where(size > 0, size, divisor(xp, largest))
+    ratio, unit = MIXED.at(xp, op.dtype), xp.abs(op.like)
+    least, largest = ends(xp, unit)
+    if any_true(xp, ~(least > 0)):
+        unit = xp.where(unit > 0, unit, divisor(xp, largest)[..., None])
+        least, largest = ends(xp, unit)
     image = xp.abs(op.matvec(unit * op.backend.space(op.like).probe()))
     op._cache["probes"] = op.probes + 1
-    return any(any_true(xp, xp.max(x, axis=-1) > ratio * xp.min(x, axis=-1)) for x in (unit, image))
+    small, large = ends(xp, image)
+    return any_true(xp, (largest > ratio * least) | (large > ratio * small))
 
 
 def equilibrated(op: Operator, scaling: Scaling | None) -> Operator:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array, divisor, item_norm, nan_where, needed, quotient
+from implicitdiff.arrays import Array, divisor, item_norm, marked, nan_where, needed, nowhere, quotient
 from implicitdiff.linalg.damping import AUTO, damped
 from implicitdiff.linalg.determined import determined
 from implicitdiff.linalg.operator import Operator
@@ -165,7 +165,7 @@ class Prepared:
         x, status, counts = ranked(used, state, b, (x, status, counts), getattr(self.solver, "consistent", False))
         status, counts = determined(self, used, state, status, counts)
         if not self.least_squares:
-            status = xp.where(status == int(Status.LEAST_SQUARES), xp.full_like(status, int(Status.SINGULAR)), status)
+            status = marked(xp, status == int(Status.LEAST_SQUARES), int(Status.SINGULAR), status)
         broken = status == int(Status.NON_FINITE)
         if needed(op.backend, broken):  # NaN in, NaN out: no number that looks like an answer
             x = nan_where(op.backend, broken, x)
@@ -195,9 +195,10 @@ class Prepared:
         if False not in self._states:
             return None
         state = self._states[False][1]
-        inner = getattr(state, "prepared", None)
-        states = [state, *inner.values()] if isinstance(inner, dict) else [state]
-        return next((s for s in (getattr(s, "scaling", None) for s in states) if s is not None), None)
+        found, inner = getattr(state, "scaling", None), getattr(state, "prepared", None)
+        if found is not None or not isinstance(inner, dict):
+            return found
+        return next((s for s in (getattr(s, "scaling", None) for s in inner.values()) if s is not None), None)
 
     @property
     def exact(self) -> Prepared:
@@ -345,12 +346,14 @@ def _compare(
     gap = xp.abs(xp.asarray(_inner(space, az, x) - _inner(space, z, image), device=op.device))
     residual = xp.asarray(counts.residual, device=op.device)
     eps = float(xp.finfo(op.dtype).eps)
-    relative = SKEW_SEEN.of(eps) + xp.where(failing, 0 * residual, residual)
+    relative = SKEW_SEEN.of(eps) + (residual if nowhere(failing) else xp.where(failing, 0 * residual, residual))
     allowed = one.size(z) * space.size(image) * relative + 1e3 * eps * one.size(az) * space.size(x)
     asymmetric = xp.isfinite(gap) & (gap > allowed) & (space.size(b) > 0)
     if len(gap.shape) > len(op.items):  # what one right-hand side shows is so for all
         asymmetric = asymmetric | xp.any(asymmetric, axis=0)
     asymmetric = asymmetric & (status != int(Status.BAD_PRECONDITIONER))
+    if nowhere(asymmetric):
+        return status
     return xp.where(asymmetric, xp.full_like(xp.broadcast_to(status, gap.shape), int(Status.NOT_SYMMETRIC)), status)
 
 
@@ -370,23 +373,24 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
     rhs = lead[0] if len(lead) > len(op.items) else 0
 
     def worst(field: Any) -> Any:
-        if field is None or not (rhs or op.items):
+        if field is None or not lead:
             return field
         field = xp.asarray(field, device=device)
         if field.shape != lead:  # a copy: what a report holds is the user's to write to
             field = xp.asarray(xp.broadcast_to(field, lead), copy=True)
         return xp.max(field, axis=0) if rhs else field
 
-    matvecs = worst(counts.matvecs) * max(rhs, 1) + assembled
-
     def least(field: Any) -> Any:
         return None if field is None else -worst(-xp.asarray(field, device=device))
 
+    shown = (status, counts.iterations, counts.matvecs, counts.residual, counts.tolerance, counts.operator_norm,
+             counts.method, counts.condition, counts.leak)  # fmt: skip
+    shown = tuple(map(worst, shown)) if lead else shown
+    status, iterations, matvecs, residual, tolerance, norm, method, condition, leak = shown
     rank = least(counts.rank)
     return Solution(
-        x, worst(status), worst(counts.iterations), matvecs, worst(counts.residual),
-        worst(counts.tolerance), least(counts.rcond), worst(counts.operator_norm), worst(counts.method),
-        worst(counts.condition), rank, None if rank is None else op.columns - rank, worst(counts.leak),
+        x, status, iterations, matvecs * max(rhs, 1) + assembled, residual, tolerance, least(counts.rcond), norm,
+        method, condition, rank, None if rank is None else op.columns - rank, leak,
     )  # fmt: skip
 
 

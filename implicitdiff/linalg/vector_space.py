@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from implicitdiff.arrays import Array, all_finite_items, item_norm, probe_vector
 from implicitdiff.tolerances import NEARBY
@@ -33,6 +33,9 @@ class ArraySpace:
     dtype, device
         Of the vectors.
     """
+
+    host: ClassVar[bool] = False
+    """Whether scalars are the host's own numbers, of a single vector (`HostSpace`)."""
 
     def __init__(self, xp: Any, shape: tuple[int, ...], dtype: Any, device: Any) -> None:
         self.xp = xp
@@ -62,6 +65,10 @@ class ArraySpace:
     def axpy(self, a: Any, x: Array, y: Array) -> Array:
         """a x + y; y may be overwritten."""
         return a[..., None] * x + y
+
+    def aypx(self, a: Any, x: Array, y: Array) -> Array:
+        """x + a y; y may be overwritten."""
+        return self.axpy(a, y, x)
 
     def subtract(self, x: Array, y: Array) -> Array:
         """x - y; x may be overwritten, y is not."""

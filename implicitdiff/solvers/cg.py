@@ -17,6 +17,7 @@ Bur. Stand. 49 (1952) 409-436. DOI 10.6028/jres.049.044
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -84,10 +85,10 @@ class CG(Krylov):
             start.x, start.r, space.copy(z), rz, rr, rz, start.active, space.counter(), space.counter(),
             0, zero, zero, zero, start.memory,
         )  # fmt: skip
-        target = start.target * start.target
+        target, move = start.target * start.target, _step_on_host if space.host else _step
 
         def step(s: _State) -> _State:
-            return _step(s, space, product, precondition, target, start.budget, 4 * noise)
+            return move(s, space, product, precondition, target, start.budget, 4 * noise)
 
         most, loop = self.most(space.length), state.operator.backend.while_loop
         end = loop(lambda s: space.any(s.active), step, first, limit=most)
@@ -129,6 +130,38 @@ def _step(s: _State, space: Any, product: Any, precondition: Any, target: Array,
     gain = space.maximum(s.gain, space.where(go, s.pp / space.where(go, curvature, one), zero))
     return _State(x, r, p, rz, rr, pp, active, status, iterations, s.matvecs + 1, beta * inverse, norm, gain,
                   memory)  # fmt: skip
+
+
+def _step_on_host(
+    s: _State, space: Any, product: Any, precondition: Any, target: Array, budget: Array, level: float
+) -> _State:
+    """The same of one vector whose scalars are seen: it goes on or stops, and nothing is masked."""
+    ap = product(s.p)
+    curvature = space.inner(s.p, ap)
+    go = curvature > level * s.operator_norm * s.pp and curvature > 0 and s.rz > 0 and math.isfinite(curvature)
+    memory = s.memory and s.memory.noted(space, s.p, ap, curvature, s.rz, go)
+    if not go:
+        bad = Status.NOT_POSITIVE_DEFINITE if math.isfinite(curvature) else Status.NON_FINITE
+        bad = bad if precondition.identity or s.rz > 0 else Status.BAD_PRECONDITIONER
+        return s._replace(
+            active=False, status=int(bad), iterations=s.iterations + 1, matvecs=s.matvecs + 1,
+            operator_norm=space.maximum(s.operator_norm, s.ritz), memory=memory,
+        )  # fmt: skip
+    alpha = s.rz / curvature
+    x = space.axpy(alpha, s.p, s.x)
+    r = space.axpy(-alpha, ap, s.r)
+    z = r if precondition.identity else precondition(r)
+    rz = space.inner(r, z)
+    rr = rz if precondition.identity else space.inner(r, r)
+    beta, inverse, iterations, status = rz / s.rz, curvature / s.rz, s.iterations + 1, s.status
+    p = space.aypx(beta, z, s.p)
+    active = bool(rr > target and iterations < budget)
+    if memory is not None and memory.strange:
+        status, active = int(Status.STAGNATED), False
+    return _State(
+        x, r, p, rz, rr, rz + beta * beta * s.pp, active, status, iterations, s.matvecs + 1, beta * inverse,
+        space.maximum(s.operator_norm, inverse + s.ritz), space.maximum(s.gain, s.pp / curvature), memory,
+    )  # fmt: skip
 
 
 def _flat(end: _State, state: KrylovState, space: Any, level: float) -> _State:

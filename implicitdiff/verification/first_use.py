@@ -31,7 +31,7 @@ _verified: dict[Any, Any] = {}
 def _key_of(problem: Any, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, list[Any]]:
     """Make a key of functions and structure, and list what has to live for it to mean the same."""
     held: list[Any] = []
-    names = tuple(identity(f, held) for f in functions)
+    names = tuple(map(identity, functions, [held] * len(functions)))
     shapes = []
     for tree in (problem.y, problem.theta):
         flat = flatten(tree)
