@@ -14,7 +14,7 @@ from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.torch import autograd as torch_autograd
 from implicitdiff.backends.torch import dtensor as torch_dtensor
 from implicitdiff.backends.torch.captured import Captures
-from implicitdiff.backends.torch.space import TorchItemsSpace, TorchSpace
+from implicitdiff.backends.torch.space import TorchItemsSpace, space_on_host
 from implicitdiff.errors import BackendError
 from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.pytree import flatten
@@ -161,7 +161,7 @@ class TorchArrays(ArrayAPIBackend):
 
     def vector_space(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
         if len(shape) == 1 and torch.device(device).type == "cpu":
-            return TorchSpace(shape, dtype)
+            return space_on_host(tuple(shape), dtype)
         return TorchItemsSpace(xp, shape, dtype, device)
 
     def to_double(self, x: Array) -> Array:
