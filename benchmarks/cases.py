@@ -18,6 +18,7 @@ from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from benchmarks.measure import Setting, Spread, import_seconds, interleave, peak_bytes, ratio
 from benchmarks.problems import Batch, Diagonal, Logistic, Quadratic, Ridge, System, relative_error
 from benchmarks.report import Row
+from benchmarks.scale import scale
 from benchmarks.small import small_with_numpy
 from implicitdiff import CG, Auto, Stationary, implicit_jacobian, implicit_vjp
 
@@ -278,5 +279,6 @@ def sequences(setting: Setting) -> list[Row]:
 
 CASES: dict[str, Callable[[Setting], list[Row]]] = {
     "gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "import": imports,
-    "memory": memory, "small": small_with_numpy, "certificates": certificates, "sequences": sequences, "sparse": sparse,
+    "memory": memory, "small": small_with_numpy, "scale": scale, "certificates": certificates,
+    "sequences": sequences, "sparse": sparse,
 }  # fmt: skip

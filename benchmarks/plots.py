@@ -11,8 +11,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.report import Result, read_json
+from benchmarks.report import Result, Row, read_json
 from benchmarks.sample import Sample
+from benchmarks.scale import CASE
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -50,16 +51,32 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
     """
     results = [read_json(path) for path in files]
     samples = [s for result in results for s in result.samples if s.library == "implicitdiff"]
-    if not samples:
+    growing = [row for result in results for row in result.rows if row.case == CASE]
+    if not samples and not growing:
         raise SystemExit("the files hold no row of a sweep: run with --problems all")
     out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in _figures(samples, _about(results)):
+    written, figures = [], list(_figures(samples, _about(results))) if samples else []
+    for name, figure in [*figures, *([("scale", _growth(growing, _about(results)))] if growing else [])]:
         path = out / f"{name}.png"
         figure.savefig(path, dpi=110)
         plt.close(figure)
         written.append(path)
     return written
+
+
+def _growth(rows: Sequence[Row], about: str) -> Any:
+    """Time of a gradient over n, beside a line of slope one and the vector work alone."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    rows = sorted(rows, key=lambda row: row.facts["n"])
+    n, ours = np.array([row.facts["n"] for row in rows]), np.array([row.ours for row in rows])
+    axis.loglog(n, ours, "o-", color=COLOURS["numpy"], label="a gradient by cg")
+    axis.loglog(n, [row.reference for row in rows], "x--", color="0.4", label="its vector work alone")
+    axis.loglog(n, ours[-1] * n / n[-1], ":", color="0.6", label="slope one")
+    axis.set(xlabel="n", ylabel="seconds")
+    axis.legend(frameon=False)
+    figure.suptitle("seconds of a gradient over n: A diagonal, all is vector work", fontsize=10)
+    figure.supxlabel(about, fontsize=7)
+    return figure
 
 
 def _about(results: Sequence[Result]) -> str:
