@@ -41,7 +41,7 @@ LAYERS = (
     ),
     ("outcome", "failures"),
     ("projections", "proxes"),
-    ("linalg.__init__", "linalg.vector_space", "ravel", "registry", "axes", "programs"),
+    ("linalg.__init__", "linalg.vector_space", "linalg.host_space", "ravel", "registry", "axes", "programs"),
     ("linalg.operator", "problem"),
     (
         "linalg.block_operator",
