@@ -368,8 +368,7 @@ def _inner(space: Any, z: Array, x: Array) -> Array:
 
 def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: Any) -> Solution:
     """Reduce over right-hand sides: the worst residual, the largest count, all products."""
-    xp, device = op.backend.xp, op.device
-    lead = tuple(x.shape[:-1])
+    xp, device, lead = op.backend.xp, op.device, tuple(x.shape[:-1])
     rhs = lead[0] if len(lead) > len(op.items) else 0
 
     def worst(field: Any) -> Any:
@@ -383,10 +382,9 @@ def _summary(op: Operator, x: Array, status: Array, counts: Counts, assembled: A
     def least(field: Any) -> Any:
         return None if field is None else -worst(-xp.asarray(field, device=device))
 
-    shown = (status, counts.iterations, counts.matvecs, counts.residual, counts.tolerance, counts.operator_norm,
+    kept = (status, counts.iterations, counts.matvecs, counts.residual, counts.tolerance, counts.operator_norm,
              counts.method, counts.condition, counts.leak)  # fmt: skip
-    shown = tuple(map(worst, shown)) if lead else shown
-    status, iterations, matvecs, residual, tolerance, norm, method, condition, leak = shown
+    status, iterations, matvecs, residual, tolerance, norm, method, condition, leak = map(worst, kept) if lead else kept
     rank = least(counts.rank)
     return Solution(
         x, status, iterations, matvecs * max(rhs, 1) + assembled, residual, tolerance, least(counts.rcond), norm,
