@@ -284,11 +284,9 @@ def _verify(
     """Recompute what the solver did not tell, and check a symmetry that was only declared."""
     xp, solver = op.backend.xp, prepared.solver
     if not getattr(solver, "verified", False):
-        size, residual = item_norm(xp, b), item_norm(xp, b - op.matvec(x))
-        safe = divisor(xp, size)
-        counts = Counts(*counts)._replace(residual=residual / safe)
-        default = max(RESIDUAL_OF_OTHERS.at(xp, b.dtype), 30 * op.accuracy)
-        rtol = getattr(solver, "rtol", None) or default
+        residual = item_norm(xp, b - op.matvec(x)) / divisor(xp, item_norm(xp, b))
+        counts = Counts(*counts)._replace(residual=residual)
+        rtol = getattr(solver, "rtol", None) or max(RESIDUAL_OF_OTHERS.at(xp, b.dtype), 30 * op.accuracy)
         counts = counts._replace(tolerance=rtol + 0 * counts.residual, matvecs=counts.matvecs + 1)
         claimed = xp.broadcast_to(status, counts.residual.shape)
         wrong = (claimed == 0) & ~(counts.residual <= rtol)
