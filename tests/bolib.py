@@ -75,7 +75,7 @@ PROBLEMS = (
         "MuuQuy2003Ex1", lambda x, y: x[0] ** 2 - 4 * x[0] + y[0] ** 2 + y[1] ** 2,
         lambda x, y: y[0] ** 2 + y[0] * y[1] - y[0] * (3 * x[0] - 1) + y[1] ** 2 / 2 + y[1] * (x[0] + 1),
         lambda x: [x[0], 2 - x[0]], lambda x, y: [2 * x[0] - 2 * y[0] - y[1] + 1, y[0], y[1]],
-        (2,), (0, 0), -2.0769231,
+        (1,), (0, 0), -2.0769231,
     ),
     Problem(
         "ShimizuAiyoshi1981Ex2", lambda x, y: -20 * y[0] + 20 * y[1] + (x[0] - 30) ** 2 + (x[1] - 20) ** 2, nearest,

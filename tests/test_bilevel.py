@@ -445,3 +445,28 @@ def test_any_library_of_the_array_standard(inner: str, optimizer: str) -> None:
     )  # fmt: skip
     same = bilevel(plain, OUTER, Y0, THETA0, **options)
     np.testing.assert_allclose(np.asarray(found.theta), same.theta, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_adjoint_that_cg_cannot_solve_for_is_left_and_told(seed: int) -> None:
+    """At a saddle point CG stops anywhere: what it had must not be added, step after step, to the adjoint."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(12, 12)))
+    sizes = np.geomspace(1, 1e-3, 12) * np.r_[np.ones(9), -np.ones(3)]
+    A = (basis * sizes) @ basis.T
+    A = (A + A.T) / 2
+    theta, v = rng.normal(size=(2, 12))
+    condition = Stationary(
+        grad=lambda y, theta: A @ y - theta, hvp=lambda y, theta, x: A @ x, mixed_vjp=lambda y, theta, u: -u
+    )
+    outer = (lambda y, theta: v @ y, lambda y, theta: (v, None))
+    for solver, solves in (("auto", False), ("minres", True)):
+        loop = Bilevel(condition, outer, solver=solver, optimizer="sgd", learning_rate=1e-12)
+        state = loop.init(np.linalg.solve(A, theta), theta)
+        for _ in range(3):
+            state = loop.step(state)
+            assert np.linalg.norm(v - A @ state.adjoint) <= (1 + 1e-9) * np.linalg.norm(v)
+        exact = np.linalg.solve(A, v)
+        assert bool(state.met) == bool(np.isfinite(state.error)) == solves
+        if solves:
+            assert np.linalg.norm(state.gradient - exact) <= 0.1 * np.linalg.norm(exact)

@@ -137,6 +137,8 @@ class Spot:
         usable = status <= int(Status.APPROXIMATE)
         for code in (Status.NOT_POSITIVE_DEFINITE, Status.MAX_ITERATIONS, Status.STAGNATED):
             usable = usable | (status == int(code))
+        if transposed and counts.residual is not None:  # no descent direction is looked for in the adjoint
+            usable = usable & (xp.asarray(counts.residual, device=operator.device) < 1)
         space = operator.backend.space(b)
         usable = usable & space.finite(x)
         return Solved(space.select(usable, x, space.zeros()), usable, self.equations.count(spent), memory)

@@ -14,7 +14,7 @@ from implicitdiff.errors import InputError
 from implicitdiff.outer.bounds import bounds_of, within
 from implicitdiff.outer.equations import Equations
 from implicitdiff.outer.history import HistoryRow
-from implicitdiff.outer.inner import Inner, inner_of
+from implicitdiff.outer.inner import Inner, inner_of, lbfgs
 from implicitdiff.outer.optimizers import optimizer_of
 from implicitdiff.outer.schedules import Schedule, Sweep
 from implicitdiff.outer.single_loop import SOBA
@@ -194,8 +194,10 @@ class Steps:
         if isinstance(self.tolerance, Sweep):
             s = begin(equations, (y, u), theta, past, gradient=True)
             least = xp.where(state.step % self.tolerance.check == 0, equations.count(2), equations.count(1))
-            inner = None if self.inner == "newton-cg" else self._inner
-            return swept(equations, s, theta, self.tolerance, least, inner)
+            newton = isinstance(self.inner, str) and self.inner == "newton-cg"
+            inner = None if newton else self._inner
+            descent = lbfgs if newton and hasattr(equations.problem.condition, "kind") else None
+            return swept(equations, s, theta, self.tolerance, least, inner=inner, descent=descent)
         rtol = self._rtol(equations, state)
         s = begin(equations, (y, u), theta, past, gradient=False)
         return adjoint_solved(equations, self._inner(equations, s, theta, rtol * state.scale), theta, rtol)

@@ -147,11 +147,12 @@ def adjoint_solved(equations: Equations, s: Corrected, theta: Array, rtol: Any) 
 
 
 def swept(
-    equations: Equations, start: Corrected, theta: Array, schedule: Sweep, least: Array, inner: Any = None
+    equations: Equations, start: Corrected, theta: Array, schedule: Sweep, least: Array, *, inner: Any, descent: Any
 ) -> Corrected:
     """Sweep until the estimated error of the gradient is below the target, relative to its size.
 
-    ``inner`` takes the place of Newton's correction of y: it lowers ‖F‖ by η. ``least``: sweeps, at least.
+    ``inner`` takes the place of Newton's correction of y: it lowers ‖F‖ by η. ``descent`` does where Newton's did not,
+    but in compiled programs. ``least``: sweeps, at least.
     """
     xp, norm = equations.backend.xp, equations.backend.space(theta).size
 
@@ -159,6 +160,8 @@ def swept(
         start = before._replace(usable=before.usable | True)
         eta = _eta(equations, before, schedule, norm)
         s = newton(equations, start, theta, eta) if inner is None else inner(equations, start, theta, eta * start.size)
+        if descent is not None and not equations.backend.traced and not bool(s.usable):  # at negative curvature
+            s = descent(equations, s._replace(usable=start.usable), theta, eta * start.size)
         kappa = s.size / divisor(xp, before.size)
         s, level = corrected(equations, s, theta, eta)
         change = norm(s.gradient - before.gradient)
@@ -167,8 +170,9 @@ def swept(
         # what was seen long ago counts less, but only against what is seen anew
         older = xp.where(before.sweeps == 1, FORGOTTEN * before.doubt, before.doubt)
         known = xp.where(xp.isfinite(older) & (older > 1), older, equations.number(1.0))
+        unknown = xp.where(s.usable, change, equations.number(float("inf")))
         s = s._replace(
-            change=change, expected=xp.maximum(equations.number(eta), kappa) * change,
+            change=change, expected=xp.maximum(equations.number(eta), kappa) * unknown,
             doubt=xp.where(seen, xp.maximum(known, ratio), before.doubt), sweeps=before.sweeps + 1,
         )  # fmt: skip
         wrong = ~(s.error <= schedule.target * norm(s.gradient)) & ~(change <= level)
