@@ -22,7 +22,7 @@ OF_PROGRAMS = ("first call", "small", "restarts")  # of JAX
 BACKENDS = (*MODULES, "cupy")
 DEVICES = ("cpu", "cuda")
 NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "equilibrium", "products", "syncs", "import", "memory",
-         "small", "scale", "certificates", "sequences", "sparse")  # fmt: skip
+         "small", "scale", "certificates", "sequences", "sparse", "batches", "networks")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

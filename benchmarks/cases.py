@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 
+from benchmarks.batches import batches
 from benchmarks.measure import Setting, Spread, import_seconds, interleave, peak_bytes, ratio
 from benchmarks.problems import Batch, Diagonal, Logistic, Quadratic, Ridge, System, relative_error
 from benchmarks.report import Row
@@ -280,5 +281,5 @@ def sequences(setting: Setting) -> list[Row]:
 CASES: dict[str, Callable[[Setting], list[Row]]] = {
     "gradient": gradient, "jacobian": jacobian, "batch": batch, "products": products, "import": imports,
     "memory": memory, "small": small_with_numpy, "scale": scale, "certificates": certificates,
-    "sequences": sequences, "sparse": sparse,
+    "sequences": sequences, "batches": batches, "sparse": sparse,
 }  # fmt: skip

@@ -17,6 +17,7 @@ from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from benchmarks.frameworks import Framework, Peer, cases, time_batch
 from benchmarks.layers import equilibrium
 from benchmarks.measure import Function, Setting
+from benchmarks.networks import networks
 from benchmarks.problems import Penalties
 from benchmarks.programs_jax import compiling, restarts, small
 from benchmarks.report import Row, Skipped
@@ -191,6 +192,8 @@ def _of_jax(case: Callable[[Framework, Setting], Any]) -> Callable[[Setting], An
     return lambda setting: case(_jax(setting), setting)
 
 
-OWN = {"equilibrium": equilibrium, "first call": compiling, "small": small, "restarts": restarts}
+OWN = {
+    "equilibrium": equilibrium, "networks": networks, "first call": compiling, "small": small, "restarts": restarts
+}  # fmt: skip
 
 CASES = {**cases(_jax), **{name: _of_jax(case) for name, case in OWN.items()}}

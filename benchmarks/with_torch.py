@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.frameworks import RTOL, Framework, Peer, cases, time_batch
 from benchmarks.measure import Function, Setting, Spread
+from benchmarks.networks import networks
 from benchmarks.problems import Diagonal, Logistic, Penalties
 from benchmarks.qp_layers import qp_layers
 from benchmarks.report import Row, Skipped
@@ -198,4 +199,5 @@ def small(setting: Setting) -> list[Row]:
 
 CASES = {
     **cases(_torch), "small": small, "qp layers": lambda setting: qp_layers(_torch(setting), setting),
+    "networks": lambda setting: networks(_torch(setting), setting),
 }  # fmt: skip

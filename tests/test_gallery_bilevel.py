@@ -59,3 +59,39 @@ def test_both_kinds_of_lower_solution_occur(page: dict[str, Any]) -> None:
     radii = np.linalg.norm(page["runs"][8]["before"], axis=1)
     assert np.sum(radii < 0.9) == 1  # inside: the constraint is not active
     assert np.sum(np.abs(radii - 1) < 1e-12) == 7
+
+
+# -- distilled data ----------------------------------------------------------------------------------------
+def trained_by_scipy(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax regression on ten images of the digits 0 to 9 with the page's decay."""
+    X, Y = np.hstack([images, np.ones((10, 1))]), np.eye(10)
+
+    def both(w: np.ndarray) -> tuple[float, np.ndarray]:
+        z = X @ w.reshape(65, 10)
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        p = e / e.sum(axis=1, keepdims=True)
+        return -np.mean(np.log(np.sum(p * Y, axis=1))) + 0.005 * w @ w, (X.T @ (p - Y) / 10).ravel() + 0.01 * w
+
+    options = {"ftol": 1e-16, "gtol": 1e-10, "maxiter": 5000, "maxfun": 10_000}
+    w = minimize(both, np.zeros(650), jac=True, method="L-BFGS-B", options=options).x.reshape(65, 10)
+    return w[:64], w[64]
+
+
+def real_loss(images: np.ndarray, x: np.ndarray, one_hot: np.ndarray) -> float:
+    W, b = trained_by_scipy(images)
+    z = x @ W + b
+    top = z.max(axis=1, keepdims=True)
+    return float(np.mean(np.log(np.sum(np.exp(z - top), axis=1)) + top[:, 0] - np.sum(z * one_hot, axis=1)))
+
+
+@pytest.mark.slow
+def test_learned_images_train_a_classifier_and_their_gradient_is_that_of_training_anew() -> None:
+    page = run_page("42_distillation")
+    W, b = trained_by_scipy(page["found"].theta)
+    x, one_hot = page["unseen"]
+    read = np.mean(np.argmax(x @ W + b, axis=1) == np.argmax(one_hot, axis=1))
+    assert read == pytest.approx(page["scores"]["ten learned"], abs=0.005)
+    assert read > page["scores"]["ten real"] + 0.2
+    ends = [real_loss(page["found"].theta + h * page["direction"], *page["seen"]) for h in (1e-4, -1e-4)]
+    slope = float(np.sum(page["gradient"] * page["direction"]))
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-3)
