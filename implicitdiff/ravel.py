@@ -178,7 +178,7 @@ class Raveler:
         if self._plain and backend.is_array(tree) and tree.shape == self._shape:
             if (dtype is not None and tree.dtype != dtype) or backend.device(tree) != self.device:
                 self.check_placed(tree, name, dtype)
-                tree = tree if dtype is None else backend.astype(tree, dtype)
+            tree = tree if dtype is None else backend.astype(tree, dtype)  # with no graph, too
             return tree if self._bare else backend.reshape(tree, self._flat)
         leaves = self._matching(flatten(tree), name, callback, dtype)
         return self._join(leaves, dtype)

@@ -36,6 +36,7 @@ from implicitdiff import (
     CG,
     GMRES,
     MINRES,
+    AccuracyWarning,
     NotConvergedError,
     NotPositiveDefiniteError,
     NotSymmetricError,
@@ -248,7 +249,8 @@ def test_12_13_hard_at_the_two_precisions(
     A, b = with_condition(N, condition, 12, dtype=np.dtype(dtype).name)
     found = through(door, A, b, solver, dtype=dtype)
     if solver in ("lu", "cholesky"):
-        assert_right(LIB, found, truth_at(door, A, b), rtol)
+        few = (AccuracyWarning,) if dtype is np.float32 else ()  # as much as rounding leaves of A, and may be said
+        assert_right(LIB, found.but(*few), truth_at(door, A, b), rtol)
     elif not found.quiet:
         assert_told(found, UNSOLVABLE, CAUSE)
     else:

@@ -237,7 +237,7 @@ class SABA(SOBA):
     --------
     >>> from implicitdiff import SABA
     >>> SABA((1000, 500), batch=(50, 25))
-    SABA(samples=(1000, 500), batch=(50, 25))
+    SABA(samples=(1000, 500), batch=(50, 25), step='auto', decay=0, seed=0)
     """
 
     decay: float = 0.0
