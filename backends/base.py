@@ -198,6 +198,11 @@ class Backend(ABC):
         """Return the maps of the whole problem, where this process holds a part of it."""
         return maps
 
+    @property
+    def spread(self) -> bool:
+        """Whether the program at work is one that several devices run, each on values of its own."""
+        return False
+
     def detached(self, x: Array) -> Array:
         """Return an array through which nothing is differentiated."""
         return x

@@ -143,7 +143,7 @@ def timed_loop(fw: Framework, case: str, loop: Bilevel, first: Any, solved: Solv
     told = max(float(s.error) for s in states[1:])
     facts = {"products": int(end.products), "inner gradients": int(end.inner_gradients), "estimated error": told,
              "first value": float(states[1].value), "last value": float(end.value)}  # fmt: skip
-    ratio = Spread(*(f(seconds) / LIMIT for f in (np.median, min, max)))
+    ratio = Spread(*(float(f(seconds)) / LIMIT for f in (np.median, min, max)))
     size = f"n = {sum(fw.numpy(leaf).size for leaf in end.y.values())}, 20 steps"
     return Row(
         case, size, float(np.median(seconds)), LIMIT, ratio, 1.0, max(errors), 0.1, "s", facts, fw.name, fw.device

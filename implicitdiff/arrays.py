@@ -143,14 +143,14 @@ def nan_where(backend: Backend, mask: Array, x: Any) -> Any:
     return space.select(backend.xp.broadcast_to(mask, space.items), space.nan(), x)
 
 
-def probe_vector(xp: Any, n: int, dtype: Any, device: Any, start: int = 0) -> Array:
+def probe_vector(xp: Any, n: int, dtype: Any, device: Any, start: int = 0, *, constant: bool = True) -> Array:
     """Return n entries of a fixed sequence without structure, from number ``start`` on, of order one.
 
     A quasi-random sequence needs no generator, hence no seed and no state to touch, and is made on
     the device itself; a short one on the host is kept. To a compiler that is a constant: cosines of a counter it would
     work into every loop that reads them, and so compute them again for each entry of a matrix.
     """
-    if n <= KEPT and device in (None, "cpu") and isinstance(dtype, np.dtype):
+    if constant and n <= KEPT and device in (None, "cpu") and isinstance(dtype, np.dtype):
         return xp.asarray(_kept_probe(n, dtype, start), copy=True)
     return _made_probe(xp, n, dtype, device, start)
 

@@ -230,6 +230,10 @@ class JaxBackend(ArrayAPIBackend):
 
         return lax.while_loop(cond, step, state)
 
+    @property
+    def spread(self) -> bool:
+        return is_mapped()
+
     def if_any(self, wanted: Array, function: Callable[[Any], Any], value: Any) -> Any:
         # A loop of one turn and not a cond: under vmap a cond does both branches for every item, always.
         value = jax.tree.map(jnp.asarray, value)

@@ -221,7 +221,7 @@ def _probes(state: DenseState) -> Array:
     """Return vectors without structure for every item, shape (PROBES, *items, n)."""
     op = state.operator
     xp = op.backend.xp
-    z = probe_vector(xp, PROBES * op.n, state.matrix.dtype, op.device)
+    z = probe_vector(xp, PROBES * op.n, state.matrix.dtype, op.device, constant=not op.backend.spread)
     z = xp.reshape(z, (PROBES, *(1,) * len(op.items), op.n))
     return xp.broadcast_to(z, (PROBES, *op.items, op.n)) if op.items else z
 
