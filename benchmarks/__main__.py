@@ -18,7 +18,7 @@ from benchmarks.measure import THREAD_VARIABLES, Setting, machine
 from benchmarks.report import Result, Skipped, read_json, table, write_json
 
 MODULES = {"numpy": "benchmarks.cases", "torch": "benchmarks.with_torch", "jax": "benchmarks.with_jax"}
-OF_PROGRAMS = ("first call", "small", "restarts")  # of JAX
+OF_PROGRAMS = ("first call", "restarts")  # of JAX
 BACKENDS = (*MODULES, "cupy")
 DEVICES = ("cpu", "cuda")
 NAMES = ("gradient", "jacobian", "batch", "qp", "qp layers", "equilibrium", "products", "syncs", "import", "memory",

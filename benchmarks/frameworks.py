@@ -19,6 +19,7 @@ from benchmarks.measure import Function, Setting, interleave
 from benchmarks.problems import Logistic, Penalties, Quadratic, Ridge, System, relative_error
 from benchmarks.programs import qp
 from benchmarks.report import Row, Skipped
+from benchmarks.small import small
 from implicitdiff import CG, Auto, Root, Stationary, implicit_jacobian, implicit_vjp
 
 __all__ = ["RTOL", "Framework", "Peer", "cases", "time_batch"]
@@ -162,7 +163,8 @@ class Framework(ABC):
 def cases(framework: Callable[[Setting], Framework]) -> dict[str, Callable[[Setting], list[Row | Skipped]]]:
     """Cases of a framework that is made when the first one runs."""
     found = {
-        "gradient": gradient, "jacobian": jacobian, "batch": batch, "qp": qp, "products": products, "syncs": syncs
+        "gradient": gradient, "jacobian": jacobian, "batch": batch, "qp": qp, "products": products, "syncs": syncs,
+        "small": small,
     }  # fmt: skip
     return {name: partial(_at, case, framework) for name, case in found.items()}
 

@@ -1,10 +1,9 @@
-"""What belongs to compiled programs: the time to compile one, the cost of a small eager call, GMRES at any restart."""
+"""What belongs to compiled programs: the time to compile one, GMRES at any restart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import jax
@@ -14,12 +13,12 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 
 from benchmarks.frameworks import RTOL, Framework
-from benchmarks.measure import Setting, interleave, spread
+from benchmarks.measure import Setting, interleave
 from benchmarks.problems import Logistic, relative_error
 from benchmarks.report import Row, Skipped
 from implicitdiff import CG, GMRES, implicit_vjp, linear_solve
 
-__all__ = ["compiling", "restarts", "small"]
+__all__ = ["compiling", "restarts"]
 
 RESTARTS = (10, 50, 200, None)
 
@@ -46,31 +45,6 @@ def compiling(fw: Framework, setting: Setting) -> list[Row | Skipped]:
     error = fw.error(jax.jit(ours)(*arrays), problem.truth)
     case, size = "first call under jit, cg / by hand with jax.scipy's cg", f"n = {problem.n}"
     return [fw.row(case, size, times, "ours", "by hand", 1.3, error, 1e-6)]
-
-
-def small(fw: Framework, setting: Setting) -> list[Row | Skipped]:
-    """A call with arrays at n = 3: what it costs beside the program that it runs, in units of 100 µs."""
-    H, theta, v = np.diag([1.0, 2.0, 3.0]) + 0.1, np.array([1.0, -2.0, 0.5]), np.array([1.0, 0.0, -1.0])
-    given = [fw.put(x) for x in (np.linalg.solve(H, theta), theta, v)]
-    curvature = fw.put(H)
-
-    def objective(y: Any, theta: Any) -> Any:
-        return y @ (curvature @ y) / 2 - theta @ y
-
-    product = jax.jit(lambda y, theta, v: jax.jvp(jax.grad(objective), (y, theta), (v, v))[1])
-    truth, rows = np.linalg.solve(H, v), list[Row | Skipped]()
-    for solver in ("auto", "cg"):
-
-        def ours(y: Any, theta: Any, v: Any, solver: str = solver) -> Any:
-            return implicit_vjp(objective, y, theta, v, solver=solver)
-
-        ways = {"ours": fw.timed(lambda ours=ours: ours(*given)), "product": fw.timed(lambda: product(*given))}
-        times = interleave(ways, setting)
-        beside = [(a - b) / 1e-4 for a, b in zip(times["ours"], times["product"], strict=True)]
-        case, error = f"small call, {solver}, eager, less a product / 100 µs", fw.error(ours(*given), truth)
-        cost = median(beside) * 1e-4
-        rows.append(Row(case, "n = 3", cost, 1e-4, spread(beside), 1.0, error, 1e-9, backend=fw.name, device=fw.device))
-    return rows
 
 
 def restarts(fw: Framework, setting: Setting) -> list[Row | Skipped]:

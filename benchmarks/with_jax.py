@@ -19,7 +19,7 @@ from benchmarks.layers import equilibrium
 from benchmarks.measure import Function, Setting
 from benchmarks.networks import networks
 from benchmarks.problems import Penalties
-from benchmarks.programs_jax import compiling, restarts, small
+from benchmarks.programs_jax import compiling, restarts
 from benchmarks.report import Row, Skipped
 from implicitdiff import implicit_vjp
 
@@ -193,7 +193,7 @@ def _of_jax(case: Callable[[Framework, Setting], Any]) -> Callable[[Setting], An
 
 
 OWN = {
-    "equilibrium": equilibrium, "networks": networks, "first call": compiling, "small": small, "restarts": restarts
+    "equilibrium": equilibrium, "networks": networks, "first call": compiling, "restarts": restarts
 }  # fmt: skip
 
 CASES = {**cases(_jax), **{name: _of_jax(case) for name, case in OWN.items()}}

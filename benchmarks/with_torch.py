@@ -12,11 +12,10 @@ import torch
 from benchmarks.frameworks import RTOL, Framework, Peer, cases, time_batch
 from benchmarks.measure import Function, Setting, Spread
 from benchmarks.networks import networks
-from benchmarks.problems import Diagonal, Logistic, Penalties
+from benchmarks.problems import Logistic, Penalties
 from benchmarks.qp_layers import qp_layers
 from benchmarks.report import Row, Skipped
-from benchmarks.small import small_rows
-from implicitdiff import CG, Stationary, implicit_vjp
+from implicitdiff import CG, implicit_vjp
 
 __all__ = ["CASES", "Torch", "unavailable"]
 
@@ -183,21 +182,7 @@ def _torch(setting: Setting) -> Torch:
     return Torch(setting.device)
 
 
-def diagonal(y: Any, theta: Any, d: Any, c: Any) -> Any:
-    """The objective of `problems.Diagonal`."""
-    return 0.5 * (y @ (d * y)) - theta[0] * (c @ y)
-
-
-def small(setting: Setting) -> list[Row]:
-    """One small eager call, from the objective."""
-    fw, problem = _torch(setting), Diagonal(3)
-    y, theta, v, d, c = (fw.put(x) for x in (problem.y, problem.theta, problem.cotangent, problem.d, problem.c))
-    condition = Stationary(lambda y, theta: diagonal(y, theta, d, c))
-    run = fw.products(diagonal, y, theta, v, d, c)
-    return small_rows("torch", (condition, y, theta, v), lambda k: run(k + 2), problem.truth, fw.numpy, setting)
-
-
 CASES = {
-    **cases(_torch), "small": small, "qp layers": lambda setting: qp_layers(_torch(setting), setting),
+    **cases(_torch), "qp layers": lambda setting: qp_layers(_torch(setting), setting),
     "networks": lambda setting: networks(_torch(setting), setting),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, divisor, item_norm
+from implicitdiff.arrays import Array, any_true, divisor, item_norm, marked
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.outcome import Counts, Status
 
@@ -44,8 +44,7 @@ def determined(prepared: Any, used: Operator, state: Any, status: Array, counts:
         only, spent = _full_rank(used, prepared.solver, state, counts)
         prepared.determined = None if used.backend.traced else only
     wrong = ~only & (status <= int(Status.LEAST_SQUARES))
-    found = xp.where(wrong, xp.full_like(status, int(Status.SINGULAR)), status)
-    return found, counts._replace(matvecs=counts.matvecs + spent)
+    return marked(xp, wrong, int(Status.SINGULAR), status), counts._replace(matvecs=counts.matvecs + spent)
 
 
 def _full_rank(op: Operator, solver: Any, state: Any, counts: Counts) -> tuple[Array, int]:
