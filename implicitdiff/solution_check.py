@@ -80,6 +80,7 @@ class SolutionCheck:
     def __init__(self, point: Any, maps: Any, prepared: Any) -> None:
         self.point, self.maps, self.prepared = point, maps, prepared
         self.keeps, self.kept = False, None  # F, for an estimate of the error
+        self.rcond: Any = None  # as the last solve told it
         self.backend, self.xp = point.backend, point.backend.xp
         self.tolerance, self.floor = levels(self.xp, point.y.dtype)
         self.eps = float(self.xp.finfo(point.y.dtype).eps)
@@ -101,7 +102,7 @@ class SolutionCheck:
         backend, residual = self.backend, self.maps.residual
         if residual is None or self.point.y.n == 0 or 0 in self.point.items:
             return self._unseen()
-        F = residual()
+        F, self.rcond = residual(), None if solution is None else solution.rcond
         if self.keeps and not backend.traced:
             self.kept = self.xp.asarray(F, copy=True)  # it may be a buffer that the next call fills again
         space = backend.space(F)
@@ -207,7 +208,8 @@ class SolutionCheck:
         if self.backend.traced and not is_tree_vector(F):  # one solve: a loop is dear to compile
             others = self._others()
             rows = self.xp.stack([F, *(b for _, b in others)])
-            delta, usable, rcond = self.prepared.correction(rows)
+            delta, usable, found = self.prepared.correction(rows)
+            rcond = self.rcond if found is None else found
             solved = [(f, delta[i + 1, ...], usable[i + 1, ...]) for i, (f, _) in enumerate(others)]
             found = self._judged(seen, self._of_y(delta[0, ...]), usable[0, ...] & doubt, rcond, solved)
             return self._confirmed(found, F, delta[0, ...])

@@ -47,11 +47,12 @@ def largest_linked(op: Operator, scaling: Any, x: Array) -> Array | None:
     if matrix is None:
         return None
     backend, xp = op.backend, op.backend.xp
+    if backend.traced:  # of x, too, or a compiler looks for links where nobody asks for them
+        one = xp.where(x[..., :1, None] < 0, xp.zeros_like(x[..., :1, None]), xp.ones_like(x[..., :1, None]))
+        matrix = matrix * xp.astype(one, matrix.dtype)
     size = xp.abs(matrix)
     if scaling is not None:
         size = scaling.rows[..., :, None] * xp.astype(size, scaling.rows.dtype) * scaling.columns[..., None, :]
-    if backend.traced:  # of x, too, or a compiler looks for links where nobody asks for them
-        size = size * xp.where(x[..., :1, None] < 0, xp.zeros_like(size), xp.ones_like(size))
     links = size > float(xp.finfo(op.dtype).eps) * xp.max(size, axis=-1, keepdims=True)
     none = xp.zeros_like(x)
 

@@ -134,12 +134,15 @@ def _symmetric(backend: Backend, diagonal: Array, over: Callable[[Array], Array]
     d = xp.where(diagonal > 0, _inverse_root(xp, diagonal), xp.zeros_like(diagonal))
     if needed(backend, ~(diagonal > 0)):  # a row without a diagonal entry goes by those that have one
         d = xp.where(diagonal > 0, d, _inverse(xp, over(d)))
-    for _ in range(PROBED):
-        largest = d * over(d)
-        if not backend.traced and not any_true(xp, (largest > 2) | (largest < 0.5)):
-            break
-        d = d * _inverse_root(xp, largest)
-    return d
+
+    def goes_on(state: tuple[Array, Array, Array]) -> Array:
+        return xp.any((state[1] > 2) | (state[1] < 0.5)) & (state[2] < PROBED)
+
+    def sweep(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        d = state[0] * _inverse_root(xp, state[1])
+        return d, d * over(d), state[2] + 1
+
+    return backend.while_loop(goes_on, sweep, (d, d * over(d), xp.sum(0 * d)), PROBED)[0]
 
 
 def _balanced(loop: Any, xp: Any, sums: Callable[[Array, int], Array], one: Array) -> Any:

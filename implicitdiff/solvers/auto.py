@@ -113,6 +113,9 @@ class Auto(Solver):
 
     def loosely(self, state: _State, b: Array) -> tuple[Array, Any, Counts]:
         if self.factored(state):
+            if state.operator.backend.traced:  # one method, and no need to see once more how well it does
+                first = _first_direct(state.operator)
+                return first.loosely(self._prepared(state, first), b)
             return self.solve(replace(state, methods=[]), b)
         options = {"preconditioner": self.preconditioner}
         solver = MINRES(**options) if state.operator.symmetric else GMRES(**options)
@@ -205,10 +208,14 @@ class Auto(Solver):
         return backend.if_any(mask, again, _filled(backend, result) if backend.traced else result)
 
     def _run(self, state: _State, solver: Solver, b: Array, x0: Array | None) -> tuple[Array, Any, Counts]:
+        return solver.solve(self._prepared(state, solver), b, x0)
+
+    def _prepared(self, state: _State, solver: Solver) -> Any:
+        """The state of a method, made at its first use, for A or for its transpose."""
         if solver.name not in state.prepared:
             state.prepared[solver.name] = solver.init(state.operator)
         inner = state.prepared[solver.name]
-        return solver.solve(solver.transpose(inner) if state.transposed else inner, b, x0)
+        return solver.transpose(inner) if state.transposed else inner
 
 
 def _within(op: Operator, status: Array) -> Operator:
