@@ -470,3 +470,33 @@ def test_an_adjoint_that_cg_cannot_solve_for_is_left_and_told(seed: int) -> None
         assert bool(state.met) == bool(np.isfinite(state.error)) == solves
         if solves:
             assert np.linalg.norm(state.gradient - exact) <= 0.1 * np.linalg.norm(exact)
+
+
+# -- negative curvature ----------------------------------------------------------------------------------
+WELLS, PUSH = np.linspace(-1, 1, 10), np.diag(np.full(9, 0.05), 1)
+PUSH = PUSH + PUSH.T
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("torch", Sweep()), ("torch", Fixed(1e-8)), pytest.param("jax", Sweep(), marks=pytest.mark.slow)], ids=repr,
+)
+def test_where_the_curvature_is_negative_the_loop_goes_on_to_a_minimum(name: str, tolerance: Any) -> None:
+    """Coupled double wells, from near the top between them: Newton's steps alone would go there."""
+    fw = framework(name)
+    K, b = fw.xp.asarray(PUSH), fw.xp.asarray(WELLS)
+    inner = lambda y, theta: ((y**4).sum() / 4 - (y * y).sum() / 2) + (y @ (K @ y)) / 2 - (theta * b * y).sum() / 10
+    loss = lambda y, theta: ((y - 2) ** 2).sum() / 2
+    loop = Bilevel(inner, loss, tolerance=tolerance, optimizer="sgd", learning_rate=1e-12)
+    state = loop.init(fw.xp.asarray(WELLS / 50 + 0.01), fw.xp.asarray(np.ones(10)))
+    for _ in range(2):
+        state = loop.step(state)
+    y = fw.numpy(state.y)
+    A = np.diag(3 * y**2 - 1) + PUSH
+    assert np.linalg.eigvalsh(A)[0] > 0
+    for _ in range(20):
+        y = y - np.linalg.solve(np.diag(3 * y**2 - 1) + PUSH, y**3 - y + PUSH @ y - WELLS / 10)
+    exact = np.linalg.solve(np.diag(3 * y**2 - 1) + PUSH, y - 2) * WELLS / 10
+    assert bool(state.met)
+    assert np.linalg.norm(fw.numpy(state.gradient) - exact) <= max(tolerance.at(0), 1e-6) * np.linalg.norm(exact)
+    assert float(state.damping) > 0

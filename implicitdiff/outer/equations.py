@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import Array, divisor
 from implicitdiff.errors import CallbackError
 from implicitdiff.linalg.damping import damped
 from implicitdiff.outcome import Status
@@ -17,11 +17,11 @@ from implicitdiff.rules import Rules
 from implicitdiff.solvers import CG, GMRES, Auto, get_solver
 from implicitdiff.solvers.recycling import carried_on
 from implicitdiff.solvers.sequences import SequenceState, fresh, pairs_of
-from implicitdiff.tolerances import RESIDUAL, SMALL
+from implicitdiff.tolerances import DAMPED, RAISED, RESIDUAL, SMALL
 
 __all__ = ["Equations", "Solved", "Spot"]
 
-PAIRS = 200
+PAIRS = 50
 """Pairs that the loop's own choice of a method keeps, but no more than four for each unknown."""
 
 
@@ -30,10 +30,14 @@ class Solved(NamedTuple):
 
     x: Array
     usable: Array
-    """Whether it is a step that a method made, and finite: also one that was stopped at negative curvature."""
+    """Whether it is a step that a method made, and finite; of a minimum, not where A had negative curvature."""
     products: Array
     memory: Any
     """Pairs of directions and their images, for the next solve (`implicitdiff.solvers.recycling`)."""
+    damping: Array
+    """δ for the next solve: more than there was where A + δI had negative curvature."""
+    left: Array
+    """Relative residual of the undamped system, or a bound of it."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,23 @@ class Spot:
         A, pairs = self.operator, pairs_of(self.solver)
         return fresh(A.backend.xp, (A.n,), A.dtype, A.device, pairs) if pairs else None
 
-    def solve(self, b: Array, rtol: Any, memory: Any, *, transposed: bool) -> Solved:
-        """Solve A x = b or Aᵀ x = b to a relative residual."""
+    @property
+    def minimum(self) -> bool:
+        """Whether A is to be positive definite at a solution, as far as the condition says."""
+        return getattr(self.equations.problem.condition, "kind", "none") in (None, "minimum")
+
+    def solve(self, b: Array, rtol: Any, memory: Any, damping: Array, *, transposed: bool) -> Solved:
+        """Solve (A + δI) x = b, or that of Aᵀ, to a relative residual; δ is that of a minimum alone.
+
+        At negative curvature, or at the last of its iterations, a method hands out what it had. Of F that is a descent
+        direction. Of the adjoint it is taken where it lowers the residual.
+        """
         solver, xp = self.solver, self.rules.point.backend.xp
         if is_dataclass(solver) and "rtol" in {f.name for f in fields(solver)}:
             solver = replace(solver, rtol=rtol)  # type: ignore[type-var]
         operator, _ = damped(self.operator, getattr(solver, "damping", 0.0), dense=self.operator.n <= SMALL)
+        if self.minimum:
+            operator = operator.damped(damping if operator.backend.traced else float(damping))
         state = solver.init(operator)
         state = solver.transpose(state) if transposed else state
         if memory is None:
@@ -133,15 +148,31 @@ class Spot:
             x, status, counts, memory = carried_on(solver, state, b, memory, operator.backend, extrapolated=False)
         status = xp.asarray(status, device=operator.device)
         spent = counts.matvecs + operator.n * operator.assembled + operator.probes
-        # at negative curvature, or at the last of its iterations, a method hands out what it had: a descent direction
         usable = status <= int(Status.APPROXIMATE)
         for code in (Status.NOT_POSITIVE_DEFINITE, Status.MAX_ITERATIONS, Status.STAGNATED):
             usable = usable | (status == int(code))
-        if transposed and counts.residual is not None:  # no descent direction is looked for in the adjoint
-            usable = usable & (xp.asarray(counts.residual, device=operator.device) < 1)
-        space = operator.backend.space(b)
+        space, size = operator.backend.space(b), operator.backend.space(b).size
+        left = self.equations.number(0.0 if counts.residual is None else counts.residual)
+        if self.minimum:
+            left = left + damping * size(x) / divisor(xp, size(b))
+        if transposed:
+            usable = usable & (left < 1)
         usable = usable & space.finite(x)
-        return Solved(space.select(usable, x, space.zeros()), usable, self.equations.count(spent), memory)
+        negative = self.minimum & (status == int(Status.NOT_POSITIVE_DEFINITE))
+        more, spent = self._raised(damping, negative, b, spent)
+        x = space.select(usable, x, space.zeros())
+        return Solved(x, usable & ~negative, self.equations.count(spent), memory, more, left)
+
+    def _raised(self, damping: Array, negative: Array, b: Array, spent: Any) -> tuple[Array, Any]:
+        """Return a δ that is larger in place of one that did not do, and the products with what it took to find it."""
+        if not self.minimum:
+            return damping, spent
+        backend, xp = self.operator.backend, self.operator.backend.xp
+        size, none = backend.space(b).size, negative & (damping == 0)
+        unit = backend.if_any(none, lambda zero: zero + size(self.product(b)) / divisor(xp, size(b)), 0 * damping)
+        found = xp.where(none, DAMPED * unit, RAISED * damping)
+        found = xp.where(negative & xp.isfinite(found), found, damping)
+        return found, spent + xp.astype(none, xp.int32)
 
     @property
     def regular(self) -> Array:

@@ -20,7 +20,7 @@ from implicitdiff.arrays import Array, divisor
 from implicitdiff.errors import CallbackError, InputError, UnknownNameError
 from implicitdiff.outer.equations import Equations
 from implicitdiff.outer.sweeps import Corrected, newton
-from implicitdiff.tolerances import OVERSHOT, SMALLEST_STEP
+from implicitdiff.tolerances import EASED, OVERSHOT, SMALLEST_STEP
 
 __all__ = ["INNER", "Inner", "inner_of", "lbfgs"]
 
@@ -36,10 +36,14 @@ FORCING = 0.1
 
 def newton_cg(equations: Equations, s: Corrected, theta: Array, tolerance: Any) -> Corrected:
     """Newton steps, each solved to a digit, until ‖F‖ is at the tolerance or falls no more."""
+    xp = equations.backend.xp
 
     def body(found: tuple[Corrected, Array]) -> tuple[Corrected, Array]:
         s, count = found
-        return newton(equations, s, theta, FORCING), count + 1
+        after = newton(equations, s, theta, FORCING)
+        more = after.damping > s.damping  # then the next one is made otherwise
+        damping = xp.where(more, after.damping, EASED * after.damping)
+        return after._replace(usable=s.usable & (after.usable | more), damping=damping), count + 1
 
     def going(found: tuple[Corrected, Array]) -> Array:
         s, count = found

@@ -14,7 +14,7 @@ from implicitdiff.errors import InputError
 from implicitdiff.outer.bounds import bounds_of, within
 from implicitdiff.outer.equations import Equations
 from implicitdiff.outer.history import HistoryRow
-from implicitdiff.outer.inner import Inner, inner_of, lbfgs
+from implicitdiff.outer.inner import Inner, inner_of
 from implicitdiff.outer.optimizers import optimizer_of
 from implicitdiff.outer.schedules import Schedule, Sweep
 from implicitdiff.outer.single_loop import SOBA
@@ -127,7 +127,7 @@ class Steps:
         infinite = equations.number(float("inf"))
         return BilevelState(
             equations.y.unravel(y), equations.theta.unravel(theta), gradient, gradients, products, none, nan, nan,
-            nan, nan, none == 0, u, state, past, infinite, scale, memory,
+            nan, nan, none == 0, u, state, past, infinite, scale, memory, equations.number(0.0),
         )  # fmt: skip
 
     # -- a step --------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Steps:
             equations.y.unravel(s.y), equations.theta.unravel(moved), equations.theta.unravel(s.gradient),
             state.inner_gradients + s.gradients, state.products + s.products, state.step + 1,
             equations.at(s.y, theta).value() - xp.vecdot(s.u, s.F), norm, error, s.size, s.usable & ~s.going, s.u,
-            optimizer, Past(theta, *by), s.doubt, state.scale, s.memory,
+            optimizer, Past(theta, *by), s.doubt, state.scale, s.memory, s.damping,
         )  # fmt: skip
 
     def _start(self, equations: Equations, y: Array, theta: Array, state: BilevelState) -> tuple[Array, Array]:
@@ -189,15 +189,14 @@ class Steps:
 
     def _gradient(self, equations: Equations, y: Array, theta: Array, state: BilevelState) -> Corrected:
         """Return y, u and the gradient at θ, to the tolerance of the step."""
-        xp, past = equations.backend.xp, (state.doubt, state.memory)
+        xp, past = equations.backend.xp, (state.doubt, state.memory, state.damping)
         y, u = self._start(equations, y, theta, state)
         if isinstance(self.tolerance, Sweep):
             s = begin(equations, (y, u), theta, past, gradient=True)
             least = xp.where(state.step % self.tolerance.check == 0, equations.count(2), equations.count(1))
             newton = isinstance(self.inner, str) and self.inner == "newton-cg"
             inner = None if newton else self._inner
-            descent = lbfgs if newton and hasattr(equations.problem.condition, "kind") else None
-            return swept(equations, s, theta, self.tolerance, least, inner=inner, descent=descent)
+            return swept(equations, s, theta, self.tolerance, least, inner=inner)
         rtol = self._rtol(equations, state)
         s = begin(equations, (y, u), theta, past, gradient=False)
         return adjoint_solved(equations, self._inner(equations, s, theta, rtol * state.scale), theta, rtol)
@@ -230,7 +229,7 @@ class Steps:
         equations = self.equations(replace(self.problem(state.y, state.theta), backend=backend, args=args))
         theta = equations.theta.vector
         y, u = self._start(equations, equations.y.vector, theta, state)
-        s = begin(equations, (y, u), theta, (state.doubt, state.memory), gradient=False)
+        s = begin(equations, (y, u), theta, (state.doubt, state.memory, state.damping), gradient=False)
         measured = self.tolerance.measured
         limit = self.tolerance.at(0.0) * s.size if measured else self._rtol(equations, state) * state.scale
         s = self._inner(equations, s, theta, limit)

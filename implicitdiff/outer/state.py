@@ -53,6 +53,8 @@ class BilevelState(NamedTuple):
         The raveled u of Aᵀ u = ∂L/∂y.
     optimizer : pytree
         State of the optimizer.
+    damping : float
+        δ of A + δI, which the systems of a minimum are solved with where A had negative curvature; 0 where it has not.
     past, doubt, scale, memory : Past, float, float, SequenceState or None
         What the next step starts from, what estimates were wrong by, the size of F at the start of the loop, and what
         solves leave to the next ones. Of `SOBA` and `SABA`, ``scale`` is the step of y, and ``memory`` the table.
@@ -75,3 +77,4 @@ class BilevelState(NamedTuple):
     doubt: Any
     scale: Any
     memory: Any
+    damping: Any

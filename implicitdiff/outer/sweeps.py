@@ -9,6 +9,12 @@ and g₊ = ∂L/∂θ(y) − B(y)ᵀ u. The change e = ‖g₊ − g‖ is the e
 so that no product is made for the estimate alone. Of g₊ it is known that a sweep leaves a part max(η, κ) of an error,
 κ = ‖F(y)‖/‖F(ŷ)‖; where there were sweeps one after another, the part that was left is seen, e₊/e, and the largest
 ratio of what was seen to what was predicted is kept, and forgotten slowly.
+
+Where A of a minimum has negative curvature, as it has along the path of a network's weights, both corrections are made
+with A + δI, as in Levenberg and Marquardt's method. δ is found by what fails (`Spot.solve`), and eased as long as
+nothing does. The correction of y is a descent direction then: it may raise ‖F‖, so long as it does not go past the
+minimum along its line. That of the adjoint leaves δ w of its residual, which later ones take up; the part c of the
+residual that is left is held for that of the error, which is c / (1 − c) of its change.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from typing import Any, NamedTuple
 from implicitdiff.arrays import Array, divisor
 from implicitdiff.outer.equations import Equations
 from implicitdiff.outer.schedules import Sweep
-from implicitdiff.tolerances import FORGOTTEN, ROUNDED, SMALLEST_STEP
+from implicitdiff.tolerances import DAMPED, EASED, FORGOTTEN, OVERSHOT, RAISED, ROUNDED, SMALLEST_STEP
 
 __all__ = ["Corrected", "adjoint_solved", "begin", "corrected", "newton", "swept"]
 
@@ -47,6 +53,8 @@ class Corrected(NamedTuple):
     sweeps: Array
     memory: Any
     """Of the solves."""
+    damping: Array
+    """δ."""
     going: Array
     """Whether another sweep is wanted."""
     usable: Array
@@ -59,27 +67,35 @@ class Corrected(NamedTuple):
 
 
 def begin(
-    equations: Equations, start: tuple[Array, Array], theta: Array, past: tuple[Array, Any], *, gradient: bool
+    equations: Equations, start: tuple[Array, Array], theta: Array, past: tuple[Array, Any, Array], *, gradient: bool
 ) -> Corrected:
     """Look at where a step starts: F, and the gradient by what is there, which takes no product with A.
 
-    ``start`` are y and u, ``past`` the doubt and the memory.
+    ``start`` are y and u, ``past`` the doubt, the memory and the damping.
     """
-    (y, u), (doubt, memory) = start, past
+    (y, u), (doubt, memory, damping) = start, past
     spot, zero, none = equations.at(y, theta), equations.number(0.0), equations.count(0)
     F = spot.residual()
     size = equations.backend.space(F).size(F)
     g = spot.pullback(u, spot.slopes()[1]) if gradient else equations.backend.xp.zeros_like(theta)
     far, yes = zero + float("inf"), ~(size < 0)
-    return Corrected(y, u, F, size, g, far, far, doubt, none + 1, none, none, memory, yes, yes)
+    return Corrected(y, u, F, size, g, far, far, doubt, none + 1, none, none, memory, damping, yes, yes)
 
 
 def newton(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corrected:
     """One loose Newton correction of y."""
     backend, xp = equations.backend, equations.backend.xp
     here = equations.at(s.y, theta)
-    delta = here.solve(s.F, rtol, s.memory, transposed=False)
+    delta = here.solve(s.F, rtol, s.memory, s.damping, transposed=False)
     step, size = here.rules.restricted(delta.x), backend.space(s.F).size
+    damped = (delta.damping > 0) & here.minimum
+
+    def short(F: Array) -> Array:
+        """Whether a descent direction was not followed past the minimum along it."""
+        if not here.minimum:
+            return damped
+        slope, end = xp.vecdot(s.F, step), xp.vecdot(F, step)
+        return damped & (slope > 0) & (end >= -OVERSHOT * slope)
 
     def there(t: Array) -> tuple[Array, Array, Array]:
         y = backend.detached(s.y - t * step)
@@ -87,34 +103,40 @@ def newton(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corre
         return y, F, size(F)
 
     def grows(found: Any) -> Any:
-        return ~(found[1][2] <= s.size) & (found[0] > SMALLEST_STEP)
+        t, (_, F, after), _ = found
+        return ~(after <= s.size) & ~short(F) & (t > SMALLEST_STEP)
 
     one = equations.number(1.0)
     first = one, there(one), equations.count(1)
     _, (y, F, after), count = backend.while_loop(grows, lambda f: (f[0] / 2, there(f[0] / 2), f[2] + 1), first)
-    kept = after <= s.size
+    kept = (after <= s.size) | short(F)
     space = backend.space(s.y)
     exact = space.size(step) <= ROUNDED * space.eps * space.size(s.y)  # at a solution, F is rounding
     y, F = backend.space(s.y).select(kept, y, s.y), backend.space(F).select(kept, F, s.F)
+    damping = delta.damping
+    if here.minimum:  # where no step was short enough, a larger δ makes it shorter and turns it to F
+        larger = xp.maximum(RAISED * damping, DAMPED * s.size / divisor(xp, size(delta.x)))
+        damping = xp.where(delta.usable & ~(kept | exact) & xp.isfinite(larger), larger, damping)
     return s._replace(
-        y=y, F=F, size=xp.where(kept, after, s.size), gradients=s.gradients + count,
+        y=y, F=F, size=xp.where(kept, after, s.size), gradients=s.gradients + count, damping=damping,
         products=s.products + delta.products, memory=delta.memory, usable=s.usable & delta.usable & (kept | exact),
     )  # fmt: skip
 
 
-def corrected(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> tuple[Corrected, Array]:
-    """One loose correction of the adjoint, the gradient with it, and what is rounding in that."""
+def corrected(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> tuple[Corrected, Array, Array]:
+    """One loose correction of the adjoint, the gradient with it, what is rounding in that, and what it left."""
     spot = equations.at(s.y, theta)
     by_y, by_theta = spot.slopes()
     rho = by_y - spot.product(s.u, transposed=True)
-    w = spot.solve(rho, rtol, s.memory, transposed=True)
+    w = spot.solve(rho, rtol, s.memory, s.damping, transposed=True)
     u = equations.backend.detached(s.u + w.x)
     g = spot.pullback(u, by_theta)
     usable = s.usable & w.usable & spot.regular
     space = equations.backend.space(g)
     level = ROUNDED * space.eps * (2 * space.size(by_theta) + space.size(g))
-    found = s._replace(u=u, gradient=g, products=s.products + w.products + 1, memory=w.memory, usable=usable)
-    return found, level
+    products = s.products + w.products + 1
+    found = s._replace(u=u, gradient=g, products=products, memory=w.memory, damping=w.damping, usable=usable)
+    return found, level, w.left
 
 
 def adjoint_solved(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corrected:
@@ -129,30 +151,30 @@ def adjoint_solved(equations: Equations, s: Corrected, theta: Array, rtol: Any) 
         return by_y - spot.product(u, transposed=True)
 
     def body(found: Any) -> Any:
-        u, rho, products, memory, usable, count = found
+        u, rho, products, memory, damping, usable, count = found
         # a tolerance that is an array, under jit, cannot be an option of a solver: then digit by digit
         ask = DIGIT if backend.traced else min(max(float(wanted) / float(norm(rho)) / 2, spot.least), DIGIT)
-        w = spot.solve(rho, ask, memory, transposed=True)
-        u = backend.detached(u + w.x)
-        return u, left(u), products + w.products + 1, w.memory, usable & w.usable, count + 1
+        w = spot.solve(rho, ask, memory, damping, transposed=True)
+        u, more = backend.detached(u + w.x), w.damping > damping
+        damping = xp.where(more, w.damping, EASED * w.damping)
+        return u, left(u), products + w.products + 1, w.memory, damping, usable & (w.usable | more), count + 1
 
     def going(found: Any) -> Array:
-        return ~(norm(found[1]) <= wanted) & found[4] & (found[5] < most)
+        return ~(norm(found[1]) <= wanted) & found[5] & (found[6] < most)
 
-    first = s.u, left(s.u), s.products + 1, s.memory, s.usable, equations.count(0)
-    u, rho, products, memory, usable, _ = backend.while_loop(going, body, first)
+    first = s.u, left(s.u), s.products + 1, s.memory, s.damping, s.usable, equations.count(0)
+    u, rho, products, memory, damping, usable, _ = backend.while_loop(going, body, first)
     usable = usable & (norm(rho) <= wanted) & spot.regular
-    g = spot.pullback(u, by_theta)
-    return s._replace(u=u, gradient=g, products=products, memory=memory, usable=usable, going=xp.zeros_like(s.going))
+    g, no = spot.pullback(u, by_theta), xp.zeros_like(s.going)
+    return s._replace(u=u, gradient=g, products=products, memory=memory, damping=damping, usable=usable, going=no)
 
 
 def swept(
-    equations: Equations, start: Corrected, theta: Array, schedule: Sweep, least: Array, *, inner: Any, descent: Any
+    equations: Equations, start: Corrected, theta: Array, schedule: Sweep, least: Array, *, inner: Any
 ) -> Corrected:
     """Sweep until the estimated error of the gradient is below the target, relative to its size.
 
-    ``inner`` takes the place of Newton's correction of y: it lowers ‖F‖ by η. ``descent`` does where Newton's did not,
-    but in compiled programs. ``least``: sweeps, at least.
+    ``inner`` takes the place of Newton's correction of y: it lowers ‖F‖ by η. ``least``: sweeps, at least.
     """
     xp, norm = equations.backend.xp, equations.backend.space(theta).size
 
@@ -160,24 +182,25 @@ def swept(
         start = before._replace(usable=before.usable | True)
         eta = _eta(equations, before, schedule, norm)
         s = newton(equations, start, theta, eta) if inner is None else inner(equations, start, theta, eta * start.size)
-        if descent is not None and not equations.backend.traced and not bool(s.usable):  # at negative curvature
-            s = descent(equations, s._replace(usable=start.usable), theta, eta * start.size)
         kappa = s.size / divisor(xp, before.size)
-        s, level = corrected(equations, s, theta, eta)
+        s, level, left = corrected(equations, s, theta, eta)
         change = norm(s.gradient - before.gradient)
         # the error of the gradient before is seen now: was more expected of it, or less?
         seen, ratio = before.sweeps > 0, change / divisor(xp, before.expected)
         # what was seen long ago counts less, but only against what is seen anew
         older = xp.where(before.sweeps == 1, FORGOTTEN * before.doubt, before.doubt)
         known = xp.where(xp.isfinite(older) & (older > 1), older, equations.number(1.0))
-        unknown = xp.where(s.usable, change, equations.number(float("inf")))
+        unknown = xp.where(s.usable & (left < 1), change, equations.number(float("inf")))
+        left = left / divisor(xp, 1 - left)  # of the change, which is the error less what is left of it
         s = s._replace(
-            change=change, expected=xp.maximum(equations.number(eta), kappa) * unknown,
+            change=change, expected=xp.maximum(xp.maximum(equations.number(eta), kappa), left) * unknown,
             doubt=xp.where(seen, xp.maximum(known, ratio), before.doubt), sweeps=before.sweeps + 1,
         )  # fmt: skip
         wrong = ~(s.error <= schedule.target * norm(s.gradient)) & ~(change <= level)
+        slow = wrong & s.usable & (left > 2 * schedule.eta)  # δ leaves more than η does
         wrong = wrong | ~s.usable | (s.sweeps < least)
-        return s._replace(going=wrong & (s.sweeps < schedule.most), usable=~wrong)
+        damping = xp.where(slow, EASED * s.damping, s.damping)
+        return s._replace(going=wrong & (s.sweeps < schedule.most), usable=~wrong, damping=damping)
 
     return equations.backend.while_loop(lambda s: s.going, sweep, start)
 
@@ -187,7 +210,7 @@ def _eta(equations: Equations, s: Corrected, schedule: Sweep, norm: Any) -> floa
 
     No less than η²: a Newton step that gained a digit will gain two.
     """
-    if equations.backend.traced or not bool(s.sweeps > 0):
+    if equations.backend.traced or not bool((s.sweeps > 0) & equations.backend.xp.isfinite(s.expected)):
         return schedule.eta
     needed = schedule.target * float(norm(s.gradient)) / max(float(s.error), 1e-300)
     return min(schedule.eta, max(needed / 2, schedule.eta**2))
