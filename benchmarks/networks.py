@@ -100,10 +100,9 @@ class Solved:
             for inner, rtol in (("newton-cg", 1e-10), ("lbfgs", 1e-7))
         )
 
-    def minimum(self, y: dict[str, Array], theta: Array, *, near: bool = True) -> dict[str, Array]:
-        """Return the minimum of the training loss near y, and see that it is one by the framework's own gradient."""
-        loops = (self.newton,) if near else (self.lbfgs, self.newton)
-        for loop in loops:
+    def minimum(self, y: dict[str, Array], theta: Array) -> dict[str, Array]:
+        """Return the minimum of the training loss below y, and see that it is one by the framework's own gradient."""
+        for loop in (self.lbfgs, self.newton):
             y = loop.step(loop.init(y, self.fw.put(theta))).y
         slope = self.fw.grad(self.training)(y, self.fw.put(theta), *self.args)
         left = max(float(np.abs(self.fw.numpy(part)).max()) for part in slope.values())
@@ -161,7 +160,7 @@ def weight_decay(fw: Framework, setting: Setting) -> Row:
     solved = Solved(fw, with_decay, loss, args)
     start = {name: fw.put(leaf) for name, leaf in problem.start.items()}
     loop = Bilevel(with_decay, loss, args=args)
-    first = loop.init(solved.minimum(start, problem.decay, near=False), fw.put(problem.decay))
+    first = loop.init(solved.minimum(start, problem.decay), fw.put(problem.decay))
     return timed_loop(fw, "weight decay of a perceptron / 2 s", loop, first, solved, np.array([1.0, 0.5]))
 
 
