@@ -237,8 +237,8 @@ FORGOTTEN = 0.5
 OVERSHOT = 0.9
 """Slope at the end of a step, against that at its start, from which it went too far."""
 DAMPED, RAISED, EASED = 3e-2, 4.0, 0.25
-"""At negative curvature: the first damping against the curvature along the right-hand side; the factor of a damping that
-was too small; and of one that served, and stands in the way of the tolerance."""
+"""At negative curvature: the first damping against the curvature along the right-hand side; the factor of one that was
+too small; and of one that served, and stands in the way of the tolerance."""
 CONSISTENT = 1e-6
 """Relative error of a gradient that a line search may hold against values."""
 

@@ -479,7 +479,8 @@ PUSH = PUSH + PUSH.T
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("torch", Sweep()), ("torch", Fixed(1e-8)), pytest.param("jax", Sweep(), marks=pytest.mark.slow)], ids=repr,
+    [("torch", Sweep()), ("torch", Fixed(1e-8)), pytest.param("jax", Sweep(), marks=pytest.mark.slow)],
+    ids=repr,
 )
 def test_where_the_curvature_is_negative_the_loop_goes_on_to_a_minimum(name: str, tolerance: Any) -> None:
     """Coupled double wells, from near the top between them: Newton's steps alone would go there."""
