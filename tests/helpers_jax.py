@@ -7,6 +7,7 @@ wrong place changes the answer.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,15 @@ GENERAL_DOORS = ("vjp:root", "jvp:root", "solve:matrix")
 OTHER_DOORS = ("jvp:jacobian", "vjp:adjoint", "vjp:fixed-point")
 TWO_DOORS = ("vjp:hvp", "jvp:root")
 """A symmetric and a general one, where every door would compile for too long."""
+
+
+QUICK = ("lu", "cg", "auto")
+"""One that factorises, one that iterates, and the one that goes from one to another."""
+
+
+def quickly(names: Sequence[str]) -> list[Any]:
+    """Solvers to parametrize with: each compiles programs of its own, and all but a few are left to the slow tests."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
 
 
 def arguments(door: str, A: np.ndarray, b: np.ndarray, dtype: Any = np.float64) -> list[Any]:

@@ -62,8 +62,8 @@ def mark_what_the_cover_leaves(items: list[pytest.Item], strength: int | None = 
             mark, library = item.get_closest_marker("cover"), backends(item)
             together = mark.kwargs["together"] if mark else library in ({"jax"}, {"array_api_strict"})
             slow = min(library & {"jax", "array_api_strict"}, default="") if len(library) == 1 else ""
-            groups[item.path, "" if together else item.originalname, slow].append(item)
-    for (_, test, slow), cases in groups.items():
+            groups[item.path, "" if together else item.originalname, slow, is_slow(item)].append(item)
+    for (_, test, slow, _), cases in groups.items():
         kept = set(cover([choices(item)[bool(test) :] for item in cases], strength or (1 if slow else 2)))
         for index, item in enumerate(cases):
             if index not in kept:

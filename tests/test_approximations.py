@@ -388,6 +388,7 @@ def test_the_error_under_compilation(name: str) -> None:
     assert 0.5 <= float(error) / np.linalg.norm(fw.numpy(g) - truth) <= 2
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_second_derivatives_are_refused(name: str) -> None:
     fw = framework(name)

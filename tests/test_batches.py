@@ -50,6 +50,7 @@ def solved(lib: Library, a: np.ndarray, b: np.ndarray, kind: str, solver: Any) -
     return lib.numpy(x), lib.numpy(report.status)
 
 
+@pytest.mark.slow(on=("jax",))
 @LIBS
 @pytest.mark.parametrize(("kind", "solver"), [*(("pos", s) for s in METHODS), ("sym", "minres"), ("gen", "gmres")])
 def test_an_item_is_solved_as_if_it_were_alone(lib: Library, kind: str, solver: str) -> None:

@@ -378,6 +378,7 @@ def problem_in(fw: Any) -> tuple[Any, Any, tuple[Any, ...], Any, Any]:
     return objective, lambda w, lam: ((Xv @ w - tv) ** 2).sum() / 60, args, xp.asarray(Y0), xp.asarray(THETA0)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_frameworks(name: str) -> None:
     fw = framework(name)
@@ -395,6 +396,7 @@ def test_frameworks(name: str) -> None:
     np.testing.assert_allclose(fw.numpy(state.theta), mine.theta, atol=0.02)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_optimizers_of_the_frameworks(name: str) -> None:
     """Adam of each framework makes our steps, and its state goes on bit for bit after it was saved."""
@@ -447,7 +449,7 @@ def test_any_library_of_the_array_standard(inner: str, optimizer: str) -> None:
     np.testing.assert_allclose(np.asarray(found.theta), same.theta, rtol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_adjoint_that_cg_cannot_solve_for_is_left_and_told(seed: int) -> None:
     """At a saddle point CG stops anywhere: what it had must not be added, step after step, to the adjoint."""
     rng = np.random.default_rng(seed)

@@ -91,9 +91,12 @@ def test_torch(number):
     _measured_on(pytest.importorskip("torch").asarray, number, MODES[number % 2])
 
 
-@pytest.mark.parametrize("number", _covered(range(20, 21)))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n % 6 != 2)) for n in range(len(zoo.NAMES))]
+)
 def test_jax(number):
-    """Each compiles a program."""
+    """Each compiles programs of its own."""
     _measured_on(pytest.importorskip("jax").numpy.asarray, number, MODES[number % 2])
 
 
@@ -108,6 +111,7 @@ def _measured_on(array: Any, number: int, mode: str) -> None:
 DIFFERENCED = ("kepler", "genes", "lasso", "nlp", "network", "sinkhorn", "transport")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [DIFFERENCED[:4], pytest.param(zoo.NAMES, marks=pytest.mark.exhaustive)], ids=len)
 def test_errors_of_finite_differences(names):
     """At y to rounding, with no derivative but differences: what they cost is named, and measured."""

@@ -83,6 +83,7 @@ def test_polished_derivatives(lib, mode):
     assert errors[2] < 1e-3 * errors[1]
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @modes
 def test_polish_until_the_error_is_met(lib, mode):
     value, report = call(lib, mode, polish="auto", max_error=1e-3, return_report=True)

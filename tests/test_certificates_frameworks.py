@@ -88,6 +88,7 @@ def test_jax_eager_and_compiled(jax_root):
         jax.jit(lambda y, t: implicit_grad(condition, f, y, t, polish="auto"))(y, theta)
 
 
+@pytest.mark.slow
 def test_compiled_jax_looks_forward_and_reports(jax_root):
     """In both modes within one jit: NaN above the limit, and ``on_report`` sees the estimate."""
     jax, condition = jax_root

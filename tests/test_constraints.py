@@ -139,6 +139,7 @@ def forms_of(lib: Library) -> dict[str, Callable[[Any], Any]]:
     }
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(("lib", "form"), with_choices(forms_of(NUMPY), ["dict"]))
 def test_trees_of_constraints(lib: Library, form: str) -> None:
     """Bounds on both sides of two variables; θ in the inequalities. y follows the bounds that are active."""
@@ -203,12 +204,14 @@ def given_multipliers(program: Program, form: str) -> Any:
 FORMS = ["pair", "list", "callable", "recovered", "callable that declines"]
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(("lib", "form"), with_choices(FORMS, ["pair"], ["pair", "recovered"]))
 def test_multipliers(lib: Library, form: str) -> None:
     program = curved(lib)
     program.check("vjp", program.condition(multipliers=given_multipliers(program, form)), rtol_for(lib))
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @LIBS
 @EACH_ROUTE
 def test_multipliers_of_one_kind(lib: Library, route: str) -> None:

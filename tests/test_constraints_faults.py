@@ -54,6 +54,7 @@ def pulled(lib: Library, condition: Any, y: Any, theta: Any, **options: Any) -> 
 
 
 # -- 41, 43, 44: the edge of the active set --------------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @AND_JAX
 def test_weakly_active(lib: Library, by: tuple[str, str]) -> None:
     """θ itself lies on the first bound: the derivative of the free side, and the second bound is not named."""
@@ -123,6 +124,7 @@ def test_each_finding_is_told_once() -> None:
 
 
 # -- 42: dependent gradients -----------------------------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @AND_JAX
 def test_duplicate_constraint(lib: Library, by: tuple[str, str]) -> None:
     """The first two are one, in other units; the third has no part in it."""
@@ -174,6 +176,7 @@ def test_infeasible_point(lib: Library, by: tuple[str, str], kind: str) -> None:
     assert isinstance(found.error, (ValueError, np.linalg.LinAlgError))
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(("lib", "mode"), with_choices(["warn", "nan", "ignore"], ["nan"]))
 def test_infeasible_point_in_other_modes(lib: Library, mode: str) -> None:
     condition = nearest(lib, [[1, 1]], [1], "eq")
@@ -251,6 +254,7 @@ def test_constrained_maximum(lib: Library, route: str, solver: str) -> None:
 BAD = [("infeasible", "raise"), ("infeasible", "nan"), ("weak", "raise")]
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(("lib", "what"), with_choices(BAD, BAD[:1]))
 def test_bad_item_of_a_batch(lib: Library, what: tuple[str, str]) -> None:
     fault, mode = what

@@ -174,6 +174,7 @@ def test_a_column_in_a_tiny_unit_with_a_zero_in_it(solver: str) -> None:
 
 
 # -- the precision in which A was made ------------------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [*TORCH, *JAX], ids=lambda lib: lib.name)
 @pytest.mark.parametrize("solver", ["auto", "lu", "ldlt"])
 def test_singular_to_single_precision(lib: Library, solver: str) -> None:

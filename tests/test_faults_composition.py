@@ -125,6 +125,7 @@ def _in_threads(call: Callable[[int], Any], count: int = 8, rounds: int = 4) -> 
         return list(pool.map(one, range(count)))
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @pytest.mark.parametrize("derived", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_fault_50_shared_linearization(lib: Library, solver: str, derived: bool, symmetric: bool) -> None:
@@ -145,6 +146,7 @@ def test_fault_50_shared_linearization(lib: Library, solver: str, derived: bool,
     assert np.max(_in_threads(call)) < 1e-5
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @pytest.mark.parametrize("derived", [False, True])
 def test_fault_50_separate_objects(lib: Library, solver: str, derived: bool) -> None:
     cases = [make(lib, n=3 + i, m=2 + i) for i in range(8)]

@@ -169,6 +169,7 @@ def test_fault_26_infinite_curvature(lib: Library, solver: str, mode: str) -> No
     assert_told(outcome(lambda: run(mode, case, solver=solver)), NonFiniteProductError, "product with A")
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @pytest.mark.parametrize("kind", [Root, FixedPoint, Stationary])
 def test_fault_26_condition_is_nan_at_the_point(lib: Library, solver: str, kind: type) -> None:
     xp, y = lib.xp, lib.array([0.0, 4.0, 1.0])

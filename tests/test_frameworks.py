@@ -72,6 +72,7 @@ def test_autodiff(name: str, problem: str, solver: str) -> None:
     check_modes(fw, p, p.condition("fun"), EXACT["float64"], solver=TIGHT[solver])
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize(("problem", "solver"), FEW)
 def test_given_products(name: str, problem: str, solver: str) -> None:
@@ -84,6 +85,7 @@ def test_given_products(name: str, problem: str, solver: str) -> None:
     assert report.derivatives == {"A": "given", "B": "given"}
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize(("problem", "solver"), FEW)
 def test_single_precision(name: str, problem: str, solver: str) -> None:
@@ -93,6 +95,7 @@ def test_single_precision(name: str, problem: str, solver: str) -> None:
     check_modes(fw, p, p.condition("fun"), EXACT["float32"], solver=solver)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize("way", ["fun", "products"])
 @pytest.mark.parametrize(("problem", "solver"), FEW)
@@ -104,6 +107,7 @@ def test_batched(name: str, problem: str, solver: str, way: str) -> None:
     check_modes(fw, p, condition, EXACT["float64"], solver=TIGHT[solver], batched=True)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize(("problem", "solver"), FEW)
 def test_linearize(name: str, problem: str, solver: str) -> None:
@@ -134,6 +138,7 @@ def test_compiled(name: str, problem: str, solver: str) -> None:
     check(fw, fw.compiled(gradient)(p.y, p.theta), 2 * p.truth.gradient)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile, about itself
 @pytest.mark.parametrize(("problem", "solver"), FEW)
@@ -155,6 +160,7 @@ def test_decorator(name: str, problem: str, solver: str) -> None:
     check(fw, transform["hessian"](loss)(p.theta), fw.numpy(exact))
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize(("problem", "solver"), FEW)
 def test_decorator_under_vmap(name: str, problem: str, solver: str) -> None:

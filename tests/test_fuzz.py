@@ -110,6 +110,7 @@ ONCE = {
 """Seeds that failed, and the kind."""
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(
     ("framework", "seed"),
     [(lib.name, seed) for lib in (NUMPY, *TORCH, *JAX) for seed in ONCE[lib.name]],

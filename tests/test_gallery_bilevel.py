@@ -32,6 +32,7 @@ def most_likely(theta: dict[str, Any]) -> np.ndarray:
     return np.array(points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [3, 5, 8])
 def test_points_are_the_most_likely_ones_and_reach_their_targets(page: dict[str, Any], m: int) -> None:
     run = page["runs"][m]

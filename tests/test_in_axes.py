@@ -90,6 +90,7 @@ def same(lib: Library, got: Any, expected: Any, rtol: float = 1e-7) -> None:
 
 
 # -- against closed forms, per item --------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @LIBS
 def test_a_shared_leaf_gets_the_sum_and_the_others_their_own(lib: Library) -> None:
     problem = batch()

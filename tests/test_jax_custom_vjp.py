@@ -75,6 +75,7 @@ def test_forward_and_reverse(kind: str) -> None:
     assert np.allclose(implicit_vjp(condition, Y, THETA, ONES, solver=solver), ONES @ TRUTH, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_dense_jacobian_of_trees() -> None:
     """Leaves that are kept apart, and a Jacobian of all of them."""
     condition = Root(lambda y, theta: {"a": jax.vmap(residual, (0, None))(y["a"], theta)})

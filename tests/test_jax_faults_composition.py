@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SOLVERS, assert_told, outcome
-from helpers_jax import jax, jnp
+from helpers_jax import jax, jnp, quickly
 
 from implicitdiff import (
     GMRES,
@@ -49,7 +49,7 @@ solved = implicit_function(MIXED)(newton)
 
 
 # -- 38 and 40: memory ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 def test_40_one_array_for_everything(solver: str) -> None:
     cube = Root(lambda y, th: y**3 - th)
     before = np.array(ONE)
@@ -191,7 +191,7 @@ def newton_in_numpy(theta: np.ndarray) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 @pytest.mark.parametrize("traced", [False, True])
 def test_48_failures_are_told_or_nan(solver: str, traced: bool) -> None:
     flat = Stationary(lambda y, th: (y[0] - y[1]) ** 2 + y[2] ** 2 - y @ th)

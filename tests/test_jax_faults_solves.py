@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import (
     ITERATIVE,
+    SOLVERS,
     SYMMETRIC_ONLY,
     assert_right,
     assert_right_or_told,
@@ -27,6 +28,7 @@ from helpers_jax import (
     compiled,
     jax,
     jnp,
+    quickly,
     solved,
     through,
     truth_at,
@@ -53,6 +55,12 @@ UNSOLVABLE = (SingularError, NotPositiveDefiniteError, NotConvergedError)
 CAUSE = r"residual|rcond|not positive definite|singular"
 doors = pytest.mark.parametrize("door", SYMMETRIC_DOORS + GENERAL_DOORS)
 two_doors = pytest.mark.parametrize("door", TWO_DOORS)
+
+
+@pytest.fixture(params=quickly(SOLVERS))
+def solver(request: pytest.FixtureRequest) -> str:
+    """Each solver by name."""
+    return request.param
 
 
 def known(kind: str = "definite", condition: float = 10.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +164,7 @@ def test_08_asymmetric_hessian(door: str, solver: str, skew: float) -> None:
     assert_compiled_nan(door, A, b, solver)
 
 
-@pytest.mark.parametrize("name", SYMMETRIC_ONLY)
+@pytest.mark.parametrize("name", quickly(SYMMETRIC_ONLY))
 @pytest.mark.parametrize("door", ["jvp:root", "vjp:root", "solve:matrix"])
 def test_08_asymmetric_root_with_a_symmetric_method(door: str, name: str) -> None:
     A, b = known("general")
@@ -165,7 +173,7 @@ def test_08_asymmetric_root_with_a_symmetric_method(door: str, name: str) -> Non
     assert_compiled_right_or_nan(door, A, b, name, truth, 1e-8)
 
 
-@pytest.mark.parametrize("kind", [CG, MINRES, GMRES])
+@pytest.mark.parametrize("kind", [CG, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (MINRES, GMRES))])
 @two_doors
 def test_10_two_iterations(door: str, kind: type) -> None:
     A, b = known(condition=100.0)
@@ -224,7 +232,7 @@ def test_10_modes_of_failure_of_any_shape(name: str, y: Any, on_failure: str) ->
 
 @two_doors
 @pytest.mark.parametrize("condition", [1e10, 1e13, 1e16])
-@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("name", quickly(ITERATIVE))
 def test_11_success_means_the_true_residual(door: str, name: str, condition: float) -> None:
     for seed in range(3):
         A, b = known(condition=condition, seed=seed)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import NUMPY, SOLVERS, SYMMETRIC_ONLY, TORCH, assert_right, assert_right_or_told, assert_told, outcome
-from helpers_jax import LIB, jax, jnp
+from helpers_jax import LIB, jax, jnp, quickly
 
 from implicitdiff import (
     BackendError,
@@ -44,7 +44,7 @@ def cubes(y: Any, v: Any, solver: str = "auto", **options: Any) -> Any:
 
 
 # -- 19 to 22: the point -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 def test_19_20_whether_it_is_a_solution(solver: str) -> None:
     y = jnp.asarray([1.0, 2.0, 3.0])
     truth = 1 / (3 * np.asarray(y) ** 2)
@@ -91,7 +91,7 @@ def test_77_kind_that_is_not_so_is_nan_under_jit() -> None:
     assert bool(jnp.isnan(pull(jnp.asarray([1.0, -2.0]), jnp.asarray([1.0, 2.0]))).all())
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 def test_22_expansive_fixed_point(solver: str) -> None:
     M = np.asarray([[-3.0, 0.4], [0.1, -2.0]])
     y, A = np.asarray([1.0, 2.0]), np.eye(2) - M
@@ -105,7 +105,7 @@ def test_22_expansive_fixed_point(solver: str) -> None:
 
 
 # -- 23 to 27: NaN and Inf -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 @items
 def test_23_24_25_non_finite_inputs(solver: str, bad: str) -> None:
     arrays = {"y": ONE, "theta": ONE, "cotangent": ONE}
@@ -121,7 +121,7 @@ def test_25_tangent() -> None:
     assert np.all(np.isnan(jax.jit(lambda t: implicit_jvp(CUBE, ONE, ONE, t))(bad)))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 def test_26_only_in_the_products(solver: str) -> None:
     # f = Σ |y|^1.5 + ½ (y − θ)²: the gradient is 0 at 0, the curvature is not finite there
     f = lambda y, th: jnp.sum(jnp.abs(y) ** 1.5) + jnp.sum((y - th) ** 2) / 2
@@ -189,7 +189,7 @@ def test_28_29_wrong_shapes(traced: bool) -> None:
         assert_told(found, ShapeError, r"(?s)^tangent .*\(3,\)")
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 @pytest.mark.parametrize("shape", [(), (0,), (2, 1, 2)])
 def test_30_31_32_any_shape(solver: str, shape: tuple[int, ...]) -> None:
     y = jnp.ones(shape) * 2
@@ -220,7 +220,7 @@ def test_32_leaves_are_named() -> None:
 
 # -- 33 to 37: dtypes and frameworks -------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", quickly(SOLVERS))
 @pytest.mark.parametrize(("dtype", "other"), [("float32", "float32"), ("float32", "float64"), ("float64", "float32")])
 def test_33_mixed_precision(solver: str, dtype: str, other: str) -> None:
     y, theta = jnp.full(3, 2.0, dtype), jnp.full(3, 8.0, other)

@@ -84,6 +84,7 @@ def _pull(theta: Any, cotangent: Any) -> Any:
 solved.defvjp(lambda theta: (solved(theta), theta), _pull)
 
 
+@pytest.mark.slow
 def test_typed_literals() -> None:
     """What JAX hands to a rule for the number that it was given is a literal with a dtype, and no array of its own."""
     gradient = jax.grad(solved)
@@ -93,6 +94,7 @@ def test_typed_literals() -> None:
         assert np.allclose(by_first(jnp.full(2, 2.0) if transform is jax.vmap else 2.0), 3.0)
 
 
+@pytest.mark.slow
 def test_numpy_under_vmap() -> None:
     """Some of theta is mapped, some is NumPy's, and y, too."""
     many = jax.vmap(lambda a: implicit_vjp(product, np.float64(6.0), (a, np.float64(3.0)), np.float64(1.0)))

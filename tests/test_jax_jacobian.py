@@ -30,6 +30,7 @@ def test_more_right_hand_sides_may_mean_that_a_is_assembled_after_all(symmetric,
     assert np.allclose(found, np.linalg.solve(A, C), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_failed_batch_is_explained():
     """Its solutions come out of the program item by item, of several right-hand sides each."""
     A = jax.numpy.asarray(with_eigenvalues([1.0, 2.0, 4.0, 9.0]))

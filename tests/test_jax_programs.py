@@ -319,6 +319,7 @@ def test_parameters_in_leaves() -> None:
     np.testing.assert_allclose(total["a"], 161.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_equilibrium_layer_with_shared_weights() -> None:
     """Inside vmap the weights stay leaves, and a few products do where factors would be made for every item."""
     n, rng = 40, np.random.default_rng(0)
@@ -345,6 +346,7 @@ def test_equilibrium_layer_with_shared_weights() -> None:
     np.testing.assert_allclose(g["w"], np.asarray(u).T @ rows, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_estimate_leaves_a_program() -> None:
     """With its parts, the correction and the polished y; of a batch, one of each."""
     y, theta = jnp.array([1.01, 2.02]), jnp.array([1.0, 2.0])

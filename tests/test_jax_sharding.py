@@ -38,6 +38,7 @@ def lines() -> dict[str, tuple[str, ...]]:
     return {found[1]: found.groups() for found in LINE.finditer(printed(EXAMPLE, 8))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["examples", "features"])
 def test_sharded_gradient(lines: dict[str, tuple[str, ...]], layout: str) -> None:
     """The gradient is that of one device; the compiled program sums over devices, and gathers nothing."""

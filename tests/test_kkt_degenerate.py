@@ -216,6 +216,7 @@ def test_within_a_compiled_program() -> None:
     assert is_one_of(np.asarray(got), [side @ [1.0, 2.0] for side in sides(H, Q, np.zeros(2), ROWS, RATES)])
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_native_gradient(name: str) -> None:
     """The backward pass of the framework itself."""

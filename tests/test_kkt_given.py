@@ -47,6 +47,7 @@ def choices() -> list[Any]:
     return [pytest.param(lib, c, id=f"{lib.name}-{c}") for lib, c in pairs]
 
 
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @pytest.mark.parametrize(("lib", "choice"), choices())
 def test_every_choice(lib: Library, choice: str) -> None:
     program, rtol = curved(lib), rtol_for(lib)
@@ -55,6 +56,7 @@ def test_every_choice(lib: Library, choice: str) -> None:
         program.check(mode, condition, rtol)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(
     ("lib", "choice"),
     [(lib, c) for lib in (NUMPY, *TORCH) for c in ("all", "of the Lagrangian", "of ineq")]
@@ -112,6 +114,7 @@ def test_certificate(lib: Library) -> None:
     assert off / 3 <= float(report.error.absolute) <= 3 * off
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(("name", "choice"), [("torch", "all"), ("torch", "of the Lagrangian"), ("jax", "all")])
 def test_second_derivatives(name: str, choice: str) -> None:
     """The framework differentiates the gradient once more, through what was given."""

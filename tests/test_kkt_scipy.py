@@ -58,6 +58,7 @@ def test_numbers_on_every_library(lib: Library) -> None:
             return
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
 def test_batch(lib: Library) -> None:
     y, theta = (lib.array(np.stack([x, x, x])) for x in (Y, THETA))

@@ -45,6 +45,7 @@ def residual_in(lib: Library) -> Callable[[Any, Any], Any]:
     return lambda y, t: (a + t[0] * b) @ ((c + t[1] * d) @ y) - e - t[0] * t[1] * f
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
 @pytest.mark.parametrize(
     ("lib", "solver"),

@@ -96,6 +96,7 @@ def test_damping_of_a_gauss_newton_system() -> None:
         assert report.damping == delta
 
 
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
 @pytest.mark.parametrize("kind", ["squares", "loss"])
 def test_the_certificate_tells_what_gauss_newton_costs(lib: Library, kind: str) -> None:
@@ -180,6 +181,7 @@ def test_wrong_arguments_are_told() -> None:
         implicit_vjp(LeastSquares(residual, loss=lambda r: r), y, THETA, np.ones(2))
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("given", [("jvp", "vjp"), ("jacobian",)], ids="+".join)
 @pytest.mark.parametrize("solver", ["lsmr", "pinv", "cholesky", "auto"])
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)

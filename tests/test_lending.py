@@ -207,6 +207,7 @@ def test_error_of_the_users(lent: NumpyBackend) -> None:
         idf.implicit_vjp(Root(lambda y, t: y - t * (1 // 0)), np.ones(2), np.ones(2), np.ones(2), backend=lent)
 
 
+@pytest.mark.slow
 def test_jax_in_single_precision_is_refused() -> None:
     """Double precision would be lost without a word; nobody's flag is touched."""
     if find_spec("jax") is None:

@@ -232,7 +232,7 @@ def test_a_jvp_and_a_gradient_tell_too(solver):
 
 # -- JAX -----------------------------------------------------------------------------------------------------------
 @jax_only
-@pytest.mark.parametrize("solver", ["auto", "cg"])
+@pytest.mark.parametrize("solver", ["auto", pytest.param("cg", marks=pytest.mark.slow)])
 def test_78_under_jit_far_is_nan_and_the_report_says_so(solver):
     import jax
     import jax.numpy as jnp
@@ -250,6 +250,7 @@ def test_78_under_jit_far_is_nan_and_the_report_says_so(solver):
         assert bool(jnp.all(jnp.isfinite(slope))) == finite
 
 
+@pytest.mark.slow
 @jax_only
 def test_59_on_jax_the_coordinate_is_named():
     import jax.numpy as jnp

@@ -100,6 +100,7 @@ def test_jax(jax: Any) -> None:
     np.testing.assert_allclose(reports[1].solution, [1 / 3, 1 / 12], rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_jax_under_vmap_and_with_an_error(jax: Any) -> None:
     """One report, with an entry for each item; what is raised in an eager derivative is raised there."""
     reports: list[Report] = []

@@ -61,6 +61,7 @@ def test_against_the_resolved_problem(lib: Library, case: str, restrict: bool | 
     assert off(lib.numpy(w), by_q @ V + by_t) <= 1e-6
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @pytest.mark.parametrize("lib", PLAIN, ids=lambda lib: lib.name)
 @CASE
 @pytest.mark.parametrize("method", ["gmres", "lu"])
@@ -74,6 +75,7 @@ def test_methods_for_general_systems(lib: Library, case: str, method: str) -> No
         assert report.solver == method
 
 
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @EVERY
 @pytest.mark.parametrize("case", [name for name in CASES if name != "ball"])
 @pytest.mark.parametrize("method", ["cg", "cholesky", "minres", "auto"])
@@ -113,6 +115,7 @@ def test_support_is_found_where_it_helps(lib: Library, case: str) -> None:
 
 
 # -- closed forms ------------------------------------------------------------------------------------
+@pytest.mark.slow(on=("array_api_strict",))
 @EVERY
 def test_lasso_closed_form(lib: Library) -> None:
     """On the support S, dy/db = (X_SᵀX_S)⁻¹ X_Sᵀ and dy/dλ = −(X_SᵀX_S)⁻¹ sign(y_S); 0 elsewhere."""

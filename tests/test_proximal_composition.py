@@ -43,6 +43,7 @@ from implicitdiff import (
 
 
 # -- batches -----------------------------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @EVERY
 @pytest.mark.parametrize("case", ["lasso", "simplex", "group lasso"])
 @pytest.mark.parametrize("restrict", [None, True])

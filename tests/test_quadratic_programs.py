@@ -47,6 +47,7 @@ def differences(data: dict[str, np.ndarray], name: str) -> np.ndarray:
     return np.stack(columns, axis=-1)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(
     ("lib", "by"), with_choices(EACH_SOLVER, [("kkt", "auto"), ("kkt", "minres"), ("nullspace", "auto")])
 )

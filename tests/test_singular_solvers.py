@@ -232,6 +232,7 @@ def test_gmres_that_stands_still_on_a_symmetric_matrix_gets_there(restart: int |
     assert linear_solve(lambda v: turned @ v, turned @ x, **options)[1].solver == "gmres"
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @LIBS
 def test_items_of_a_batch_are_handed_on_one_by_one(lib: Library) -> None:
     """What GMRES solves stays as it is, beside a chain that it does not."""

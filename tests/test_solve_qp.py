@@ -294,6 +294,7 @@ def test_sparse_matrices(lib: Library) -> None:
     np.testing.assert_allclose(lib.numpy(solve_qp(**{**given, "q": q}, batched=True))[0], y, atol=1e-12)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_derivatives_beside_sparse_matrices(name: str) -> None:
     fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]
@@ -428,6 +429,7 @@ def test_without_constraints(lib: Library, batched: bool) -> None:
     np.testing.assert_allclose(lib.numpy(y), -np.linalg.solve(data["Q"], data["q"][..., None])[..., 0], rtol=1e-9)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_derivatives_without_constraints(name: str) -> None:
     """−Q⁻¹v by q, whatever else there is to differentiate."""

@@ -196,6 +196,7 @@ CASES = [("root", s) for s in ("auto", "lu", "gmres")]
 CASES += [("minimum", s) for s in ("auto", "cholesky", "ldlt", "cg")]
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("how", ["pattern", "detect"])
 @pytest.mark.parametrize(("kind", "solver"), CASES)
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
@@ -387,6 +388,7 @@ def solution(theta: Any) -> np.ndarray:
     return y
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [*TORCH, *JAX], ids=lambda lib: lib.name)
 def test_a_solution_is_differentiated_twice(lib: Any) -> None:
     found = []

@@ -111,7 +111,8 @@ def test_a_wrong_callable_is_named(lib, name):
 
 
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
-@pytest.mark.parametrize("name", ["hvp x 2", "jacobian transposed", "products of y - T"])
+@pytest.mark.parametrize("name", ["hvp x 2", *(pytest.param(name, marks=pytest.mark.slow)
+                         for name in ("jacobian transposed", "products of y - T"))])  # fmt: skip
 def test_a_wrong_callable_is_named_under_jax(lib, name):
     import jax
 

@@ -102,6 +102,7 @@ def bilevel_adam(real: Any, steps: int, hypergradient: Callable[[Any, Any], Any]
     return path, gradients
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
 def test_bilevel_adam_in_single_precision_follows_the_published_trajectory(lib: Library) -> None:
     def hypergradient(w: Any, theta: Any) -> Any:
