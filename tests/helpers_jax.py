@@ -51,8 +51,8 @@ TWO_DOORS = ("vjp:hvp", "jvp:root")
 """A symmetric and a general one, where every door would compile for too long."""
 
 
-QUICK = ("lu", "cg", "auto")
-"""One that factorises, one that iterates, and the one that goes from one to another."""
+QUICK = ("cg", "auto")
+"""One that iterates, and the default, which assembles what is small and factorises it."""
 
 
 def quickly(names: Sequence[str]) -> list[Any]:

@@ -54,7 +54,8 @@ def mark_what_the_cover_leaves(items: list[pytest.Item], strength: int | None = 
 
     On JAX, where nearly every case compiles for a second, and on array_api_strict, which takes NumPy's path ten times
     as slowly and is there to object to single calls, each choice occurs once in place of each pair, and the tests of a
-    file are covered as one in which the test is a choice, too; ``cover(together=...)`` says otherwise.
+    file are covered as one in which the test is a choice, too; ``cover(together=...)`` says otherwise. What is slow is
+    covered by itself, since it runs in a session of its own.
     """
     groups: dict[Hashable, list[pytest.Item]] = defaultdict(list)
     for item in items:

@@ -372,6 +372,7 @@ def test_compiled_and_forward(name: str, solver: str) -> None:
     np.testing.assert_allclose(forward, expected, rtol=1e-5 if solver == "truncated" else 1e-9)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_the_error_under_compilation(name: str) -> None:
     fw = framework(name)

@@ -198,6 +198,7 @@ def test_on_the_frameworks(name):
     assert found.facts["backend"] == name
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_auto_goes_from_cg_to_minres_on_the_frameworks(name):
     fw, n = framework(name), 600

@@ -204,7 +204,7 @@ def given_multipliers(program: Program, form: str) -> Any:
 FORMS = ["pair", "list", "callable", "recovered", "callable that declines"]
 
 
-@pytest.mark.slow(on=("jax",))
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @pytest.mark.parametrize(("lib", "form"), with_choices(FORMS, ["pair"], ["pair", "recovered"]))
 def test_multipliers(lib: Library, form: str) -> None:
     program = curved(lib)
@@ -285,6 +285,7 @@ def test_batch(lib: Library, name: str, route: str, solver: str) -> None:
     assert value.shape == program.theta.shape
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
 def test_batch_on_a_compiler(lib: Library) -> None:
     program = ball(lib, items=(3,))

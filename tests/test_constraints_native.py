@@ -65,6 +65,7 @@ def assert_same(fw: Any, found: Any, expected: Any, rtol: float = 1e-8) -> None:
     assert np.linalg.norm(found - expected) <= rtol * np.linalg.norm(expected)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(
     ("name", "name_of", "by"),
     [("torch", which, by) for which in CONDITIONS for by in ("jacrev", "jacfwd")]

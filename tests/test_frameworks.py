@@ -63,6 +63,7 @@ def check_modes(fw: Any, p: Problem, condition: Any, rtol: float, **options: Any
     assert report.derivatives["outer"] == "autodiff"
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize(("problem", "solver"), PAIRS)
 def test_autodiff(name: str, problem: str, solver: str) -> None:
@@ -178,6 +179,7 @@ def test_decorator_under_vmap(name: str, problem: str, solver: str) -> None:
     check(fw, transform["grad"](lambda theta: transform["vmap"](loss)(theta).sum())(many), fw.numpy(exact))
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_decorated_methods(name: str, problem: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 from helpers_gallery import run_page
 from scipy.optimize import minimize
 
+pytestmark = pytest.mark.slow  # the pages themselves run with the documentation
+
 
 @pytest.fixture(scope="module")
 def page() -> dict[str, Any]:
@@ -32,7 +34,6 @@ def most_likely(theta: dict[str, Any]) -> np.ndarray:
     return np.array(points)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("m", [3, 5, 8])
 def test_points_are_the_most_likely_ones_and_reach_their_targets(page: dict[str, Any], m: int) -> None:
     run = page["runs"][m]
@@ -85,7 +86,6 @@ def real_loss(images: np.ndarray, x: np.ndarray, one_hot: np.ndarray) -> float:
     return float(np.mean(np.log(np.sum(np.exp(z - top), axis=1)) + top[:, 0] - np.sum(z * one_hot, axis=1)))
 
 
-@pytest.mark.slow
 def test_learned_images_train_a_classifier_and_their_gradient_is_that_of_training_anew() -> None:
     page = run_page("42_distillation")
     W, b = trained_by_scipy(page["found"].theta)

@@ -84,6 +84,7 @@ def ball() -> dict[str, Any]:
     return run_page("31_ball")
 
 
+@pytest.mark.slow
 def test_projection_onto_the_ball_on_both_sides_of_the_switch(ball: dict[str, Any]) -> None:
     def project(s: Any) -> np.ndarray:
         theta = ball["offset"] + s * ball["direction"]
@@ -95,12 +96,14 @@ def test_projection_onto_the_ball_on_both_sides_of_the_switch(ball: dict[str, An
         np.testing.assert_allclose(ball["slopes"][i], difference, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_switch_is_told_and_the_inner_side_returned(ball: dict[str, Any]) -> None:
     assert [w.category for w in ball["caught"]] == [idf.RegularityWarning]
     assert "ineq[0] is weakly active" in str(ball["caught"][0].message)
     np.testing.assert_allclose(ball["at_switch"], np.eye(2), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_barrier_is_smooth_and_tends_to_the_active_set(ball: dict[str, Any]) -> None:
     def place(s: float, t: float) -> np.ndarray:  # the radius as the root of a cubic
         theta = ball["offset"] + s * ball["direction"]

@@ -18,6 +18,7 @@ def diagonal() -> dict[str, Any]:
     return run_page("81_diagonal")
 
 
+@pytest.mark.slow
 def test_gradient_of_each_penalty_against_differences(diagonal: dict[str, Any]) -> None:
     train, held = diagonal["data"](0.9)
     theta = np.full(300, np.log(30.0))

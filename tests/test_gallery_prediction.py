@@ -10,6 +10,8 @@ import scipy.sparse
 from helpers_gallery import central, run_page
 from scipy.sparse.linalg import spsolve
 
+pytestmark = pytest.mark.slow  # the pages themselves run with the documentation
+
 
 # -- denoising -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -57,7 +59,6 @@ def denoise_robust(parameters: Any, x: np.ndarray) -> np.ndarray:
     return y.reshape(x.shape)
 
 
-@pytest.mark.slow
 def test_denoising_gradient_against_the_image_found_by_newton(denoising: dict[str, Any]) -> None:
     noisy, clean, start = denoising["noisy"], denoising["clean"], denoising["start"]
     parameters = np.append(start["weights"], start["eps"])
@@ -67,7 +68,6 @@ def test_denoising_gradient_against_the_image_found_by_newton(denoising: dict[st
     assert denoising["value"] == pytest.approx(loss(parameters), rel=1e-8)
 
 
-@pytest.mark.slow
 def test_gaussian_energy_against_its_closed_form(denoising: dict[str, Any]) -> None:
     weights, noisy, clean = np.log([0.3, 0.2, 0.1, 0.4]), denoising["noisy"], denoising["clean"]
     operators = difference_operators(24)
@@ -83,7 +83,6 @@ def test_gaussian_energy_against_its_closed_form(denoising: dict[str, Any]) -> N
     assert report.converged
 
 
-@pytest.mark.slow
 def test_learned_energies_denoise_an_image_that_they_have_not_seen(denoising: dict[str, Any]) -> None:
     theta = denoising["learned"][denoising["robust"]]
     y = denoise_robust(np.append(theta["weights"], theta["eps"]), denoising["test_noisy"])
@@ -119,7 +118,6 @@ def held_out_loss(W: np.ndarray, X: np.ndarray, c: np.ndarray) -> float:
     return float(np.mean(np.log(np.sum(np.exp(logits), axis=1)) - logits[np.arange(len(c)), c]))
 
 
-@pytest.mark.slow
 def test_gradient_of_the_penalties_against_the_refitted_model(log_linear: dict[str, Any]) -> None:
     train, tune = log_linear["train"], log_linear["tune"]
     gradient = log_linear["start_gradient"]
@@ -134,7 +132,6 @@ def test_gradient_of_the_penalties_against_the_refitted_model(log_linear: dict[s
     assert log_linear["start_gradient"] @ log_linear["direction"] == pytest.approx(log_linear["difference"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_penalty_each_is_better_on_data_not_used_for_tuning(log_linear: dict[str, Any]) -> None:
     each, common = log_linear["fits"]["a penalty each"], log_linear["fits"]["one common penalty"]
     assert held_out_loss(each, *log_linear["tune"]) < 0.8 * held_out_loss(common, *log_linear["tune"])

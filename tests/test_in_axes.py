@@ -105,6 +105,7 @@ def test_a_shared_leaf_gets_the_sum_and_the_others_their_own(lib: Library) -> No
     same(lib, linearize(CONDITION, y, theta, args=args, in_axes=AXES).vjp(lib.array(problem.v)), problem.gradient())
 
 
+@pytest.mark.slow(on=("jax",))
 @LIBS
 def test_a_tangent_is_shared(lib: Library) -> None:
     problem = batch()
@@ -349,6 +350,7 @@ def test_a_solver_of_a_batch_on_numpy() -> None:
     np.testing.assert_allclose(WRAPPED.jvp(theta, problem.t, *args), problem.tangent(), rtol=1e-7)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(("name", "compiled"), [("torch", False), ("jax", False), ("jax", True)])
 def test_a_solver_of_a_batch_in_a_framework(name: str, compiled: bool) -> None:
     fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]

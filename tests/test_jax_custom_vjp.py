@@ -84,6 +84,7 @@ def test_dense_jacobian_of_trees() -> None:
     assert np.allclose(implicit_jacobian(condition, y, THETA)["a"], TRUTH, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_symmetric() -> None:
     """A gradient with such a rule: the Hessian is symmetric, and reverse products do."""
     ridge = Stationary(grad=lambda y, theta: square(y) * y + 2 * y - theta)

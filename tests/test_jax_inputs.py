@@ -101,6 +101,7 @@ def test_numpy_under_vmap() -> None:
     assert np.allclose(many(jnp.full(4, 2.0)), np.array([[3.0], [2.0]]))
 
 
+@pytest.mark.slow
 def test_wrapped_solver_of_numbers() -> None:
     """A wrapped solver at a number of Python, at a NumPy array, with NumPy data."""
     solve = implicit_function(squares)(lambda theta, scale=1.0: scale * theta**2)

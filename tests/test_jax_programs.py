@@ -166,6 +166,7 @@ def test_replaced_closure_is_seen() -> None:
     assert np.allclose(implicit_vjp(inner, 7 * theta, theta, jnp.ones(3)), 7.0)
 
 
+@pytest.mark.slow
 def test_functions_that_are_partial_or_compiled() -> None:
     """Any callable will do: a partial, a compiled function, an object."""
     from functools import partial
@@ -307,6 +308,7 @@ def test_single_precision_by_default() -> None:
         assert report.converged
 
 
+@pytest.mark.slow
 def test_parameters_in_leaves() -> None:
     """With products alone θ stays a tree, of which no vector is made."""
     theta, y, ones = {"a": jnp.ones(3), "b": 2 * jnp.ones(2)}, jnp.full(40, 12.0), jnp.ones(40)

@@ -227,6 +227,7 @@ def test_approximations_that_are_meant_pass() -> None:
     assert relative_error(NUMPY, program.ask("vjp", condition), program.truth("vjp")) > 1e-3
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
 @pytest.mark.parametrize(("factor", "right"), [(1.0, True), (2.0, False)])
 def test_mistakes_within_a_program_are_nan(lib: Library, factor: float, right: bool) -> None:
@@ -241,6 +242,7 @@ def test_mistakes_within_a_program_are_nan(lib: Library, factor: float, right: b
         assert np.isnan(fw.numpy(got)).all()
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
 def test_constraints_that_do_not_see_theta(lib: Library) -> None:
     """With a Jacobian that is given, eager and within a program: what moves θ is the objective alone."""

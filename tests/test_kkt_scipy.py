@@ -47,6 +47,7 @@ def _sum(x: Any) -> Any:
     return x.__array_namespace__().sum(x, axis=-1)
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @LIBS
 def test_numbers_on_every_library(lib: Library) -> None:
     """Bounds and linear constraints hold numbers only."""

@@ -45,7 +45,7 @@ def residual_in(lib: Library) -> Callable[[Any, Any], Any]:
     return lambda y, t: (a + t[0] * b) @ ((c + t[1] * d) @ y) - e - t[0] * t[1] * f
 
 
-@pytest.mark.slow(on=("jax",))
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
 @pytest.mark.parametrize(
     ("lib", "solver"),
@@ -64,6 +64,7 @@ def test_least_squares(lib: Library, solver: str, hessian: Any) -> None:
     np.testing.assert_allclose(lib.numpy(found), v @ expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
 def test_quadratic_and_what_is_made_of_it(lib: Library) -> None:
     r = residual_in(lib)

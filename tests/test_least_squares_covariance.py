@@ -27,6 +27,7 @@ from implicitdiff import (
 )
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("given", [(), ("jacobian",), ("jvp",)], ids=lambda given: "+".join(given) or "derived")
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
 def test_covariance(lib: Library, given: tuple[str, ...]) -> None:

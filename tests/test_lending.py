@@ -66,6 +66,7 @@ def outer(y: Any, theta: Any) -> Any:
     return xp.sum(y**3) / 3 + xp.sum(theta**2) / 2
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize(
     "condition", [Root(root), Stationary(objective), FixedPoint(fixed)], ids=lambda c: type(c).__name__
 )

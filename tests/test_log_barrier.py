@@ -108,6 +108,7 @@ def path() -> dict[float, np.ndarray]:
     return {t: centred(program, t) for t in (1e3, 1e4, 1e5, 1e6)}
 
 
+@pytest.mark.slow
 def test_converges_to_the_active_set_in_the_first_order(path: dict[float, np.ndarray]) -> None:
     program = curved(NUMPY)
     exact = implicit_jacobian(program.condition(), program.y, program.theta)
@@ -159,6 +160,7 @@ def test_second_order(lib: Library) -> None:
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow(on=("array_api_strict",))
 @LIBS
 @pytest.mark.parametrize("y", [1.0, 1.5])
 def test_not_inside(lib: Library, y: float) -> None:

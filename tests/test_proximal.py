@@ -137,6 +137,7 @@ def test_lasso_closed_form(lib: Library) -> None:
     assert off(lib.numpy(J["t"]), by_t) <= (1e-13 if exact else 1e-6)
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @EVERY
 def test_ridge_closed_form(lib: Library) -> None:
     """y = (Q + λI)⁻¹ q, so dy/dq = (Q + λI)⁻¹ and dy/dλ = −(Q + λI)⁻¹ y."""

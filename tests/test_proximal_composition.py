@@ -43,7 +43,7 @@ from implicitdiff import (
 
 
 # -- batches -----------------------------------------------------------------------------------------
-@pytest.mark.slow(on=("jax",))
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @EVERY
 @pytest.mark.parametrize("case", ["lasso", "simplex", "group lasso"])
 @pytest.mark.parametrize("restrict", [None, True])
@@ -132,6 +132,7 @@ def test_jax_tells_a_theta_in_a_closure() -> None:
         jax.jit(lambda theta: implicit_vjp(onto, y, theta, jax.numpy.asarray(V)))(q)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
 def test_one_of_the_two_may_do_without_theta(lib: Library) -> None:
     """The penalty is a constant, or f is: both are fine."""
@@ -165,7 +166,7 @@ def test_a_kink_is_told(lib: Library, case: str) -> None:
         implicit_vjp(c, lib.array(y), lib.array(clear), lib.array(np.ones(3)))
 
 
-@pytest.mark.slow(on=("jax",))
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @EVERY
 def test_a_point_that_is_no_solution_is_told(lib: Library) -> None:
     y, theta, data = arguments(lib, "simplex")
@@ -182,7 +183,7 @@ def test_symmetric_methods_on_the_whole_system(method: str) -> None:
             implicit_vjp(condition(case, restrict=restrict), y, theta, V, solver=method, **data)
 
 
-@pytest.mark.slow(on=("jax",))
+@pytest.mark.slow(on=("jax", "array_api_strict"))
 @EVERY
 def test_a_restriction_that_does_not_fit_is_found_out(lib: Library) -> None:
     """On the sphere D is singular on its own support: an error, and no number."""

@@ -81,6 +81,7 @@ def _off(value: Any, truth: np.ndarray) -> float:
     return float(np.linalg.norm(np.array(np.from_dlpack(value)) - truth) / np.linalg.norm(truth))
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @LIBS
 @pytest.mark.parametrize("solver", [CG(rtol=1e-9, recycle=K), CG(rtol=1e-9), GMRES(rtol=1e-9), Auto(), "lu"], ids=repr)
 def test_the_values_are_those_of_cold_solves(lib: Library, solver: Any) -> None:
@@ -319,6 +320,7 @@ def test_minres(k: int) -> None:
     assert reports[-1].iterations < (0.8 if k == 10 else 0.2) * reports[0].iterations
 
 
+@pytest.mark.slow(on=("array_api_strict",))
 @LIBS
 @pytest.mark.parametrize("solver", [CG(rtol=1e-8, recycle=8), MINRES(rtol=1e-8, recycle=8)], ids=repr)
 def test_what_few_pairs_cannot_hold_the_diagonal_does(lib: Library, solver: Any) -> None:

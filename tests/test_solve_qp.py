@@ -187,6 +187,7 @@ def test_derivatives_on_numpy() -> None:
     same(NUMPY, layer.vjp(data, MANY), gradient_of_batch(data, MANY))
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_derivatives_by_the_framework(name: str) -> None:
     fw, lib = framework(name), {"torch": TORCH, "jax": JAX}[name][0]

@@ -218,6 +218,7 @@ def test_the_gradient_is_that_of_the_dense_system(lib: Library, kind: str, solve
     assert report.matvecs in (4, 4 + N * (how == "detect")) if direct else report.matvecs > 4  # once a function
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
 def test_a_pattern_that_grew_is_found_again(lib: Library) -> None:
     xp = lib.xp

@@ -82,6 +82,7 @@ def test_sparse_data_is_like_dense(lib: Library, given: str, solver: str) -> Non
     assert solver in {"minres", "lu"} or "the matrix is sparse" in report.reason
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
 def test_every_direction_and_given_multipliers(lib: Library) -> None:
     exact = idf.QP(**{name: dense(DATA)[name] for name in "QAG"})
