@@ -17,7 +17,7 @@ from problems import RIGHT_FOR, TIGHT, Counted, N, close, linear_root, matrix, s
 from implicitdiff import CG, Status, implicit_vjp, linear_solve
 from implicitdiff.linalg.operator import Operator, matrix_map
 from implicitdiff.registry import get_backend
-from implicitdiff.solvers import get_solver
+from implicitdiff.solvers import LU, get_solver
 
 CASES = [(structure, solver) for structure, solvers in RIGHT_FOR.items() for solver in solvers]
 LIBS = pytest.mark.parametrize("lib", LIBRARIES[:2], ids=lambda lib: lib.name)
@@ -85,6 +85,39 @@ def test_hilbert_matrix(solver: str) -> None:
         assert report.converged
         assert residual <= max(1e-10, 20 * rounding)
     assert abs(residual - report.residual) <= 8 * rounding
+
+
+class _Broken(LU):
+    """LU that solves one of many right-hand sides to a few digits, a tenth of the way there each time."""
+
+    name = "broken"
+
+    def apply(self, backend: Any, factor: Any, b: Any, transposed: bool) -> Any:
+        x, column = super().apply(backend, factor, b, transposed), backend.xp.arange(b.shape[-1]) == b.shape[-1] - 1
+        return backend.xp.where(column & (b.shape[-1] > 10), 0.9 * x, x)
+
+
+@LIBS
+@pytest.mark.parametrize("columns", [3, 64, 200])
+def test_residuals_of_many_columns_are_bounded(lib: Library, columns: int) -> None:
+    """What is reported of many columns, seen together, is no less than the residual of any, and not much more."""
+    a, b = matrix("gen"), vector(columns=(columns,)) * np.geomspace(1e-9, 1e9, columns)
+    x, report = linear_solve(lib.array(a), lib.array(b), solver="lu", return_report=True)
+    true = np.linalg.norm(b - a @ lib.numpy(x), axis=0) / np.linalg.norm(b, axis=0)
+    assert np.max(true) <= 2 * np.max(np.asarray(report.residual)) + 1e-15
+    assert np.max(np.asarray(report.residual)) <= 1e-12
+
+
+@LIBS
+@pytest.mark.parametrize("columns", [32, 64, 200])
+def test_one_wrong_column_of_many_is_seen(lib: Library, columns: int) -> None:
+    """Where it is no accident that the others are right: b of one column is 1e12 times as small."""
+    a, b = matrix("gen"), vector(columns=(columns,))
+    b[:, -1] *= 1e-12
+    _, report = linear_solve(lib.array(a), lib.array(b), solver=_Broken(), on_failure="ignore", return_report=True)
+    status, residual = np.asarray(report.status), np.asarray(report.residual)
+    assert status.max() == int(Status.STAGNATED)
+    assert residual.max() == pytest.approx(0.01, rel=0.5)  # after a step of refinement
 
 
 # -- cases that are exact --------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ References
 ----------
 J. D. Dixon, "Estimating extremal eigenvalues and condition numbers of matrices", SIAM J. Numer. Anal. 20
 (1983) 812-814. DOI 10.1137/0720053 (the estimate of ‖A⁻¹‖ from probe vectors)
+R. Freivalds, "Fast probabilistic algorithms", Mathematical Foundations of Computer Science 1979, Lecture Notes in
+Computer Science 74, 57-69. DOI 10.1007/3-540-09526-8_5 (a product of matrices held against one of vectors)
 """
 
 from __future__ import annotations
@@ -19,17 +21,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from implicitdiff.arrays import Array, any_true, divisor, item_norm, needed, nowhere, probe_vector, quotient
 from implicitdiff.linalg.equilibration import Scaling, of_matrix
-from implicitdiff.linalg.operator import Operator, matrix_product
+from implicitdiff.linalg.operator import Operator, Product, matrix_product
 from implicitdiff.outcome import Counts, Status
 from implicitdiff.solvers import hosted
 from implicitdiff.solvers.base import Solver
 from implicitdiff.solvers.checks import PROBES, amplification, asymmetry, cancelled, classify, skew_tolerance
-from implicitdiff.tolerances import LOST, ROUNDED, is_double
+from implicitdiff.tolerances import LOST, ROUNDED, WELL_CONDITIONED, is_double
 
 if TYPE_CHECKING:
     from implicitdiff.backends.base import Backend
 
 __all__ = ["DenseSolver", "DenseState", "weakest"]
+
+
+TOGETHER = 64
+"""Right-hand sides from which their residuals are seen on combinations: b − A x would take as long as the solution."""
+STABLE = 100.0
+"""Times the rounding of a product: a larger residual is no rounding."""
 
 
 class DenseState(NamedTuple):
@@ -126,13 +134,13 @@ class DenseSolver(Solver):
         zero = size == 0
         scale = xp.where(zero, xp.ones_like(size), size)[..., None]
         if backend.traced:
-            state, x, r = self._with_probe(state, wide / scale)
+            state, x, r, residual = self._with_probe(state, wide / scale)
         else:
-            x, r = self._refined(state, wide / scale)
-        state, residual = _by_solution(state, x), xp.sqrt(xp.vecdot(r, r))
+            x, r, residual = self._refined(state, wide / scale)
+        state = _by_solution(state, x)
         rcond = state.rcond**2 if _is_gram(state) else state.rcond  # the residual is that of A
         status, tolerance = classify(xp, state.failed, rcond, residual, _explained(state, x))
-        if state.scaling is not None:
+        if state.scaling is not None and r is not None:
             converged = status == int(Status.CONVERGED)
             residual = state.scaling.reported_residual(backend, converged, (residual, tolerance), r, wide / scale)
         condition = amplification(xp, state.operator, state.scaling, state.norm, state.rcond, x)
@@ -160,24 +168,30 @@ class DenseSolver(Solver):
         status = xp.where(xp.isfinite(item_norm(xp, x)), failed, int(Status.NON_FINITE))
         return backend.astype(x, b.dtype), status, Counts()
 
-    def _refined(self, state: DenseState, b: Array) -> tuple[Array, Array]:
-        """Return x and b − A x; solve once more for the residual where the factors left one beyond rounding."""
+    def _refined(self, state: DenseState, b: Array) -> tuple[Array, Array | None, Array]:
+        """Return x, b − A x and its norms; solve once more for it where the factors left one beyond rounding.
+
+        Of many right-hand sides the norms are bounds, and b − A x is None, where `_together` tells enough.
+        """
         backend = state.operator.backend
         xp = backend.xp
         product = matrix_product(xp, state.matrix, transposed=state.transposed)
         x = self.rows(state, b)
+        if _are_many(state, b):
+            bound, doubt = _together(state, product, b, x)
+            if not any_true(xp, doubt):
+                return x, None, bound
         r = b - product(x)
         residual = xp.sqrt(xp.vecdot(r, r))
-        # The size of b − A x that rounding explains is eps ‖A‖ ‖x‖; factors that are stable leave no more.
-        rounding = float(xp.finfo(r.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
 
         def refine(found: tuple[Array, Array]) -> tuple[Array, Array]:
             x = found[0] + self.rows(state, found[1])
             return x, b - product(x)
 
-        return backend.if_any(~(residual <= 100 * rounding), refine, (x, r))
+        x, r = backend.if_any(~(residual <= STABLE * _rounding(state, x)), refine, (x, r))
+        return x, r, xp.sqrt(xp.vecdot(r, r))
 
-    def _with_probe(self, state: DenseState, b: Array) -> tuple[DenseState, Array, Array]:
+    def _with_probe(self, state: DenseState, b: Array) -> tuple[DenseState, Array, Array | None, Array]:
         """Solve for b and for the probe vectors in one go.
 
         A compiled program has no branch that is cheap: data in single precision is always refined, in double never.
@@ -191,11 +205,16 @@ class DenseSolver(Solver):
         z = _probes(state)
         rows = self.rows(state, xp.concat([b if many else b[None, ...], z], axis=0))
         x, w = (rows[:-PROBES, ...] if many else rows[0, ...]), rows[-PROBES:, ...]
+        double = is_double(float(xp.finfo(state.operator.dtype).eps))
+        if double and _are_many(state, b):
+            bound, doubt = _together(state, product, b, x)
+            residual = backend.if_any(doubt, lambda old: item_norm(xp, b - product(x)) + 0 * old, bound)
+            return _with_condition(state, z, w), x, None, residual
         r = b - product(x)
-        if not is_double(float(xp.finfo(state.operator.dtype).eps)) and not _is_gram(state):
+        if not double and not _is_gram(state):
             x = x + self.rows(state, r)
             r = b - product(x)
-        return _with_condition(state, z, w), x, r
+        return _with_condition(state, z, w), x, r, xp.sqrt(xp.vecdot(r, r))
 
     def rows(self, state: DenseState, b: Array) -> Array:
         """Solve for b of shape (*rhs, *items, n), whose right-hand sides are columns to LAPACK."""
@@ -224,6 +243,47 @@ def _probes(state: DenseState) -> Array:
     z = probe_vector(xp, PROBES * op.n, state.matrix.dtype, op.device, constant=not op.backend.spread)
     z = xp.reshape(z, (PROBES, *(1,) * len(op.items), op.n))
     return xp.broadcast_to(z, (PROBES, *op.items, op.n)) if op.items else z
+
+
+def _rounding(state: DenseState, x: Array) -> Array:
+    """The size of b − A x that rounding explains, eps ‖A‖ ‖x‖; factors that are stable leave no more."""
+    xp = state.operator.backend.xp
+    return float(xp.finfo(x.dtype).eps) * (1 + state.norm * xp.sqrt(xp.vecdot(x, x)))
+
+
+def _are_many(state: DenseState, b: Array) -> bool:
+    """Whether b holds so many right-hand sides that their residuals are looked at together."""
+    return len(b.shape) > len(state.operator.items) + 1 and b.shape[0] >= TOGETHER
+
+
+def _together(state: DenseState, product: Product, b: Array, x: Array) -> tuple[Array, Array]:
+    """Bound ‖b − A x‖ of each right-hand side from a few combinations of them; and where that does not tell enough.
+
+    With columns b_j − A x_j in units u_j of their rounding and weights g_j without structure, one column that is wrong
+    shows in Σ_j g_j (b_j − A x_j)/u_j, which takes one product with A and not one for each (Freivalds). Its squared
+    norm is about the sum of those of the columns, so that it bounds each, in rounding, by √m.
+
+    Returns
+    -------
+    tuple of array, shape (*rhs, *items)
+        The bounds, and whether b − A x is to be made.
+    """
+    op = state.operator
+    xp, items, rhs = op.backend.xp, len(op.items), b.shape[0]
+    g = probe_vector(xp, PROBES * rhs, b.dtype, op.device, constant=not op.backend.spread)
+    g = xp.reshape(g, (PROBES, rhs))
+    g = g / xp.sqrt(xp.sum(g * g, axis=0))
+    unit = _rounding(state, x)
+    weights = xp.reshape(g, (PROBES, rhs, *(1,) * items)) / unit
+    weights = xp.moveaxis(weights, (0, 1), (-2, -1)) if items else weights
+
+    def combined(vectors: Array) -> Array:
+        return xp.moveaxis(weights @ xp.moveaxis(vectors, 0, -2), -2, 0) if items else weights @ vectors
+
+    r = combined(b) - product(combined(x))
+    seen = xp.sqrt(xp.sum(xp.vecdot(r, r), axis=0))
+    bound = seen * unit
+    return bound, ~((seen <= STABLE) & (bound <= 100 / WELL_CONDITIONED))
 
 
 def weakest(solver: DenseSolver, op: Operator, matrix: Array) -> tuple[DenseState, Array]:
