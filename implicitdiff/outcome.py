@@ -131,8 +131,8 @@ class Report(Record):
         Iterations and products with A (one per vector).
     residual : float or array
         True residual ``‖b − A x‖ / ‖b‖`` of the linear system, recomputed at exit; where the equilibrated system, on
-        which it is judged, is on the other side of the tolerance, the residual of that one. Of many right-hand sides that
-        a direct method solves together (the columns of a Jacobian), a bound of each, in the equilibrated system.
+        which it is judged, is on the other side of the tolerance, the residual of that one. Of many right-hand sides
+        that a direct method solves together (the columns of a Jacobian), a bound of each, in the equilibrated system.
     stationarity : float or array
         ``‖F(y, theta)‖``; NaN where the condition gives no way to evaluate F.
     solved : bool, array of bool or None

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
-import array_api_compat.torch as xp
 import torch
 
 from implicitdiff.arrays import Array
 from implicitdiff.backends.array_api import ArrayAPIBackend
 from implicitdiff.backends.torch import autograd as torch_autograd
 from implicitdiff.backends.torch import dtensor as torch_dtensor
+from implicitdiff.backends.torch import namespace as xp
 from implicitdiff.backends.torch.captured import Captures
 from implicitdiff.backends.torch.space import TorchItemsSpace, space_on_host
 from implicitdiff.errors import BackendError

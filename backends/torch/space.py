@@ -6,12 +6,12 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import array_api_compat.torch as torch_xp
 import numpy as np
 import torch
 
 from implicitdiff.arrays import Array
 from implicitdiff.arrays import numpy_namespace as np_xp
+from implicitdiff.backends.torch import namespace as torch_xp
 from implicitdiff.linalg.host_space import HostSpace
 from implicitdiff.linalg.vector_space import ArraySpace
 
