@@ -32,6 +32,8 @@ from implicitdiff import (
     UnknownNameError,
     bilevel,
 )
+from implicitdiff.outer.schedules import Schedule
+from implicitdiff.outer.state import Found
 
 RNG = np.random.default_rng(0)
 X, XV = RNG.normal(size=(40, 8)), RNG.normal(size=(30, 8))
@@ -362,6 +364,52 @@ def test_wrong_schedules() -> None:
 def test_a_schedule_shows_all_of_its_numbers(schedule: Any) -> None:
     assert eval(repr(schedule)) == schedule
     assert all(f"{f.name}=" in repr(schedule) for f in dataclasses.fields(schedule))
+
+
+class InClosedForm(Schedule):
+    """What solves and moves in a way of its own."""
+
+    def first(self, spot: Any) -> Any:
+        return spot.equations.number(0.0), 0, 0, None
+
+    def find(self, equations: Any, start: Any, theta: Any, state: Any, inner: Any) -> Found:
+        y, g, zero = solved(theta), truth(theta), equations.number(0.0)
+        return Found(
+            y, 0 * y, g, equations.at(y, theta).value(), zero, zero, zero == 0, 1, 2, state.doubt, state.scale, None,
+            state.damping, share=0.5,
+        )  # fmt: skip
+
+    def limit(self, equations: Any, state: Any, size: Any) -> Any:
+        return 1e-8 * size
+
+    def _shown(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_schedule_makes_its_own_step() -> None:
+    """The loop knows none of them by name: one that it never saw moves theta and counts what it says it spent."""
+    options: dict[str, Any] = {"args": (X, T), "optimizer": "sgd", "learning_rate": 0.5, "steps": 3}
+    found = bilevel(RIDGE, OUTER, Y0, THETA0, tolerance=InClosedForm(), **options)
+    theta = THETA0
+    for _ in range(3):
+        theta = theta - 0.25 * truth(theta)
+    np.testing.assert_allclose(found.theta, theta, rtol=1e-12)
+    np.testing.assert_allclose(found.y, solved(theta), rtol=1e-6)
+    assert (int(found.state.inner_gradients), int(found.state.products)) == (3, 6)
+
+
+@pytest.mark.parametrize("inner", ["newton-cg", "lbfgs", "gradient"])
+def test_a_fixed_tolerance_from_a_solution_that_is_zero(inner: str) -> None:
+    """Its size at the start is no measure of F: the loop solved for zero then, and told that it had missed that."""
+    A, ones = np.diag([1.0, 2.0, 3.0]), np.ones(3)
+    condition = Stationary(
+        grad=lambda y, t: A @ y + y**3 - (t - 1), hvp=lambda y, t, v: A @ v + 3 * y**2 * v,
+        mixed_vjp=lambda y, t, u: -u,
+    )  # fmt: skip
+    loss = (lambda y, t: ((y - 3) ** 2).sum() / 2, lambda y, t: (y - 3, None))
+    found = bilevel(condition, loss, 0 * ones, ones, tolerance=Fixed(1e-8), inner=inner, steps=5)
+    assert found.status is Status.CONVERGED
+    assert all(row.residual < 1e-6 for row in found.history)
 
 
 # -- frameworks ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -15,12 +15,10 @@ from implicitdiff.outcome import Status, warn
 from implicitdiff.outer.history import History, HistoryRow
 from implicitdiff.outer.loop import Steps
 from implicitdiff.outer.optimizers import SCIPY
-from implicitdiff.outer.schedules import Schedule, Sweep
-from implicitdiff.outer.single_loop import SOBA
+from implicitdiff.outer.schedules import Schedule, Sweep, as_schedule
 from implicitdiff.outer.state import BilevelState
 from implicitdiff.outer.whole import CAUSES, minimize_whole
 from implicitdiff.records import Record, brief
-from implicitdiff.tolerances import CONSISTENT
 
 __all__ = ["Bilevel", "BilevelResult", "bilevel"]
 
@@ -116,17 +114,16 @@ class Bilevel(Record):
 
     @cached_property
     def _steps(self) -> Steps:
+        tolerance = as_schedule(self.tolerance)
         if self._whole:
             names = ("learning_rate", "project", "resume")
             given = [name for name in names if getattr(self, name) is not None]
             if given:
                 raise InputError(f"{', '.join(given)}: optimizer={self.optimizer!r} runs the whole loop, and has none.")
-            if isinstance(self.tolerance, SOBA):
+            if not tolerance.solves:
                 raise InputError(f"optimizer={self.optimizer!r} compares values; batches have others.\nNext: 'sgd'.")
         optimizer = "sgd" if self._whole else self.optimizer
-        tolerance = self.tolerance
-        if self._whole and isinstance(tolerance, Sweep):
-            tolerance = replace(tolerance, target=min(tolerance.target, CONSISTENT))
+        tolerance = tolerance.comparable() if self._whole else tolerance
         return Steps(
             self.condition, self.outer, tuple(self.args), self.inner, optimizer, self.learning_rate, tolerance,
             self.solver, self.project, None if self._whole else self.bounds,

@@ -1,15 +1,24 @@
-"""How accurately each step of a bilevel loop is solved."""
+"""How accurately each step of a bilevel loop is solved, and what finds its gradient."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
+from implicitdiff.arrays import Array, divisor
 from implicitdiff.errors import InputError
 from implicitdiff.outcome import Status
+from implicitdiff.outer.inner import newton_cg
+from implicitdiff.outer.state import BilevelState, Found
+from implicitdiff.outer.sweeps import Corrected, adjoint_solved, begin, swept
 from implicitdiff.records import Record
+from implicitdiff.tolerances import CONSISTENT
 
-__all__ = ["Fixed", "Geometric", "Schedule", "Summable", "Sweep"]
+if TYPE_CHECKING:
+    from implicitdiff.outer.equations import Equations, Spot
+    from implicitdiff.outer.inner import Inner
+
+__all__ = ["Fixed", "Geometric", "Schedule", "Summable", "Sweep", "as_schedule"]
 
 
 def _check(name: str, value: Any, low: float = 0.0, high: float = float("inf")) -> None:
@@ -19,10 +28,13 @@ def _check(name: str, value: Any, low: float = 0.0, high: float = float("inf")) 
 
 
 class Schedule(Record):
-    """A relative tolerance for each outer step; subclasses have ``at(step)``."""
+    """A relative tolerance for each outer step, ``at(step)``, to which y and the adjoint are solved.
 
-    measured = False
-    """Whether the error of the gradient decides, and not a tolerance."""
+    Subclasses that find the gradient otherwise have a ``find`` of their own.
+    """
+
+    solves = True
+    """Whether y is an inner solution, to a tolerance."""
     ends = Status.CONVERGED
     """What a loop is whose gradients all came to their tolerance."""
 
@@ -30,9 +42,70 @@ class Schedule(Record):
         """Return the relative tolerance of that step (0, 1, …); ``step`` may be a 0-d array of floats."""
         raise NotImplementedError
 
+    def refuse(self, condition: Any, inner: Any, solver: Any) -> None:
+        """Raise for arguments of a loop that have no place in this one."""
+
+    def comparable(self) -> Schedule:
+        """Return one whose values and gradients fit together as well as a line search needs them to."""
+        return self
+
+    def on_samples(self, equations: Equations, step: Any) -> Equations:
+        """Return the equations on the samples of a step; there are none, and they are as they are."""
+        return equations
+
+    def first(self, spot: Spot) -> tuple[Array, Any, Any, Any]:
+        """Return the scale of F at the start, the gradients and products that it took, and the first memory."""
+        y, space = spot.rules.embedded(spot.y), spot.equations.backend.space
+        sizes = [space(x).size(x) for x in (spot.residual(), spot.product(y))]
+        return spot.equations.backend.xp.maximum(*sizes), 1, 1, spot.memory()
+
+    def limit(self, equations: Equations, state: BilevelState, size: Array) -> Any:
+        """Return the ‖F‖ that y is solved to at the end, where it is ``size`` yet."""
+        return self._rtol(equations, state) * equations.backend.xp.maximum(state.scale, size)
+
+    def find(
+        self, equations: Equations, start: tuple[Array, Array], theta: Array, state: BilevelState, inner: Inner
+    ) -> Found:
+        """Find the gradient at θ, from a start of y and u."""
+        rtol = self._rtol(equations, state)
+        s = begin(equations, start, theta, (state.doubt, state.memory, state.damping), gradient=False)
+        # F may have been zero, or rounding, at the start of the loop
+        scale = equations.backend.xp.maximum(state.scale, s.size)
+        s = adjoint_solved(equations, inner(equations, s, theta, rtol * scale), theta, rtol)
+        return found(equations, s, theta, equations.number(float("nan")), scale)
+
+    def _rtol(self, equations: Equations, state: BilevelState) -> Any:
+        step = equations.backend.xp.asarray(state.step, dtype=equations.y.dtype, device=equations.y.device)
+        return self.at(step)
+
     def _shown(self) -> dict[str, Any]:
         """All of its numbers: in a table of runs they are what is compared."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def as_schedule(tolerance: Any) -> Schedule:
+    """Return it.
+
+    Raises
+    ------
+    InputError
+        Where it is none.
+    """
+    if not isinstance(tolerance, Schedule):
+        raise InputError(
+            f"tolerance = {tolerance!r}: expected Sweep(), Fixed(rtol), Geometric(), Summable(), SOBA(samples) or "
+            "SABA(samples)."
+        )
+    return tolerance
+
+
+def found(equations: Equations, s: Corrected, theta: Array, error: Array, scale: Array) -> Found:
+    """Return y, u and the gradient that were solved for, with the value to second order."""
+    value = equations.at(s.y, theta).value() - equations.backend.xp.vecdot(s.u, s.F)
+    return Found(
+        s.y, s.u, s.gradient, value, error, s.size, s.usable & ~s.going, s.gradients, s.products, s.doubt, scale,
+        s.memory, s.damping,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,7 +143,6 @@ class Sweep(Schedule):
     target: float = 0.1
     most: int = 20
     check: int = 8
-    measured = True
 
     def __post_init__(self) -> None:
         _check("eta", self.eta, 0, 1)
@@ -80,6 +152,25 @@ class Sweep(Schedule):
 
     def at(self, step: Any) -> Any:
         return self.eta
+
+    def comparable(self) -> Schedule:
+        return replace(self, target=min(self.target, CONSISTENT))
+
+    def first(self, spot: Spot) -> tuple[Array, Any, Any, Any]:
+        return spot.equations.number(float("nan")), 0, 0, spot.memory()
+
+    def limit(self, equations: Equations, state: BilevelState, size: Array) -> Any:
+        return self.eta * size
+
+    def find(
+        self, equations: Equations, start: tuple[Array, Array], theta: Array, state: BilevelState, inner: Inner
+    ) -> Found:
+        xp = equations.backend.xp
+        s = begin(equations, start, theta, (state.doubt, state.memory, state.damping), gradient=True)
+        least = xp.where(state.step % self.check == 0, equations.count(2), equations.count(1))
+        s = swept(equations, s, theta, self, least, inner=None if inner is newton_cg else inner)
+        error = s.error / divisor(xp, equations.backend.space(theta).size(s.gradient))
+        return found(equations, s, theta, error, state.scale)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

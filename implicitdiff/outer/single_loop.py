@@ -30,6 +30,7 @@ from implicitdiff.outcome import Status
 from implicitdiff.outer.equations import Equations, Spot
 from implicitdiff.outer.sampling import drawn
 from implicitdiff.outer.schedules import Schedule
+from implicitdiff.outer.state import BilevelState, Found
 from implicitdiff.solvers.approximation import dominant
 
 __all__ = ["SABA", "SOBA", "Directions"]
@@ -121,6 +122,7 @@ class SOBA(Schedule):
     step: Any = "auto"
     decay: float = 0.5
     seed: int = 0
+    solves = False
     ends = Status.APPROXIMATE
 
     def __post_init__(self) -> None:
@@ -144,8 +146,7 @@ class SOBA(Schedule):
     def check_blocks(self, size: int, batch: int, what: str) -> None:
         """Raise where the samples cannot be drawn as they are to be."""
 
-    def check(self, condition: Any, inner: Any, solver: Any) -> None:
-        """Raise for arguments of a loop that have no place in this one."""
+    def refuse(self, condition: Any, inner: Any, solver: Any) -> None:
         name = type(self).__name__
         for what, value, default in (("inner", inner, "newton-cg"), ("solver", solver, "auto")):
             if not (isinstance(value, str) and value == default):
@@ -181,20 +182,39 @@ class SOBA(Schedule):
                 outer = tuple(_on(f, i) for f in outer) if isinstance(outer, tuple) else _on(outer, i)
         return replace(equations, problem=problem, outer=outer), blocks
 
+    def on_samples(self, equations: Equations, step: Any) -> Equations:
+        return self.sampled(equations, step)[0]
+
     # -- a step ----------------------------------------------------------------------------------------
-    def first(self, spot: Spot) -> tuple[Array, Any, Any]:
-        """Return ρ at the start, the products that it took, and the memory."""
+    def first(self, spot: Spot) -> tuple[Array, Any, Any, Any]:
+        """Return ρ at the start, the gradients and products that it took, and the memory."""
         number = spot.equations.number
         if self.step != "auto":
-            return number(float(self.step)), 0, self.memory(spot)
+            return number(float(self.step)), 0, 0, self.memory(spot)
         xp = spot.equations.backend.xp
         largest = xp.abs(dominant(spot.operator))
         step = SHARE / divisor(xp, largest)
-        return step * number(1.0), spot.operator.probes, self.memory(spot)
+        return step * number(1.0), 0, spot.operator.probes, self.memory(spot)
 
     def memory(self, spot: Spot) -> Any:
         """Return what is kept from step to step, before the first."""
         return None
+
+    def find(
+        self, equations: Equations, start: tuple[Array, Array], theta: Array, state: BilevelState, inner: Any
+    ) -> Found:
+        """Move y and the adjoint by a step each from where they are, on the batches of the step."""
+        equations, blocks = self.sampled(equations, state.step)
+        y, backend, number = equations.y.vector, equations.backend, equations.number
+        spot, none = equations.at(y, theta), equations.count(0)
+        d, F = self.directions(spot, state.adjoint, blocks, state.memory)
+        shrink = self.at(backend.xp.astype(backend.xp.asarray(state.step), y.dtype))
+        rho = state.scale * shrink
+        y, u = backend.detached(y - rho * d.by_y), backend.detached(state.adjoint - rho * d.by_u)
+        return Found(
+            y, u, d.by_theta, spot.value(), number(float("nan")), backend.space(F).size(F), state.met, none + 1,
+            none + 1, state.doubt, state.scale, d.memory, state.damping, shrink,
+        )  # fmt: skip
 
     def directions(self, spot: Spot, u: Array, blocks: list[Any], memory: Any) -> tuple[Directions, Array]:
         """Return the estimates of the directions, and F on the batch."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor
 
-__all__ = ["BilevelState", "Past"]
+__all__ = ["BilevelState", "Found", "Past"]
 
 
 class Past(NamedTuple):
@@ -22,6 +22,27 @@ class Past(NamedTuple):
         square = xp.vecdot(self.by_theta, self.by_theta)
         t = xp.vecdot(theta - self.theta, self.by_theta) / divisor(xp, square)
         return xp.clip(xp.where(square > 0, t, xp.zeros_like(t)), 0.0, 2.0)
+
+
+class Found(NamedTuple):
+    """What a schedule finds at the θ of a step: where y and u go, the gradient, and what is known of them."""
+
+    y: Array
+    u: Array
+    gradient: Array
+    value: Array
+    error: Array
+    """Of the gradient, relative; NaN where nothing was measured."""
+    residual: Array
+    met: Array
+    gradients: Array
+    products: Array
+    doubt: Array
+    scale: Array
+    memory: Any
+    damping: Array
+    share: Any = None
+    """Part of the optimizer's step that θ makes; None for all of it."""
 
 
 class BilevelState(NamedTuple):

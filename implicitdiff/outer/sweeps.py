@@ -19,12 +19,14 @@ residual that is left is held for that of the error, which is c / (1 − c) of i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor
 from implicitdiff.outer.equations import Equations
-from implicitdiff.outer.schedules import Sweep
 from implicitdiff.tolerances import DAMPED, EASED, FORGOTTEN, OVERSHOT, RAISED, ROUNDED, SMALLEST_STEP
+
+if TYPE_CHECKING:
+    from implicitdiff.outer.schedules import Sweep
 
 __all__ = ["Corrected", "adjoint_solved", "begin", "corrected", "newton", "swept"]
 
