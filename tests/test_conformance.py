@@ -32,7 +32,7 @@ def test_a_solver_of_somebody_else_conforms() -> None:
     check_solver(Inverse())
 
 
-@pytest.mark.slow(on=("array_api_strict",))
+@pytest.mark.slow(on=("array_api_strict", "jax"))
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b if isinstance(b, str) else b.name)
 def test_backends_conform(backend: Any) -> None:
     check_backend(backend)

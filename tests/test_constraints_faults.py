@@ -100,6 +100,7 @@ def test_multipliers_tell_what_is_active(lib: Library) -> None:
     assert_right(lib, pulled(lib, condition, [1 - 1e-5, 2], [3, 2]), [0.0, 0.5], 1e-5)
 
 
+@pytest.mark.slow(on=("jax",))
 @AND_JAX
 def test_multiplier_of_the_wrong_sign(lib: Library, by: tuple[str, str]) -> None:
     """The bound lies on the side to which the objective falls."""

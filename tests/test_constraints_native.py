@@ -90,6 +90,7 @@ def test_second_order(name: str, name_of: str) -> None:
     assert_same(fw, found, hessian(loss_of(fw, truth))(theta))
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_vmap_of_grad(name: str) -> None:
     fw = framework(name)

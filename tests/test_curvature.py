@@ -60,6 +60,7 @@ def test_what_is_said_is_checked(lib, kind, point, size):
         assert_as_told(at_point(lib, point, kind, solver="lu"), kind, point)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", JAX, ids=lambda lib: lib.name)
 @pytest.mark.parametrize(("kind", "point"), [(None, "maximum"), (None, "saddle"), ("minimum", "saddle")])
 def test_under_jax(lib, kind, point):

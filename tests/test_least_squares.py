@@ -65,6 +65,7 @@ def test_batch(lib: Library, given: tuple[str, ...], hessian: str) -> None:
     right(lib, found, np.stack([-np.linalg.solve(A, B) for A, B in pairs]))
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH_HESSIAN
 @pytest.mark.parametrize("given", [(), ("jacobian",)], ids=["derived", "jacobian"])
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)

@@ -68,6 +68,7 @@ def exact_hilbert(k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     return J, np.array([[float(x) for x in row[n:]] for row in A])
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
 def test_condition_of_the_jacobian_is_not_squared(lib: Library) -> None:
     """Against exact arithmetic, by rational numbers."""

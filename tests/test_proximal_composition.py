@@ -146,6 +146,7 @@ def test_one_of_the_two_may_do_without_theta(lib: Library) -> None:
 
 
 # -- faults ------------------------------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @EVERY
 @pytest.mark.parametrize("case", ["lasso", "box", "simplex"])
 def test_a_kink_is_told(lib: Library, case: str) -> None:
@@ -285,6 +286,7 @@ def test_lasso_in_mixed_units(lib: Library, items: int) -> None:
         assert np.allclose(lib.numpy(found.value), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow(on=("jax",))
 @EVERY
 def test_a_prox_that_takes_one_step_only(lib: Library) -> None:
     """A prox that cannot be called with an array of steps is given a number, whatever the units."""

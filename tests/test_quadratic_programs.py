@@ -88,6 +88,7 @@ def test_quadratic_program_is_the_same_as_its_functions(lib: Library) -> None:
         np.testing.assert_allclose(lib.numpy(one[name]), lib.numpy(other[name]), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow(on=("jax",))
 @ALL_LIBS
 def test_batch_of_quadratic_programs(lib: Library) -> None:
     """Data that is fixed is shared; the rest has the leading axis."""

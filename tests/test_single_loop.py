@@ -235,6 +235,7 @@ def in_framework(xp: Any) -> tuple[Any, Any, tuple[Any, ...], Any, Any]:
     return objective, outer, (xp.asarray(X), xp.asarray(T)), xp.asarray(Y0), xp.asarray(THETA0)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 def test_frameworks_draw_the_same_batches(name: str) -> None:
     fw = framework(name)

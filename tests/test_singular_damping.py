@@ -107,6 +107,7 @@ def test_in_a_compiled_program(name: str) -> None:
     np.testing.assert_allclose(f.numpy(x), np.linalg.solve(a + found * np.eye(30), b), rtol=1e-7)
 
 
+@pytest.mark.slow(on=("jax",))
 @EACH
 @pytest.mark.parametrize("jit", [False, True])
 def test_constraints_in_a_batch(name: str, jit: bool) -> None:

@@ -287,6 +287,7 @@ def test_units_change_nothing(how: str) -> None:
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
 def test_a_pattern_that_misses_an_entry_is_an_error(lib: Library) -> None:
     condition = idf.Root(chain(lib.xp), sparsity=(np.append(I, 5), np.append(I + 1, 4)))

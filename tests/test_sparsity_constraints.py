@@ -65,6 +65,7 @@ def arrays(lib: Library, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: lib.array(dense(DATA)[name]) for name in names}
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("solver", ["auto", "lu", "ldlt", "minres"])
 @pytest.mark.parametrize("given", ["QAG", "G", "QA"])
 @pytest.mark.parametrize("lib", [*PLAIN, *JAX], ids=lambda lib: lib.name)
@@ -102,6 +103,7 @@ def test_every_direction_and_given_multipliers(lib: Library) -> None:
         np.testing.assert_allclose(lib.numpy(found[name]), want[name], rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow(on=("jax",))
 @pytest.mark.parametrize("lib", [NUMPY, *TORCH, *JAX], ids=lambda lib: lib.name)
 def test_a_batch_and_infinite_bounds(lib: Library) -> None:
     items = []
