@@ -79,6 +79,9 @@ LEAST_NORM = ByPrecision(1e-6, 1e-2)
 which F is linear in y: as well as solvers that began at zero leave it."""
 PROJECTOR = ByPrecision(1e-9, 1e-4)
 """Relative difference of D D z and D z up to which D is a projection: some roundings of two products."""
+KEPT_IN_NULL_SPACE = 0.5
+"""Part of the difference of two solutions that a second round leaves, from which it lies in the null space: of a
+regular A the tolerance of the solve is left of it, of a singular one all."""
 
 # -- units -----------------------------------------------------------------------------------------------
 EVEN = 1.25

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -361,23 +361,16 @@ def test_derivatives_of_differences_are_refused() -> None:
 
 def test_eight_threads() -> None:
     """First and second order by reverse mode (Torch's own forward mode is not safe in threads)."""
-    expected, wrong = jacrev(jacrev(loss(truth)))(THETA), []
+    expected = jacrev(jacrev(loss(truth)))(THETA)
 
-    def work() -> None:
-        try:
-            for _ in range(3):
-                theta = leaf()
-                (g,) = grad(loss(solve)(theta), theta, create_graph=True)
-                same(torch.stack([grad(x, theta, retain_graph=True)[0] for x in g]), expected)
-        except BaseException as error:
-            wrong.append(error)
+    def work(_: int) -> None:
+        for _ in range(3):
+            theta = leaf()
+            (g,) = grad(loss(solve)(theta), theta, create_graph=True)
+            same(torch.stack([grad(x, theta, retain_graph=True)[0] for x in g]), expected)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
 
 
 def test_memory_is_freed() -> None:

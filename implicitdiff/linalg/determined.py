@@ -12,11 +12,9 @@ from typing import Any
 from implicitdiff.arrays import Array, any_true, divisor, item_norm, marked
 from implicitdiff.linalg.operator import Operator
 from implicitdiff.outcome import Counts, Status
+from implicitdiff.tolerances import KEPT_IN_NULL_SPACE
 
 __all__ = ["determined"]
-
-KEPT = 0.5
-"""Of d, in the second round, from which it is in the null space: of a regular K a tolerance is left of it."""
 
 
 def determined(prepared: Any, used: Operator, state: Any, status: Array, counts: Counts) -> tuple[Array, Counts]:
@@ -61,7 +59,7 @@ def _full_rank(op: Operator, solver: Any, state: Any, counts: Counts) -> tuple[A
         return ~doubt, 1
     rest, second = _left(op, solver, state, d)
     kept = item_norm(xp, rest / unit) / divisor(xp, size)
-    return ~(doubt & (second <= int(Status.LEAST_SQUARES)) & (kept > KEPT)), 2
+    return ~(doubt & (second <= int(Status.LEAST_SQUARES)) & (kept > KEPT_IN_NULL_SPACE)), 2
 
 
 def _left(op: Operator, solver: Any, state: Any, x: Array) -> tuple[Array, Array]:
