@@ -475,6 +475,8 @@ def test_under_jax_a_solver_on_the_host_and_steps_in_a_scan() -> None:
         exact = truth(theta)
         assert np.linalg.norm(gradient - exact) <= 0.1 * np.linalg.norm(exact)
     np.testing.assert_array_equal(np.asarray(end.theta), thetas[-1])
+    with pytest.raises(InputError, match=r"(?s)traced.*\.init and \.step"):
+        fw.jax.jit(lambda lam: loop.run(y0, lam).theta)(theta0)
 
 
 @pytest.mark.parametrize("inner", ["newton-cg", "lbfgs"])

@@ -18,6 +18,7 @@ from implicitdiff.outer.optimizers import SCIPY
 from implicitdiff.outer.schedules import Schedule, Sweep, as_schedule
 from implicitdiff.outer.state import BilevelState
 from implicitdiff.outer.whole import CAUSES, minimize_whole
+from implicitdiff.pytree import flatten
 from implicitdiff.records import Record, brief
 
 __all__ = ["Bilevel", "BilevelResult", "bilevel"]
@@ -180,7 +181,14 @@ class Bilevel(Record):
         Returns
         -------
         BilevelResult
+
+        Raises
+        ------
+        InputError
+            Within ``jax.jit``, where no value is seen; and for what is wrong with an argument.
         """
+        if self.resume is None:
+            _check_seen(self._steps, y0, theta0)
         if self._whole:
             y, state, found = minimize_whole(self._steps, self, y0, theta0)
             return BilevelResult(y, state.theta, found.status, History(found.rows), state, found.message)
@@ -206,6 +214,16 @@ class Bilevel(Record):
             stop = _missed(missed, len(rows))
             warn(stop, AccuracyWarning)
         return BilevelResult(y, state.theta, status, History(rows), state, stop)
+
+
+def _check_seen(steps: Steps, *trees: Any) -> None:
+    """Raise where a history cannot be kept, since values are traced."""
+    leaves = [leaf for tree in trees for leaf in flatten(tree).leaves]
+    if not steps.problem(*trees).backend.sees(*leaves):
+        raise InputError(
+            "bilevel keeps a history of values, and y0 or theta0 are traced.\n"
+            "Next: call it outside of jax.jit; its steps are compiled in any case. Within: Bilevel(...).init and .step."
+        )
 
 
 def _missed(missed: list[int], steps: int) -> str:
