@@ -96,7 +96,7 @@ def lowest(*extras: str) -> list[str]:
 
 @nox.session
 def quick(session: nox.Session) -> None:
-    """Run each choice of each test once, in a minute: without JAX, or on what ``-- --backend jax`` names."""
+    """Run each choice of each test once, in a few minutes: without JAX, or on what ``-- --backend jax`` names."""
     install(session, "-e", ".[test,torch,jax]")
     chosen = any(option.startswith("--backend") for option in session.posargs)
     libraries = () if chosen else ("--backend", "numpy", "--backend", "array_api_strict", "--backend", "torch")

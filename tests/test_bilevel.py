@@ -499,7 +499,7 @@ def test_any_library_of_the_array_standard(inner: str, optimizer: str) -> None:
     np.testing.assert_allclose(np.asarray(found.theta), same.theta, rtol=1e-6)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (0, 2))])
 def test_an_adjoint_that_cg_cannot_solve_for_is_left_and_told(seed: int) -> None:
     """At a saddle point CG stops anywhere: what it had must not be added, step after step, to the adjoint."""
     rng = np.random.default_rng(seed)
