@@ -290,7 +290,7 @@ class Rules:
             return -b, direct
 
         self.product = Product(False, again, b, solution, w, p.y.unravel, direct)
-        w = w + direct
+        w = w + direct if self.follows else w
         return self._nan_where_failed(w, diagnostics._replace(right=right))
 
     def restricted(self, x: Any) -> Any:

@@ -149,9 +149,9 @@ class DenseSolver(Solver):
             status = xp.where(zero, xp.zeros_like(status), status)
             x = xp.where(zero[..., None], xp.zeros_like(x), x)
         x = x if state.scaling is None else state.scaling.restored(x)
-        x = backend.astype(x * scale, b.dtype)
+        x *= scale  # of its own, and as large as A where the columns are many
         norm = state.size / math.sqrt(state.operator.n)
-        return x, status, Counts(0, 0, residual, norm, state.rcond, tolerance, condition)
+        return backend.astype(x, b.dtype), status, Counts(0, 0, residual, norm, state.rcond, tolerance, condition)
 
     def factored(self, state: Any) -> bool:
         return True
