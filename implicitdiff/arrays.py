@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 import numpy as np
 from scipy.linalg import blas
 
+from implicitdiff.tolerances import UNITS_OF_ZERO
+
 __all__ = [
     "Array",
     "all_finite_items",
     "any_true",
+    "around",
     "divisor",
     "ends",
     "everywhere",
@@ -178,6 +181,14 @@ def _made_probe(xp: Any, n: int, dtype: Any, device: Any, start: int) -> Array:
     index *= math.sqrt(2.0)
     z += xp.cos(index)
     return z
+
+
+def around(space: Any, x: Any) -> list[Any]:
+    """Return points near x, one for each unit that a zero of x may have."""
+    first, second = (space.nearby(x, zero) for zero in UNITS_OF_ZERO[:2])
+    if bool(space.is_zero(second - first)):  # there is none
+        return [first]
+    return [first, second, *(space.nearby(x, zero) for zero in UNITS_OF_ZERO[2:])]
 
 
 def item_numbers(xp: Any, mask: Array) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from implicitdiff.arrays import Array, any_true, item_numbers, named_items, to_python
+from implicitdiff.arrays import Array, any_true, around, item_numbers, named_items, to_python
 from implicitdiff.curvature import tell_kind
 from implicitdiff.errors import (
     AccuracyWarning,
@@ -17,6 +17,7 @@ from implicitdiff.errors import (
     SolveWarning,
 )
 from implicitdiff.failures import explain
+from implicitdiff.linalg.vector_space import is_tree_vector
 from implicitdiff.outcome import warn
 from implicitdiff.ravel import Raveler
 from implicitdiff.tolerances import is_double
@@ -156,16 +157,30 @@ def _check_dependence(rules: Any) -> None:
     p, at = rules.point, rules.maps.at
     if 0 in (p.theta.n, p.y.n, *p.items):
         return
-    y, theta, xp = p.y.vector, p.theta.vector, p.backend.xp
-    moved, space = p.theta.space.nearby(theta), p.y.space
-    here = (y, space.nearby(y))
-    # what a function returns may be a buffer that its next call fills again
-    if at is not None and all(bool(space.is_zero(space.copy(at(z, moved)) - at(z, theta))) for z in here):
+    if at is not None and not _sees_theta(p, at):
         raise independent("it is the same to the last bit at another theta")
     # by differences ∇f is not the same to the last bit, since their steps look at θ, too; but f is
     f = next((c.values for c in rules.maps.checked if c.solved == 0), None)
-    if f is not None and not any(any_true(xp, xp.asarray(f(z, moved), copy=True) != f(z, theta)) for z in here):
+    if f is not None and not _sees_theta(p, f):
         raise independent("f is the same to the last bit at another theta")
+
+
+def _sees_theta(point: Any, function: Any) -> bool:
+    """Whether a function changes with θ in an entry that is finite, at y or near it."""
+    xp, y, theta = point.backend.xp, point.y.vector, point.theta.vector
+    for near in (y, *around(point.y.space, y)):
+        here = _numbers(xp, function(near, theta))
+        for aside in around(point.theta.space, theta):
+            there = _numbers(xp, function(near, aside))
+            if any(any_true(xp, xp.isfinite(a) & (a != b)) for a, b in zip(here, there, strict=True)):
+                return True
+    return False
+
+
+def _numbers(xp: Any, found: Any) -> list[Array]:
+    """Arrays of a result; what a function returns may be a buffer that its next call fills again."""
+    leaves = found.leaves if is_tree_vector(found) else [found]
+    return [xp.asarray(leaf, copy=True) for leaf in leaves]
 
 
 def check_loss(point: Any, loss: Any) -> None:
@@ -175,12 +190,13 @@ def check_loss(point: Any, loss: Any) -> None:
     """
     if 0 in (point.y.n, *point.items):
         return
-    y, theta = point.y.vector, point.theta.vector
-    near, aside = point.y.space.nearby(y), point.theta.space.nearby(theta) if point.theta.n else theta
-    xp = point.backend.xp
-    here = xp.asarray(loss(y, theta), copy=True)
-    for at in (near, near + near - y, -near, 3 * near):
-        if any_true(xp, loss(at, aside) != here):
+    y, theta, xp = point.y.vector, point.theta.vector, point.backend.xp
+    nears = around(point.y.space, y)
+    asides = around(point.theta.space, theta) if point.theta.n else [theta]
+    here, near = xp.asarray(loss(y, theta), copy=True), nears[0]
+    places = [(z, asides[0]) for z in (near, near + near - y, -near, 3 * near, *nears[1:])]
+    for there in (*places, *((near, aside) for aside in asides[1:])):
+        if any_true(xp, loss(*there) != here):
             return
     raise loss_independent("it is the same to the last bit at other y and theta")
 

@@ -67,6 +67,46 @@ def test_fault_49_closure_in_other_units(lib: Library) -> None:
         assert_told(found, DerivativeError, "does not depend on theta")
 
 
+UNITS = [1e-20, 1e-9, 1.0, 1e9, 1e20]
+
+
+@pytest.mark.parametrize("of_theta", UNITS)
+@pytest.mark.parametrize("of_y", UNITS)
+def test_fault_49_zeros_in_any_unit(lib: Library, of_y: float, of_theta: float) -> None:
+    """y or θ is 0, in whatever unit: F that sees θ where it is not 0 is no fault, and F that never does is one."""
+    xp, one, zero = lib.xp, lib.array([1.0, -2.0]), lib.array([0.0, 0.0])
+
+    def g(condition: Root, y: Any, theta: Any) -> Any:
+        return outcome(lambda: implicit_vjp(condition, y, theta, one / of_y, solver="lu"))
+
+    def seen(y: Any, theta: Any) -> Any:
+        return y / of_y + (y / of_y) ** 2 * theta / of_theta
+
+    sees = Root(
+        seen, jvp=lambda y, t, v: v * (1 + 2 * y / of_y * (t / of_theta)) / of_y,
+        vjp=lambda y, t, u: u * (1 + 2 * y / of_y * (t / of_theta)) / of_y,
+        mixed_vjp=lambda y, t, u: u * (y / of_y) ** 2 / of_theta,
+    )  # fmt: skip
+    for theta in (of_theta * one, zero, lib.array([0.0, of_theta])):
+        assert_right(lib, g(sees, zero, theta), np.zeros(2), 0.0)
+    flat = {"jvp": lambda y, t, v: v / of_y, "vjp": lambda y, t, u: u / of_y}
+    at_one = Root(
+        lambda y, t: y / of_y - one - (t / of_theta) ** 2, **flat,
+        mixed_vjp=lambda y, t, u: -2 * u * (t / of_theta) / of_theta,
+    )  # fmt: skip
+    assert_right(lib, g(at_one, of_y * one, zero), np.zeros(2), 0.0)
+    blind = Root(lambda y, t: xp.exp(y / of_y) - one**0, **flat, mixed_vjp=lambda y, t, u: 0 * u)
+    for theta in (of_theta * one, zero):
+        assert_told(g(blind, zero, theta), DerivativeError, "does not depend on theta")
+    # beside an entry that has a size, a zero has one of its own
+    mixed, scale = lib.array([0.0, 1.0]), lib.array([of_y, 1.0])
+    beside = Root(
+        lambda y, t: y / scale - mixed + (y[:1] / of_y) ** 2 * t, jvp=lambda y, t, v: v / scale,
+        vjp=lambda y, t, u: u / scale, mixed_vjp=lambda y, t, u: u * (y[:1] / of_y) ** 2,
+    )  # fmt: skip
+    assert_right(lib, outcome(lambda: implicit_vjp(beside, mixed, one, one, solver="lu")), np.zeros(2), 0.0)
+
+
 def test_fault_49_closure_with_every_solver(lib: Library, solver: str) -> None:
     theta = lib.array([1.0, 2.0])
     for kind in ("objective", "root"):

@@ -304,7 +304,7 @@ def test_20_all_of_y_is_zero_and_F_is_the_rounding_of_its_terms(lib, seed, dtype
     assert_told(found, NotASolutionWarning, "y is not a solution")
 
 
-@pytest.mark.parametrize("unit", [1e-20, 1.0, 1e6])
+@pytest.mark.parametrize("unit", [1e-20, 1.0, 1e6, 1e20])
 @pytest.mark.parametrize("curved", [False, True])
 def test_59_zero_is_no_solution_in_any_unit(unit, curved, solver):
     """y = 0 is a guess: F is of the size of its terms, linear or not, and its step may be far too long."""

@@ -75,8 +75,8 @@ class TorchSpace(HostSpace):
     def nan(self) -> Array:
         return self._around.nan()
 
-    def nearby(self, x: Array) -> Array:
-        return self._around.nearby(x)
+    def nearby(self, x: Array, zero: float = 1.0) -> Array:
+        return self._around.nearby(x, zero)
 
     def worst(self, x: Array) -> Array:
         return self._around.worst(x)

@@ -142,11 +142,12 @@ class ArraySpace:
         """Return a vector of NaN."""
         return self.xp.full(self.shape, math.nan, dtype=self.dtype, device=self.device)
 
-    def nearby(self, x: Array) -> Array:
-        """Return another point, one percent away in each entry."""
+    def nearby(self, x: Array, zero: float = 1.0) -> Array:
+        """Return another point, one percent away in each entry; a zero is taken for so many times the largest."""
         if not self.shape[-1]:
             return x
-        return x + NEARBY * self.probe() * _sizes(self.xp, x, lambda size: self.xp.max(size, axis=-1, keepdims=True))
+        sizes = _sizes(self.xp, x, lambda size: self.xp.max(size, axis=-1, keepdims=True), zero)
+        return x + NEARBY * self.probe() * sizes
 
     def worst(self, x: Array) -> Array:
         """Position of the largest entry, per item; -1 where that is not known."""
@@ -242,13 +243,13 @@ class TreeVector:
     __rmul__ = __mul__
 
 
-def _sizes(xp: Any, x: Array, top: Callable[[Array], Array]) -> Array:
-    """Size of each entry: its own, or where it is 0 or infinite (no bound) the largest one's; 1 for zeros."""
+def _sizes(xp: Any, x: Array, top: Callable[[Array], Array], zero: float) -> Array:
+    """Size of each entry: its own, or where it is 0 or infinite (no bound) ``zero`` times the largest one's, or 1."""
     size = xp.abs(x)
     size = xp.where(xp.isfinite(size), size, xp.zeros_like(size))
     largest = top(size)
     largest = largest + xp.astype(largest == 0, size.dtype)
-    return size + xp.astype(size == 0, size.dtype) * largest
+    return size + xp.astype(size == 0, size.dtype) * (zero * largest)
 
 
 def is_tree_vector(x: Any) -> bool:
@@ -343,11 +344,11 @@ class TreeSpace(ArraySpace):
             out = out * self.xp.reshape(wave, tuple(shape))
         return out
 
-    def nearby(self, x: TreeVector) -> TreeVector:
-        return x.map(self._leaf_nearby, self.probe())
+    def nearby(self, x: TreeVector, zero: float = 1.0) -> TreeVector:
+        def moved(leaf: Array, z: Array) -> Array:
+            return leaf + NEARBY * z * _sizes(self.xp, leaf, self.top, zero) if math.prod(leaf.shape) else leaf
 
-    def _leaf_nearby(self, leaf: Array, z: Array) -> Array:
-        return leaf + NEARBY * z * _sizes(self.xp, leaf, self.top) if math.prod(leaf.shape) else leaf
+        return x.map(moved, self.probe())
 
     def worst(self, x: TreeVector) -> Array:
         best, index, start = self.scalar(-1.0), self.counter(), 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from implicitdiff.arrays import any_true
+from implicitdiff.arrays import any_true, around
 from implicitdiff.closures import sees, swapped
 from implicitdiff.errors import DerivativeError
 from implicitdiff.pytree import flatten
@@ -103,6 +103,13 @@ class _Known:
         return False
 
 
+def _lopsided(xp: Any, loss: Any, here: Any, there: Any, middle: Any) -> bool:
+    """Whether a loss has a slope: at a minimum (a perfect fit to what it sees) both sides are alike."""
+    up, down = (xp.asarray(loss(c, None), copy=True) for c in (there, here + here - there))
+    alike = xp.abs(up - down) <= 0.1 * (xp.abs(up - middle) + xp.abs(down - middle))
+    return any_true(xp, (xp.isfinite(up) | xp.isfinite(down)) & ~alike)
+
+
 def _counts(outer: Any, name: str, known: _Known, point: Any) -> bool:
     """Whether the loss changes with what it sees of that tree."""
     backend, raveler = point.backend, getattr(point, name)
@@ -118,16 +125,13 @@ def _counts(outer: Any, name: str, known: _Known, point: Any) -> bool:
         return point.scalar_function(swapped(outer, swap), "outer", args=())(point.y.vector, point.theta.vector)
 
     here = raveler.vector
-    there = raveler.space.nearby(here)
     try:
-        middle, again, up, down = (
-            xp.asarray(loss(c, None), copy=True) for c in (here, here, there, here + here - there)
-        )
+        middle, again = (xp.asarray(loss(here, None), copy=True) for _ in range(2))
+        if any_true(xp, middle != again) or not any(
+            _lopsided(xp, loss, here, there, middle) for there in around(raveler.space, here)
+        ):
+            return False
     except Exception:  # what is wrong with a function is told where its derivative is asked for
-        return False
-    # at a minimum (a perfect fit to what it sees) both sides are alike, and nothing is lost
-    alike = xp.abs(up - down) <= 0.1 * (xp.abs(up - middle) + xp.abs(down - middle))
-    if any_true(xp, middle != again) or not any_true(xp, ~alike):
         return False
     if backend.vmap is not None:  # autodiff knows what is held back on purpose
         with contextlib.suppress(DerivativeError):
