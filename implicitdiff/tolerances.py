@@ -253,7 +253,8 @@ POWER, POWER_CHANGE = 30, 1e-3
 """Turns of a power iteration at most, and the relative change of the eigenvalue at which it is done: it is known to a
 few percent then, and half of it would do."""
 GROWTH = ByPrecision(1e8, 3e3)
-"""How many times larger than at its start a residual may become: beyond, half the digits of x are lost."""
+"""How many times larger than at its start a residual may become (with BiCGSTAB: in one step): beyond, half the digits
+of x are lost; at the square of it, all."""
 POWER_SHORT = 0.05
 """How far below the largest eigenvalue a power iteration may have stopped, where a bound has to hold."""
 RANK = 1e-10

@@ -7,7 +7,8 @@ With a shadow residual r̃, M ≈ A⁻¹ on the right, and starting from p = r::
     β = (r̃ᵀr₊ / r̃ᵀr) (α / ω)             p = r₊ + β (p − ω v)
 
 r̃ᵀr or r̃ᵀv may vanish although the system is regular (as r̃ᵀv does at once where A is skew-symmetric and r̃ = r): the
-recurrence then starts again from where it is, with another r̃. Where t is nearly orthogonal to s, ω would be next to
+recurrence then starts again from where it is, with another r̃; and so where either is nearly zero, and the step α so
+long that it would cost half of the digits (A = S + δI with S skew-symmetric is of condition 1, and α is 1/δ). Where t is nearly orthogonal to s, ω would be next to
 nothing, and what is divided by it lost: it is kept as large as if the angle were 45 degrees.
 
 References
@@ -101,13 +102,14 @@ class BiCGSTAB(Krylov):
             start.x, start.r, space.copy(start.r), space.zeros(), space.zeros(), zero, zero, zero, count, start.active,
             count, count, 0, zero, space.scalar(math.inf), size, size,
         )  # fmt: skip
-        most = GROWTH.of(space.eps) * size
+        growth = GROWTH.of(space.eps)
+        lost = growth * growth * size
 
         def step(s: _State) -> _State:
-            half = _first_half(s, state, space)
+            half = _first_half(s, state, space, growth)
             end = _second_half(s, half, state, space, start.target)
             size = space.norm(end.r)
-            going = (size > start.target) & (size < most) & (end.iterations < start.budget) & (end.broken < BREAKDOWNS)
+            going = (size > start.target) & (size < lost) & (end.iterations < start.budget) & (end.broken < BREAKDOWNS)
             return end._replace(active=end.active & going, size=size)
 
         end = backend.while_loop(lambda s: space.any(s.active), step, first, limit=self.most(space.length))
@@ -117,8 +119,8 @@ class BiCGSTAB(Krylov):
         return Cycle(end.x, end.iterations, end.matvecs, end.status, end.operator_norm, flat, gain)
 
 
-def _first_half(s: _State, state: KrylovState, space: Any) -> _Half:
-    """Make the BiCG step: x + α M p, with residual s."""
+def _first_half(s: _State, state: KrylovState, space: Any, growth: float) -> _Half:
+    """Make the BiCG step: x + α M p, with residual s, where that is not ``growth`` times as large as r."""
     zero, one = space.scalar(0.0), space.scalar(1.0)
     rho, started = space.inner(s.shadow, s.r), s.active & (s.rho != 0)
     beta = space.where(started, rho / space.where(started, s.rho, one) * s.step, zero)
@@ -131,7 +133,8 @@ def _first_half(s: _State, state: KrylovState, space: Any) -> _Half:
     denominator, size = space.inner(s.shadow, v), space.norm(v)
     level = ROUNDED * space.eps * s.shadow_size
     finite = space.isfinite(size) & space.isfinite(denominator)
-    broke = s.active & finite & ((abs(rho) <= level * s.size) | (abs(denominator) <= level * size))
+    small = (abs(rho) <= level * s.size) | (abs(denominator) <= level * size)
+    broke = s.active & finite & (small | (abs(rho) * size > growth * s.size * abs(denominator)))
     go = s.active & finite & ~broke
     alpha = space.where(go, rho / space.where(go, denominator, one), zero)
     seen = _ratio(space, size, space.norm(image))
