@@ -95,12 +95,13 @@ ONCE = {
         1505365: "entries of a symmetric A are rounded in pairs", 1501569: "a preconditioner hid units",
         1307848: "and with it what it is", 1204474: "asymmetry in mixed units",
         1207075: "two opinions that agreed by accident", 2006489: "noise that counted twice in I - T",
-        5006727: "single precision, told too late",
+        5006727: "single precision, told too late", 6010255: "a step of bicgstab that was too long",
+        6009166: "the same, and singular",
     },
     "torch": {
         500094: "singular in single precision", 501514: "the same", 504001: "off, in a unit of its own",
         706231: "blamed on a Hessian", 800509: "a fixed point under gmres",
-        2006152: "bicgstab in single precision",
+        2006152: "bicgstab in single precision", 7008898: "a step of it that was too long", 7009361: "the same",
     },
     "jax": {
         600641: "minres with a matrix, ill-conditioned", 1002331: "mixed units, compiled",

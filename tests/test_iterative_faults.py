@@ -73,6 +73,25 @@ def test_67_in_a_batch_each_item_has_its_scale(solver: str) -> None:
     np.testing.assert_allclose(x * scales[:, None], np.tile(np.linalg.solve(a, vector()), (3, 1)), rtol=1e-7)
 
 
+# -- regular, and nearly a breakdown of BiCGSTAB -------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("n", [4, 20])
+@LIBS
+def test_a_skew_symmetric_matrix_and_a_little_of_the_identity(lib: Library, n: int, dtype: str) -> None:
+    """The condition number is 3 at most, and r̃ᵀA r is δ: the step 1/δ would lose its digits."""
+    for delta in 10.0 ** -np.arange(1, 17):
+        for seed in range(2):
+            rng = np.random.default_rng(seed)
+            Q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+            S = np.kron(np.diag(rng.uniform(1, 3, n // 2)), [[0.0, 1.0], [-1.0, 0.0]])
+            A, b = (x.astype(dtype) for x in (Q @ (S + delta * np.eye(n)) @ Q.T, rng.standard_normal(n)))
+            x = linear_solve(lib.array(A), lib.array(b), solver="bicgstab")
+            exact = np.linalg.solve(A.astype(float), b)
+            assert np.linalg.norm(lib.numpy(x) - exact) <= (1e-8 if dtype == "float64" else 0.03) * np.linalg.norm(
+                exact
+            )
+
+
 # -- singular, and told so -----------------------------------------------------------------------------------------
 @LIBS
 @pytest.mark.parametrize("solver", [*KRYLOV, "auto"])

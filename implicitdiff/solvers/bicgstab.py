@@ -8,8 +8,9 @@ With a shadow residual r̃, M ≈ A⁻¹ on the right, and starting from p = r::
 
 r̃ᵀr or r̃ᵀv may vanish although the system is regular (as r̃ᵀv does at once where A is skew-symmetric and r̃ = r): the
 recurrence then starts again from where it is, with another r̃; and so where either is nearly zero, and the step α so
-long that it would cost half of the digits (A = S + δI with S skew-symmetric is of condition 1, and α is 1/δ). Where t is nearly orthogonal to s, ω would be next to
-nothing, and what is divided by it lost: it is kept as large as if the angle were 45 degrees.
+long that it would cost half of the digits (A = S + δI with S skew-symmetric is of condition 1, and α is 1/δ). Where t
+is nearly orthogonal to s, ω would be next to nothing, and what is divided by it lost: it is kept as large as if the
+angle were 45 degrees.
 
 References
 ----------
