@@ -244,7 +244,9 @@ OVERSHOT = 0.9
 """Slope at the end of a step, against that at its start, from which it went too far."""
 DAMPED, RAISED, EASED = 3e-2, 4.0, 0.25
 """At negative curvature: the first damping against the curvature along the right-hand side; the factor of one that was
-too small; and of one that served, and stands in the way of the tolerance."""
+too small; and of one that served."""
+UNDAMPED = 1e-4
+"""Part of its residual that a damping may leave of a system that counts as solved without."""
 CONSISTENT = 1e-6
 """Relative error of a gradient that a line search may hold against values."""
 

@@ -542,7 +542,7 @@ def test_where_the_curvature_is_negative_the_loop_goes_on_to_a_minimum(name: str
     loss = lambda y, theta: ((y - 2) ** 2).sum() / 2
     loop = Bilevel(inner, loss, tolerance=tolerance, optimizer="sgd", learning_rate=1e-12)
     state = loop.init(fw.xp.asarray(WELLS / 50 + 0.01), fw.xp.asarray(np.ones(10)))
-    for _ in range(2):
+    for _ in range(7):
         state = loop.step(state)
     y = fw.numpy(state.y)
     A = np.diag(3 * y**2 - 1) + PUSH
@@ -553,3 +553,25 @@ def test_where_the_curvature_is_negative_the_loop_goes_on_to_a_minimum(name: str
     assert bool(state.met)
     assert np.linalg.norm(fw.numpy(state.gradient) - exact) <= max(tolerance.at(0), 1e-6) * np.linalg.norm(exact)
     assert float(state.damping) > 0
+
+
+@pytest.mark.slow
+def test_no_gradient_of_a_damped_loop_is_told_to_be_right_and_is_not() -> None:
+    """A small network far from trained: a large damping would hide what its flat directions contribute."""
+    torch, rng = pytest.importorskip("torch"), np.random.default_rng(0)
+    x = torch.linspace(-2, 2, 24, dtype=torch.float64)[:, None]
+    noise, w = (torch.tensor(rng.normal(size=s)) for s in ((24, 1), (8, 3)))
+    net = lambda w, x: torch.tanh(x * w[:, 0] + w[:, 1]) @ w[:, 2:]
+    inner = lambda w, t: ((net(w, x) - torch.sin(2 * x) - noise / 5) ** 2).sum() / 2 + torch.exp(t) * (w**2).sum() / 2
+    loss = lambda w, t: ((net(w, 0.95 * x) - torch.sin(1.9 * x)) ** 2).mean()
+    loop, told = Bilevel(inner, loss), 0
+    exact = Bilevel(inner, loss, tolerance=Fixed(1e-10), optimizer="sgd", learning_rate=1e-12)
+    state = loop.init(w, torch.tensor(-2.0, dtype=torch.float64))
+    for _ in range(8):
+        theta, state = state.theta, loop.step(state)
+        truth = exact.step(exact.init(state.y, theta))
+        told += not bool(state.met)
+        assert bool(state.met) == bool(torch.isfinite(state.error))
+        if bool(state.met) and bool(truth.met):
+            assert abs(state.gradient - truth.gradient) <= 0.2 * abs(truth.gradient)
+    assert told >= 1

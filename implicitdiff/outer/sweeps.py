@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from implicitdiff.arrays import Array, divisor
 from implicitdiff.outer.equations import Equations
-from implicitdiff.tolerances import DAMPED, EASED, FORGOTTEN, OVERSHOT, RAISED, ROUNDED, SMALLEST_STEP
+from implicitdiff.tolerances import DAMPED, EASED, FORGOTTEN, OVERSHOT, RAISED, ROUNDED, SMALLEST_STEP, UNDAMPED
 
 if TYPE_CHECKING:
     from implicitdiff.outer.schedules import Sweep
@@ -125,8 +125,8 @@ def newton(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corre
     )  # fmt: skip
 
 
-def corrected(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> tuple[Corrected, Array, Array]:
-    """One loose correction of the adjoint, the gradient with it, what is rounding in that, and what it left."""
+def corrected(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> tuple[Corrected, Array, Array, Array]:
+    """One loose correction of the adjoint, the gradient, what is rounding in it, what is left, and if δ was small."""
     spot = equations.at(s.y, theta)
     by_y, by_theta = spot.slopes()
     rho = by_y - spot.product(s.u, transposed=True)
@@ -138,7 +138,8 @@ def corrected(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> tu
     level = ROUNDED * space.eps * (2 * space.size(by_theta) + space.size(g))
     products = s.products + w.products + 1
     found = s._replace(u=u, gradient=g, products=products, memory=w.memory, damping=w.damping, usable=usable)
-    return found, level, w.left
+    clear = s.damping * space.size(w.x) <= UNDAMPED * space.size(rho)
+    return found, level, w.left, clear
 
 
 def adjoint_solved(equations: Equations, s: Corrected, theta: Array, rtol: Any) -> Corrected:
@@ -185,7 +186,7 @@ def swept(
         eta = _eta(equations, before, schedule, norm)
         s = newton(equations, start, theta, eta) if inner is None else inner(equations, start, theta, eta * start.size)
         kappa = s.size / divisor(xp, before.size)
-        s, level, left = corrected(equations, s, theta, eta)
+        s, level, left, clear = corrected(equations, s, theta, eta)
         change = norm(s.gradient - before.gradient)
         # the error of the gradient before is seen now: was more expected of it, or less?
         seen, ratio = before.sweeps > 0, change / divisor(xp, before.expected)
@@ -199,10 +200,13 @@ def swept(
             doubt=xp.where(seen, xp.maximum(known, ratio), before.doubt), sweeps=before.sweeps + 1,
         )  # fmt: skip
         wrong = ~(s.error <= schedule.target * norm(s.gradient)) & ~(change <= level)
-        slow = wrong & s.usable & (left > 2 * schedule.eta)  # δ leaves more than η does
         wrong = wrong | ~s.usable | (s.sweeps < least)
-        damping = xp.where(slow, EASED * s.damping, s.damping)
-        return s._replace(going=wrong & (s.sweeps < schedule.most), usable=~wrong, damping=damping)
+        # what curvature far below δ contributes is not seen, so that δ is to be no larger than need be
+        damping = xp.where(s.usable, EASED * s.damping, s.damping)
+        going = wrong & (s.sweeps < schedule.most)
+        infinite = equations.number(float("inf"))
+        expected = xp.where(going | clear, s.expected, infinite)
+        return s._replace(going=going, usable=~wrong & clear, expected=expected, damping=damping)
 
     return equations.backend.while_loop(lambda s: s.going, sweep, start)
 
