@@ -96,7 +96,7 @@ ONCE = {
         1307848: "and with it what it is", 1204474: "asymmetry in mixed units",
         1207075: "two opinions that agreed by accident", 2006489: "noise that counted twice in I - T",
         5006727: "single precision, told too late", 6010255: "a step of bicgstab that was too long",
-        6009166: "the same, and singular",
+        6009166: "the same, and singular", 6116139: "two opinions that agreed, of a noise in B",
     },
     "torch": {
         500094: "singular in single precision", 501514: "the same", 504001: "off, in a unit of its own",

@@ -70,9 +70,9 @@ class Confirmation:
         return xp.where(xp.isfinite(gap), gap, xp.ones_like(gap))
 
     def _estimated(self, rules: Any, solution: Any) -> Array:
-        """Relative error that the accuracy of A is good for, per item; 0 where no condition number is known."""
+        """Relative error that the accuracies of A and B are good for, per item; 0 at an unknown condition number."""
         xp, A = rules.point.backend.xp, rules.prepared.operator
-        error = solution.uncertainty(xp, A.accuracy)
+        error = solution.uncertainty(xp, A.accuracy + rules.maps.B.accuracy)
         return xp.zeros(rules.point.items, dtype=A.dtype, device=A.device) if error is None else error
 
     def _doubtful(self, rules: Any, solution: Any) -> bool:
