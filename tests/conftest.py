@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from implicitdiff import (
     implicit_vjp,
     linear_solve,
 )
+from implicitdiff import solvers as registry
 from implicitdiff.solvers import suitable
 
 SOLVERS = ("lu", "cholesky", "cg", "minres", "gmres", "auto")
@@ -92,6 +93,23 @@ class Hashed(tuple[Any, ...]):
 
     def __contains__(self, item: object) -> bool:
         return item in self.found
+
+
+class Registered:
+    """What a test or a page of the documentation registers is gone after it, wherever it runs."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[Any]:
+        before = dict(registry._FACTORIES)
+        result = yield
+        registry._FACTORIES.clear()
+        registry._FACTORIES.update(before)
+        return result
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A hook of this file alone would not see the documentation."""
+    config.pluginmanager.register(Registered())
 
 
 def look_up_dtypes() -> None:
