@@ -96,12 +96,14 @@ class Hashed(tuple[Any, ...]):
 
 
 class Registered:
-    """What a test or a page of the documentation registers is gone after it, wherever it runs."""
+    """What a page of the documentation registers is gone after it, as are the names that it is made of."""
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self) -> Iterator[Any]:
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
         before = dict(registry._FACTORIES)
         result = yield
+        if not isinstance(item, pytest.DoctestItem):
+            return result
         registry._FACTORIES.clear()
         registry._FACTORIES.update(before)
         return result
