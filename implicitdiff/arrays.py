@@ -17,6 +17,7 @@ from scipy.linalg import blas
 from implicitdiff.tolerances import UNITS_OF_ZERO
 
 __all__ = [
+    "SAFE",
     "Array",
     "all_finite_items",
     "any_true",
@@ -48,7 +49,8 @@ Array = Any
 KEPT = 2**14
 """Entries up to which a sequence of probes is kept: 128 KiB."""
 
-_SAFE = {"f": (1e-25, 1e35), "d": (1e-250, 1e300)}
+SAFE = {"f": (1e-25, 1e35), "d": (1e-250, 1e300)}
+"""Between which a sum of squares has lost nothing that counts, in single and in double precision."""
 _NRM2 = {"f": blas.snrm2, "d": blas.dnrm2}
 
 
@@ -75,7 +77,7 @@ def item_norm(xp: Any, x: Array) -> Array:
         return x.dtype.type(_NRM2[x.dtype.char](x))  # BLAS scales, too
     if type(x) is np.ndarray:
         square = np.vecdot(x, x)
-        tiny, huge = _SAFE[x.dtype.char]
+        tiny, huge = SAFE[x.dtype.char]
         if np.all((square > tiny) & (square < huge)):  # neither under- nor overflow: no need to scale
             return np.sqrt(square)
     own = getattr(xp, "item_norm", None)  # of a namespace of ours, where numbers may be looked at

@@ -80,7 +80,6 @@ class SolutionCheck:
     def __init__(self, point: Any, maps: Any, prepared: Any) -> None:
         self.point, self.maps, self.prepared = point, maps, prepared
         self.keeps, self.kept = False, None  # F, for an estimate of the error
-        self.rcond: Any = None  # as the last solve told it
         self.backend, self.xp = point.backend, point.backend.xp
         self.tolerance, self.floor = levels(self.xp, point.y.dtype)
         self.eps = float(self.xp.finfo(point.y.dtype).eps)
@@ -102,7 +101,7 @@ class SolutionCheck:
         backend, residual = self.backend, self.maps.residual
         if residual is None or self.point.y.n == 0 or 0 in self.point.items:
             return self._unseen()
-        F, self.rcond = residual(), None if solution is None else solution.rcond
+        F, rcond = residual(), None if solution is None else solution.rcond
         if self.keeps and not backend.traced:
             self.kept = self.xp.asarray(F, copy=True)  # it may be a buffer that the next call fills again
         space = backend.space(F)
@@ -120,16 +119,16 @@ class SolutionCheck:
         if not backend.traced:
             return self._measured(F, seen, doubt) if any_true(self.xp, doubt) else seen
         if sure:
-            return self._measured(F, seen, doubt)
+            return self._measured(F, seen, doubt, rcond)
         if backend.mode is Mode.COMPILED:  # a program of its own makes sure, where there is doubt
             return seen._replace(doubtful=doubt)
         self._scale_of_data()  # derived here, not inside of the loop
 
         def measured(old: Step) -> Step:  # what depends on nothing that comes in, a compiler makes in any case
             if is_tree_vector(F):  # which leaf is where would depend on it, too
-                return self._measured(F, old, doubt)
+                return self._measured(F, old, doubt, rcond)
             one = self.xp.where(old.index < -1, self.xp.zeros_like(size), self.xp.ones_like(size))
-            return self._measured(space.scale(one, F), old, doubt)
+            return self._measured(space.scale(one, F), old, doubt, rcond)
 
         return backend.if_any(doubt, measured, seen)
 
@@ -203,13 +202,16 @@ class SolutionCheck:
         return self.xp.asarray(self.backend.space(x).largest(x), dtype=p.y.dtype, device=p.y.device)
 
     # -- the step ------------------------------------------------------------------------------------
-    def _measured(self, F: Any, seen: Step, doubt: Array) -> Step:
-        """Make the step, and judge it; where it is an alarm, look at what cannot be known."""
+    def _measured(self, F: Any, seen: Step, doubt: Array, known: Any = None) -> Step:
+        """Make the step, and judge it; where it is an alarm, look at what cannot be known.
+
+        ``known`` is the reciprocal condition number of the solve before, for a correction that tells none.
+        """
         if self.backend.traced and not is_tree_vector(F):  # one solve: a loop is dear to compile
             others = self._others()
             rows = self.xp.stack([F, *(b for _, b in others)])
             delta, usable, found = self.prepared.correction(rows)
-            rcond = self.rcond if found is None else found
+            rcond = known if found is None else found
             solved = [(f, delta[i + 1, ...], usable[i + 1, ...]) for i, (f, _) in enumerate(others)]
             found = self._judged(seen, self._of_y(delta[0, ...]), usable[0, ...] & doubt, rcond, solved)
             return self._confirmed(found, F, delta[0, ...])

@@ -11,7 +11,7 @@ from typing import Any
 import array_api_compat.torch as standard
 import torch
 
-from implicitdiff.arrays import Array
+from implicitdiff.arrays import SAFE, Array
 
 # not what answers to any name: doctest looks through a module, and asks torch.classes for its ``__wrapped__``
 globals().update(
@@ -22,7 +22,7 @@ globals().update(
     }
 )
 
-_SAFE = {torch.float32: (1e-25, 1e35), torch.float64: (1e-250, 1e300)}
+_SAFE = {torch.float32: SAFE["f"], torch.float64: SAFE["d"]}
 
 
 def __getattr__(name: str) -> Any:

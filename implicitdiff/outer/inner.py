@@ -22,7 +22,7 @@ from implicitdiff.outer.equations import Equations
 from implicitdiff.outer.sweeps import Corrected, newton
 from implicitdiff.tolerances import EASED, OVERSHOT, SMALLEST_STEP
 
-__all__ = ["INNER", "Inner", "inner_of", "lbfgs"]
+__all__ = ["INNER", "Inner", "inner_of", "newton_cg"]
 
 Inner = Callable[[Equations, Corrected, Array, Any], Corrected]
 """Lowers ‖F‖ to a tolerance, or as far as it gets."""
